@@ -1,0 +1,25 @@
+"""CALM: continuous autoregressive language models (arXiv 2510.27688).
+
+An autoencoder turns K tokens into one vector and back; a transformer predicts the next vector.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from calm.models.configuration_autoencoder import CalmAutoencoderConfig
+from calm.models.configuration_calm import CalmConfig, EnergyHeadConfig
+from calm.models.modeling_autoencoder import CalmAutoencoder
+from calm.models.modeling_calm import CalmForCausalLM
+
+try:
+    __version__ = version("calm-lm")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0.0.0"
+
+AutoConfig.register("calm_autoencoder", CalmAutoencoderConfig)
+AutoConfig.register("calm", CalmConfig)
+AutoModel.register(CalmAutoencoderConfig, CalmAutoencoder)
+AutoModelForCausalLM.register(CalmConfig, CalmForCausalLM)
+
+__all__ = ["CalmAutoencoder", "CalmAutoencoderConfig", "CalmConfig", "CalmForCausalLM", "EnergyHeadConfig"]

@@ -1,0 +1,59 @@
+import sys
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="directory of a trained model, or a hub id")],
+    prompt: Annotated[str | None, typer.Option(help="text to continue; `-` reads stdin; none starts a document")] = None,
+    temperature: Annotated[float, typer.Option(help="in (0, 1]; lower is safer text")] = 0.5,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to add at most")] = 128,
+    sampler: Annotated[str, typer.Option(help="batch (fast, approximate) or exact")] = "batch",
+    num_candidates: Annotated[int, typer.Option(help="draws the batch sampler chooses from")] = 200,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same text")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Continue a prompt, printing as it goes.
+
+    Example: `calm generate runs/calm --prompt "def main(" --temperature 0.5`
+    """
+    import torch
+    from transformers import TextStreamer
+
+    from calm.data.tokenizer import load_tokenizer
+    from calm.device import resolve_device
+    from calm.models.loading import load_language_model
+    from calm.models.modeling_calm import CalmForCausalLM
+
+    language_model = load_language_model(model).to(resolve_device(device))
+    tokenizer = load_tokenizer(model)
+    text = sys.stdin.read() if prompt == "-" else prompt or ""
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].long().to(language_model.device)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    if isinstance(language_model, CalmForCausalLM):
+        generator = torch.Generator(language_model.device).manual_seed(seed)
+        language_model.generate(
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            sampler=sampler,
+            num_candidates=num_candidates,
+            generator=generator,
+            streamer=streamer,
+        )
+        return
+    if not 0 < temperature:
+        raise ValueError(f"temperature must be above 0, got {temperature}.")
+    if ids.shape[1] == 0:
+        ids = torch.tensor([[tokenizer.eos_token_id]], device=language_model.device)
+    torch.manual_seed(seed)  # transformers' generate takes no generator
+    language_model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        streamer=streamer,
+    )

@@ -1,0 +1,67 @@
+"""The `calm` command."""
+
+import os
+import sys
+import warnings
+
+import typer
+
+from calm.cli.corpus import corpus
+from calm.cli.evaluate import evaluate
+from calm.cli.generate import generate
+from calm.cli.prepare import prepare
+from calm.cli.quickstart import quickstart
+from calm.cli.tokenizer import tokenizer_app
+from calm.cli.train import train
+
+app = typer.Typer(
+    help="Continuous autoregressive language models: text in, trained models, a score, text out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command()(quickstart)
+app.command()(corpus)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.command()(prepare)
+app.command()(train)
+app.command()(evaluate)
+app.command()(generate)
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends in one line and exit code 2, Ctrl-C in exit code 130."""
+    quieten_libraries()
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not is_user_error(error) or os.environ.get("CALM_DEBUG"):
+            raise
+        print(f"calm: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def quieten_libraries() -> None:
+    """Keep other libraries' notices and progress bars out of our output; CALM_DEBUG=1 shows them again."""
+    if os.environ.get("CALM_DEBUG"):
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.filterwarnings("ignore", module="torch")
+    warnings.filterwarnings("ignore", module="transformers")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def is_user_error(error: Exception) -> bool:
+    """Whether an error is about what the user gave, so that its message says all there is to say."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return isinstance(error, ValueError | FileNotFoundError | PermissionError | StrictDataclassError)

@@ -1,0 +1,1 @@
+"""Text to token blocks: corpora, tokenizer, preparation. Imports nothing else of this package."""

@@ -1,0 +1,82 @@
+"""Prepared tokens as a map-style dataset of fixed blocks.
+
+Map-style, because only then an interrupted run finds its place again exactly, also in a second pass over the data.
+"""
+
+import json
+import os
+from bisect import bisect_right
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+MANIFEST = "manifest.json"
+
+
+def read_manifest(path: str | os.PathLike) -> dict:
+    """The manifest of prepared data; ValueError when the directory holds none or a file is missing or cut short."""
+    path = Path(path)
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"no prepared data in {path}: {MANIFEST} is missing; `calm prepare` makes it.")
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    for file in manifest["files"]:
+        expected = file["num_tokens"] * manifest["token_bytes"]
+        actual = (path / file["name"]).stat().st_size if (path / file["name"]).exists() else None
+        if actual != expected:
+            state = "is missing" if actual is None else f"holds {actual} bytes instead of {expected}"
+            raise ValueError(f"prepared data in {path} are damaged: {file['name']} {state}; run `calm prepare` again.")
+    return manifest
+
+
+class TokenBlocks(Dataset):
+    """Consecutive blocks of ``block_size`` tokens, memory-mapped: nothing is read before it is asked for.
+
+    Documents run on across blocks, with the end-of-text token between them. Tokens behind the last whole block of a
+    file are left out. An item holds ``input_ids`` and ``labels``, int64 ``[block_size]``, equal.
+
+    Args:
+        path: a directory made by ``calm prepare``.
+        block_size: tokens per block, a multiple of ``patch_size``.
+        patch_size: K of the model that reads them; 1 for a token model.
+    """
+
+    def __init__(self, path: str | os.PathLike, block_size: int, patch_size: int = 1):
+        if block_size < 1 or block_size % patch_size:
+            raise ValueError(
+                f"block_size must be a multiple of the patch size {patch_size}, got {block_size}; "
+                f"nearest: {max(1, round(block_size / patch_size)) * patch_size}."
+            )
+        self.path = Path(path)
+        self.block_size = block_size
+        self.manifest = read_manifest(path)
+        self._first_block = [0, *accumulate(file["num_tokens"] // block_size for file in self.manifest["files"])]
+        if len(self) == 0:
+            raise ValueError(
+                f"prepared data in {path} are shorter than one block: {self.manifest['num_tokens']} tokens, block_size "
+                f"{block_size}; take a smaller block_size or more text."
+            )
+
+    def __len__(self) -> int:
+        return self._first_block[-1]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        file = bisect_right(self._first_block, index) - 1
+        start = (index - self._first_block[file]) * self.block_size
+        ids = torch.from_numpy(self._files[file][start : start + self.block_size].astype(np.int64))
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    @cached_property
+    def _files(self) -> list[np.ndarray]:
+        dtype = {2: np.uint16, 4: np.uint32}[self.manifest["token_bytes"]]
+        names = [self.path / file["name"] for file in self.manifest["files"]]
+        return [np.memmap(name, dtype=dtype, mode="r") if name.stat().st_size else np.empty(0, dtype) for name in names]
+
+    def __getstate__(self) -> dict:
+        # Workers map the files themselves.
+        return {name: value for name, value in self.__dict__.items() if name != "_files"}

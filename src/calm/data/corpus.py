@@ -1,0 +1,49 @@
+"""The embedded corpus: the source text of the running Python's own standard library.
+
+About 12 MB of real text that is present on every CPython, so that everything can be tried without a download.
+"""
+
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+_VALIDATION_SHARE = 0.05
+
+
+def stdlib_documents() -> Iterator[tuple[str, str]]:
+    """``(path, text)`` of every non-test module, in a fixed order; the path is relative to the library."""
+    root = sysconfig.get_path("stdlib")
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(set(folders) - _LEFT_OUT)
+        for name in sorted(files):
+            if name.endswith(".py"):
+                path = Path(folder, name)
+                try:
+                    text = path.read_text(encoding="utf-8")
+                except (UnicodeDecodeError, OSError):
+                    continue  # a few modules declare another encoding
+                if text:
+                    yield path.relative_to(root).as_posix(), text
+
+
+def in_validation(path: str) -> bool:
+    """Whether a file belongs to the validation split: decided by a hash of its path, so it never changes sides."""
+    return int(hashlib.sha256(path.encode()).hexdigest()[:8], 16) / 16**8 < _VALIDATION_SHARE
+
+
+def write_embedded_corpus(directory: str | os.PathLike) -> dict[str, Path]:
+    """Write ``train.jsonl`` and ``validation.jsonl`` (fields ``text`` and ``path``); returns their paths."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = {split: directory / f"{split}.jsonl" for split in ("train", "validation")}
+    drafts = {split: path.with_suffix(".tmp") for split, path in paths.items()}
+    with open(drafts["train"], "w", encoding="utf-8") as train, open(drafts["validation"], "w", encoding="utf-8") as val:
+        for path, text in stdlib_documents():
+            print(json.dumps({"text": text, "path": path}), file=val if in_validation(path) else train)
+    for split, draft in drafts.items():
+        draft.replace(paths[split])
+    return paths

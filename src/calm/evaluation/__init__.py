@@ -1,0 +1,1 @@
+"""How good is a model: BrierLM, reconstruction, and what it costs."""

@@ -1,0 +1,50 @@
+"""The Brier score from samples, and BrierLM (paper, section 4.2, eq. 13-15).
+
+Shapes: n tokens of an n-gram, ... any leading dimensions.
+"""
+
+import torch
+from torch import Tensor
+
+
+def brier_estimate(first: Tensor, second: Tensor, target: Tensor) -> Tensor:
+    """Unbiased estimate of the Brier score of every prefix of an n-gram, from two independent draws.
+
+    For draws a, b of the model and the truth y: ``1{a = y} + 1{b = y} - 1{a = b}``, where equality is that of the
+    whole prefix. Its expectation is ``2 P(y) - sum_x P(x)^2``: 1 for a certain and right model, at most. The draws
+    must be independent: with ``a`` and ``b`` both decoded greedily the estimate is 0 or below by construction.
+
+    Args:
+        first, second, target: token ids ``[..., n]``.
+
+    Returns:
+        ``[..., n]`` in float32: Brier-1 to Brier-n of the prefixes.
+    """
+    if not first.shape == second.shape == target.shape:
+        raise ValueError(
+            "brier_estimate: first, second and target must have one shape [..., n], got "
+            f"{tuple(first.shape)}, {tuple(second.shape)} and {tuple(target.shape)}."
+        )
+    hit_first = prefix_equal(first, target)
+    hit_second = prefix_equal(second, target)
+    collision = prefix_equal(first, second)
+    return hit_first + hit_second - collision
+
+
+def prefix_equal(first: Tensor, second: Tensor) -> Tensor:
+    """1 where two n-grams agree on the whole prefix, else 0: ``[..., n], [..., n] -> [..., n]`` in float32."""
+    return (first == second).float().cumprod(-1)
+
+
+def brier_lm(brier: Tensor) -> Tensor:
+    """BrierLM: 100 times the geometric mean of Brier-1 to Brier-n (n = 4 in the paper).
+
+    Each Brier score is floored at 0 first: the product of an even number of negative scores is no merit.
+
+    Args:
+        brier: ``[..., n]``, mean scores (not single-position estimates: the mean comes before the product).
+
+    Returns:
+        ``[...]``, from 0 to 100.
+    """
+    return 100 * torch.as_tensor(brier).clamp(min=0).prod(-1) ** (1 / brier.shape[-1])

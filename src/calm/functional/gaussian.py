@@ -1,0 +1,48 @@
+"""The diagonal Gaussian posterior of the autoencoder.
+
+Shapes: M draws, Z latent dimensions, ... any leading dimensions.
+"""
+
+import torch
+from torch import Tensor
+
+
+def gaussian_kl(mean: Tensor, log_std: Tensor, clip: float = 0.5) -> Tensor:
+    """KL divergence of N(mean, std^2) to N(0, I) in nats, floored per dimension (paper, eq. 5-6).
+
+    The floor stops the pull on a dimension once its KL is at ``clip``: without it dimensions collapse to the prior.
+
+    Args:
+        mean: ``[..., Z]``.
+        log_std: ``[..., Z]``.
+        clip: the floor of each dimension in nats; 0 gives the plain KL.
+
+    Returns:
+        ``[...]``, summed over Z, in float32 at least.
+    """
+    return gaussian_kl_per_dimension(mean, log_std).clamp(min=clip).sum(-1)
+
+
+def gaussian_kl_per_dimension(mean: Tensor, log_std: Tensor) -> Tensor:
+    """KL divergence of each dimension to N(0, 1) in nats, without a floor: ``[..., Z] -> [..., Z]``."""
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    mean, log_std = mean.to(dtype), log_std.to(dtype)
+    return 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std)
+
+
+def gaussian_sample(
+    mean: Tensor,
+    log_std: Tensor,
+    num_samples: int,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draws from N(mean, std^2): ``[..., Z], [..., Z] -> [num_samples, ..., Z]``.
+
+    Args:
+        noise: standard normal ``[num_samples, ..., Z]``; given, the result is deterministic.
+        generator: source of the noise otherwise.
+    """
+    if noise is None:
+        noise = torch.randn((num_samples, *mean.shape), generator=generator, device=mean.device, dtype=mean.dtype)
+    return mean + noise * log_std.exp()

@@ -1,0 +1,1 @@
+"""The models: autoencoder, language model, heads, generation."""

@@ -1,0 +1,69 @@
+"""Configuration of the autoencoder."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class CalmAutoencoderConfig(PreTrainedConfig):
+    r"""
+    The autoencoder that turns K tokens into one latent vector and back. The defaults are the paper's (75M parameters).
+
+    Args:
+        vocab_size: V, number of token ids.
+        patch_size: K, tokens per latent vector.
+        hidden_size: width of the token embeddings and of every block.
+        intermediate_size: width inside the SwiGLU blocks.
+        latent_size: Z, dimensions of the latent vector.
+        num_encoder_layers: blocks of the encoder, an even number: one half per token, one half per patch.
+        num_decoder_layers: likewise of the decoder, first per patch, then per token.
+        token_dropout: probability of replacing an input token while training, so that the latent spreads a token's
+            information over its neighbours.
+        token_dropout_id: the id put in its place. The paper's models use 0; tokenizers trained here keep 0 free for it.
+        latent_dropout: dropout of the sampled latent while training.
+        kl_weight: weight of the KL term of the loss.
+        kl_clip: floor of each dimension's KL in nats.
+    """
+
+    model_type = "calm_autoencoder"
+
+    vocab_size: int = 128257
+    patch_size: int = 4
+    hidden_size: int = 512
+    intermediate_size: int = 1280
+    latent_size: int = 128
+    num_encoder_layers: int = 2
+    num_decoder_layers: int = 2
+    hidden_act: str = "silu"
+    mlp_bias: bool = False
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    token_dropout: float = 0.15
+    token_dropout_id: int = 0
+    latent_dropout: float = 0.15
+    kl_weight: float = 1e-3
+    kl_clip: float = 0.5
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False  # one parameter serves as input and output embedding: there is nothing to tie
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for name in ("vocab_size", "patch_size", "hidden_size", "intermediate_size", "latent_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("num_encoder_layers", "num_decoder_layers"):
+            layers = getattr(self, name)
+            if layers < 2 or layers % 2:
+                raise ValueError(
+                    f"{name} must be an even number of at least 2, got {layers}: one half of the blocks works on "
+                    "tokens, the other on patches."
+                )
+        for name in ("token_dropout", "latent_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
+        if not 0 <= self.token_dropout_id < self.vocab_size:
+            raise ValueError(
+                f"token_dropout_id must be a token id, 0 to {self.vocab_size - 1}, got {self.token_dropout_id}."
+            )

@@ -1,0 +1,110 @@
+"""The energy head: noise and a hidden state in, a latent vector out, in one step (paper, section 3.3).
+
+Shapes: N head samples, D hidden, Z latent, U noise, K tokens, V vocabulary, ... any leading dimensions.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from calm.functional.energy_score import energy_score_terms
+from calm.models.heads.base import Head, HeadLoss
+from calm.models.modeling_autoencoder import Posterior
+
+
+class GatedBlock(nn.Module):
+    """Residual block that refines ``x`` under a condition through a gated MLP: ``[..., D], [..., D] -> [..., D]``."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * hidden_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, 2 * hidden_size),
+        )
+        self.gate_act = nn.SiLU()
+        self.down_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        first = self.mlp[0]
+        # The first layer acts on [x, condition]. Its condition half does not depend on the noise: computed once per
+        # hidden state, it broadcasts over the samples.
+        x_weight, condition_weight = first.weight.chunk(2, dim=1)
+        mixed = nn.functional.linear(self.norm(x), x_weight) + nn.functional.linear(
+            condition, condition_weight, first.bias
+        )
+        gate, up = self.mlp[1:](mixed).chunk(2, dim=-1)
+        return x + self.down_proj(self.gate_act(gate) * up)
+
+
+class EnergyHead(Head):
+    """Single-step generator of the next latent; see :class:`~calm.models.configuration_calm.EnergyHeadConfig`."""
+
+    def __init__(self, config: PreTrainedConfig, hidden_size: int, latent_size: int):
+        super().__init__()
+        self.config = config
+        eps = config.layer_norm_eps
+        self.noise_proj = nn.Linear(config.noise_size, hidden_size)
+        self.noise_norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.hidden_proj = nn.Linear(hidden_size, hidden_size)
+        self.hidden_norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.blocks = nn.ModuleList(GatedBlock(hidden_size, eps) for _ in range(config.num_mlp_layers))
+        self.final_norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.final_mlp = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, latent_size)
+        )
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        return self.final_mlp[-1]
+
+    def sample(
+        self, hidden: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """One latent per hidden state, ``[..., D] -> [..., Z]``.
+
+        Args:
+            noise: uniform in [-0.5, 0.5], ``[..., U]``; extra leading dimensions give several samples per state.
+        """
+        if noise is None:
+            noise = self.draw_noise(hidden, generator=generator)
+        x = self.noise_norm(self.noise_proj(noise))
+        condition = self.hidden_norm(self.hidden_proj(hidden))
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.final_mlp(self.final_norm(x))
+
+    def draw_noise(self, hidden: Tensor, *samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Uniform noise in [-0.5, 0.5]: ``[*samples, ..., U]`` for hidden states ``[..., D]``."""
+        shape = (*samples, *hidden.shape[:-1], self.config.noise_size)
+        return torch.rand(shape, generator=generator, device=hidden.device, dtype=hidden.dtype) - 0.5
+
+    def loss(
+        self,
+        hidden: Tensor,
+        posterior: Posterior,
+        decode: Callable[[Tensor], Tensor],
+        target_ids: Tensor,
+        noise: Tensor | None = None,
+        target_noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> HeadLoss:
+        """Negative energy score of N draws against M draws of the posterior (paper, eq. 11); noise ``[N, ..., U]``."""
+        config = self.config
+        if noise is None:
+            noise = self.draw_noise(hidden, config.num_samples, generator=generator)
+        samples = self.sample(hidden, noise)
+        targets = posterior.sample(config.num_target_samples, target_noise, generator)
+        diversity, fidelity = energy_score_terms(samples, targets, config.alpha)
+        loss = 2 * fidelity - diversity
+        metrics = {"energy_score": -loss, "fidelity": fidelity, "diversity": diversity}
+        if config.mean_pull_weight:
+            pull = (samples.float().mean(0) - posterior.mean.float()).square().sum(-1)
+            loss = loss + config.mean_pull_weight * pull
+            metrics["mean_pull"] = pull
+        return HeadLoss(loss, metrics)

@@ -1,0 +1,169 @@
+"""The autoencoder: K tokens to one latent vector and back (paper, section 2).
+
+It is context-free: every patch of K tokens is encoded alone. Shapes: B batch, T = L * K tokens, L patches, K tokens of
+a patch, H hidden, Z latent, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.utils import ModelOutput
+
+from calm.functional.gaussian import gaussian_kl, gaussian_sample
+from calm.models.configuration_autoencoder import CalmAutoencoderConfig
+
+
+@dataclass
+class Posterior:
+    """Diagonal Gaussian over the latent of every patch; ``mean`` and ``log_std`` are ``[B, L, Z]``."""
+
+    mean: Tensor
+    log_std: Tensor
+
+    def sample(
+        self, num_samples: int, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """``[num_samples, B, L, Z]`` draws; standard normal ``noise`` of that shape makes them deterministic."""
+        return gaussian_sample(self.mean, self.log_std, num_samples, noise, generator)
+
+
+@dataclass
+class CalmAutoencoderOutput(ModelOutput):
+    """
+    Args:
+        loss: scalar, when labels were given: K * cross-entropy + kl_weight * KL.
+        reconstruction_loss: scalar, mean cross-entropy per token in nats.
+        kl: scalar, mean KL per patch in nats, floored per dimension.
+        logits: ``[B, L, K, V]``.
+        mean, log_std: the posterior, ``[B, L, Z]``.
+    """
+
+    loss: Tensor | None = None
+    reconstruction_loss: Tensor | None = None
+    kl: Tensor | None = None
+    logits: Tensor | None = None
+    mean: Tensor | None = None
+    log_std: Tensor | None = None
+
+
+class ResidualBlock(nn.Module):
+    """Pre-norm SwiGLU block with a residual connection: ``[..., H] -> [..., H]``."""
+
+    def __init__(self, config: CalmAutoencoderConfig):
+        super().__init__()
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.mlp(self.norm(hidden))
+
+
+def _residual_blocks(config: CalmAutoencoderConfig, num_layers: int) -> nn.Sequential:
+    return nn.Sequential(*(ResidualBlock(config) for _ in range(num_layers)))
+
+
+class Encoder(nn.Module):
+    """Token embeddings of a patch to its posterior: ``[..., K, H] -> [..., Z], [..., Z]``."""
+
+    def __init__(self, config: CalmAutoencoderConfig):
+        super().__init__()
+        self.token_blocks = _residual_blocks(config, config.num_encoder_layers // 2)
+        self.squeeze = nn.Linear(config.patch_size * config.hidden_size, config.hidden_size)
+        self.patch_blocks = _residual_blocks(config, config.num_encoder_layers // 2)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.to_posterior = nn.Linear(config.hidden_size, 2 * config.latent_size)
+
+    def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.squeeze(self.token_blocks(embeddings).flatten(-2))
+        mean, log_std = self.to_posterior(self.norm(self.patch_blocks(hidden))).chunk(2, dim=-1)
+        return mean, log_std
+
+
+class Decoder(nn.Module):
+    """Latent vector to a hidden state per token, ready for the output embedding: ``[..., Z] -> [..., K, H]``."""
+
+    def __init__(self, config: CalmAutoencoderConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.from_latent = nn.Linear(config.latent_size, config.hidden_size)
+        self.patch_blocks = _residual_blocks(config, config.num_decoder_layers // 2)
+        self.expand = nn.Linear(config.hidden_size, config.patch_size * config.hidden_size)
+        self.token_blocks = _residual_blocks(config, config.num_decoder_layers // 2)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        hidden = self.expand(self.patch_blocks(self.from_latent(latents)))
+        return self.norm(self.token_blocks(hidden.unflatten(-1, (self.patch_size, -1))))
+
+
+class CalmAutoencoder(PreTrainedModel):
+    """Maps K tokens to one latent vector and back; see :class:`CalmAutoencoderConfig`."""
+
+    config: CalmAutoencoderConfig
+    config_class = CalmAutoencoderConfig
+    base_model_prefix = "autoencoder"
+    main_input_name = "input_ids"
+
+    def __init__(self, config: CalmAutoencoderConfig):
+        super().__init__(config)
+        # One parameter is the input embedding and, transposed, the output embedding: nothing to tie, nothing to lose.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def encode(self, input_ids: Tensor) -> Posterior:
+        """Posterior of every patch: token ids ``[B, T]``, T a multiple of K -> mean, log_std ``[B, L, Z]``."""
+        patch_size = self.config.patch_size
+        if input_ids.shape[-1] % patch_size:
+            raise ValueError(
+                f"input_ids must hold whole patches of {patch_size} tokens, got {input_ids.shape[-1]} tokens."
+            )
+        return Posterior(*self.encoder(self.embed_tokens(input_ids.unflatten(-1, (-1, patch_size)))))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Logits of the K tokens of every latent: ``[..., Z] -> [..., K, V]``."""
+        return F.linear(self.decoder(latents), self.embed_tokens.weight)
+
+    def decode_tokens(self, latents: Tensor) -> Tensor:
+        """Most likely tokens of every latent: ``[..., Z] -> [..., K]``."""
+        return self.decode(latents).argmax(-1)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> CalmAutoencoderOutput:
+        """Encode, draw one latent per patch, decode (paper, eq. 4).
+
+        In training mode input tokens and latent entries are dropped; the loss stays the reconstruction of every token.
+
+        Args:
+            input_ids: ``[B, T]``, T a multiple of K.
+            labels: ``[B, T]``, -100 where a token does not count.
+            noise: standard normal ``[B, L, Z]`` of the latent draw.
+            generator: source of noise and dropout otherwise (dropout of the latent uses torch's own generator).
+        """
+        config = self.config
+        if self.training and config.token_dropout:
+            luck = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
+            input_ids = input_ids.masked_fill(luck < config.token_dropout, config.token_dropout_id)
+        posterior = self.encode(input_ids)
+        latents = posterior.sample(1, None if noise is None else noise[None], generator)[0]
+        logits = self.decode(F.dropout(latents, config.latent_dropout, self.training))
+        output = CalmAutoencoderOutput(logits=logits, mean=posterior.mean, log_std=posterior.log_std)
+        if labels is not None:
+            output.reconstruction_loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
+            output.kl = gaussian_kl(posterior.mean, posterior.log_std, config.kl_clip).mean()
+            # Summed over the patch, so that the weight of the KL does not depend on K.
+            output.loss = config.patch_size * output.reconstruction_loss + config.kl_weight * output.kl
+        return output

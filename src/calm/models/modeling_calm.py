@@ -1,0 +1,180 @@
+"""The language model: a causal transformer over patches that predicts the latent of the next patch (paper, section 3).
+
+Shapes: B batch, T = L * K tokens, L patches, K tokens of a patch, D hidden, Z latent.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from calm.models.configuration_calm import CalmConfig
+from calm.models.generation import CalmGenerationMixin
+from calm.models.heads import HEADS
+from calm.models.modeling_autoencoder import CalmAutoencoder
+
+
+@dataclass
+class CalmOutput(ModelOutput):
+    """
+    Args:
+        loss: scalar, when labels were given: the head's loss, mean over the target patches.
+        last_hidden_state: ``[B, L, D]``; position i is the condition of patch i + 1.
+        past_key_values: the cache, one entry per patch.
+        metrics: named parts of the loss, scalars.
+    """
+
+    loss: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    metrics: dict[str, Tensor] | None = None
+
+
+class PatchEmbedding(nn.Module):
+    """K token embeddings to one input of the backbone: ``[..., K, D] -> [..., D]``."""
+
+    def __init__(self, patch_size: int, hidden_size: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(patch_size * hidden_size, 2 * hidden_size),
+            nn.SiLU(),
+            nn.Linear(2 * hidden_size, hidden_size),
+            nn.LayerNorm(hidden_size, eps=1e-6),
+        )
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return self.layers(embeddings.flatten(-2))
+
+
+class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
+    """Continuous autoregressive language model; see :class:`CalmConfig`.
+
+    A saved model holds its autoencoder: one directory is all there is to load.
+    """
+
+    config: CalmConfig
+    config_class = CalmConfig
+    base_model_prefix = "calm"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    # The loss is a mean over patches of the micro-batch: Trainer must divide it by the accumulation steps itself.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: CalmConfig):
+        super().__init__(config)
+        self.backbone = AutoModel.from_config(config.backbone_config)
+        self.patch_embedding = PatchEmbedding(config.patch_size, config.hidden_size)
+        self.head = HEADS[config.head_config.type](
+            config.head_config, config.hidden_size, config.autoencoder_config.latent_size
+        )
+        self.autoencoder = CalmAutoencoder(config.autoencoder_config)
+        self.post_init()
+        self.autoencoder.requires_grad_(False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self.head.output_layer:
+            # Every sample starts at the same point: the first steps learn where the latents lie, then their spread.
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_autoencoder(cls, autoencoder: CalmAutoencoder, backbone_config, head_config=None) -> "CalmForCausalLM":
+        """A new model around a trained autoencoder, whose weights are copied; the rest is freshly initialised."""
+        config = CalmConfig(
+            backbone_config=backbone_config, head_config=head_config, autoencoder_config=autoencoder.config
+        )
+        model = cls(config)
+        model.autoencoder.load_state_dict(autoencoder.state_dict())
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def train(self, mode: bool = True) -> "CalmForCausalLM":
+        """Training mode for everything but the autoencoder: it is frozen, and its dropout would blur the targets."""
+        super().train(mode)
+        self.autoencoder.eval()
+        return self
+
+    def embed_patches(self, input_ids: Tensor) -> Tensor:
+        """Inputs of the backbone: token ids ``[B, T]``, T a multiple of K -> ``[B, L, D]``."""
+        patch_size = self.config.patch_size
+        if input_ids.shape[-1] % patch_size:
+            raise ValueError(
+                f"input_ids must hold whole patches of {patch_size} tokens, got {input_ids.shape[-1]} tokens; "
+                "generate() aligns prompts by itself."
+            )
+        return self.patch_embedding(self.get_input_embeddings()(input_ids.unflatten(-1, (-1, patch_size))))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool = False,
+        noise: Tensor | None = None,
+        target_noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> CalmOutput:
+        """Hidden states of the patches and, with labels, the loss of predicting every patch from those before it.
+
+        Args:
+            input_ids: ``[B, T]``, T a multiple of K.
+            attention_mask: ``[B, L (+ cached)]``, one entry per *patch*, 0 for padding; or ``[B, 1, L, ...]`` as the
+                backbone takes it.
+            labels: ``[B, T]``, usually ``input_ids``. A patch with any label -100 is no target.
+            position_ids: ``[B, L]``, positions of the patches.
+            noise, target_noise: of the head's loss, ``[N, B, L - 1, ...]`` and ``[M, B, L - 1, Z]``; given both, the
+                loss is deterministic.
+        """
+        outputs = self.backbone(
+            inputs_embeds=self.embed_patches(input_ids),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            use_cache=use_cache,
+        )
+        hidden = outputs.last_hidden_state
+        output = CalmOutput(last_hidden_state=hidden, past_key_values=outputs.past_key_values)
+        if labels is not None:
+            output.loss, output.metrics = self._loss(hidden, labels, noise, target_noise, generator)
+        return output
+
+    def _loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        noise: Tensor | None,
+        target_noise: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        patch_size = self.config.patch_size
+        target_ids = labels[:, patch_size:]
+        is_target = target_ids.ne(-100).unflatten(-1, (-1, patch_size)).all(-1)  # [B, L - 1]
+        target_ids = target_ids.clamp(min=0)
+        with torch.no_grad():
+            posterior = self.autoencoder.encode(target_ids)
+        head_loss = self.head.loss(
+            hidden[:, :-1],
+            posterior,
+            self.autoencoder.decode,
+            target_ids.unflatten(-1, (-1, patch_size)),
+            noise,
+            target_noise,
+            generator,
+        )
+        # Positions that are no target are computed and weighted 0: shapes stay fixed, and no device waits for a count.
+        weight = is_target / is_target.sum().clamp(min=1)
+        metrics = {name: (value.detach() * weight).sum() for name, value in head_loss.metrics.items()}
+        return (head_loss.loss * weight).sum(), metrics

@@ -1,0 +1,1 @@
+"""Training: a YAML recipe in, a self-contained model directory out."""

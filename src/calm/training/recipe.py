@@ -1,0 +1,171 @@
+"""Recipes: one YAML file says all there is to say about a training run.
+
+```yaml
+stage: calm                          # autoencoder | calm | baseline
+output_dir: runs/calm
+seed: 0
+data:
+  train: data/train                  # made by `calm prepare`
+  validation: data/validation
+  block_size: 1024                   # tokens
+model:                               # stage autoencoder: fields of CalmAutoencoderConfig
+  autoencoder: runs/autoencoder      # stage calm: a trained autoencoder,
+  backbone: {hidden_size: 256}       #   the backbone's fields (`model_type` if it is no Llama),
+  head: {type: energy}               #   and the head's; stage baseline: the backbone alone
+training:                            # fields of transformers.TrainingArguments
+  learning_rate: 3.0e-4
+```
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+STAGES = ("autoencoder", "calm", "baseline")
+MODEL_PARTS = {"calm": ("autoencoder", "backbone", "head"), "baseline": ("backbone",)}
+
+# The paper's optimiser, and habits that suit language models; a recipe may change every one of them.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 2000,
+    "weight_decay": 0.1,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "max_grad_norm": 1.0,
+    "logging_steps": 10,
+    "save_steps": 1000,
+    "save_total_limit": 2,
+    "dataloader_drop_last": True,
+    "report_to": "tensorboard",
+}
+# Set by the run itself.
+_RESERVED_TRAINING = ("output_dir", "seed", "remove_unused_columns")
+
+
+@dataclass
+class DataRecipe:
+    train: str
+    block_size: int
+    validation: str | None = None
+
+
+@dataclass
+class Recipe:
+    stage: str
+    output_dir: str
+    data: DataRecipe
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}.")
+        _check_keys(self.model, _model_fields(self.stage), "model")
+        for part, fields in (("backbone", _backbone_fields(self.model)), ("head", None)):
+            if part in self.model and fields is not None:
+                _check_keys(self.model[part], fields, f"model.{part}")
+        if self.stage == "calm" and "autoencoder" not in self.model:
+            raise ValueError("stage calm needs model.autoencoder: the directory of a trained autoencoder.")
+        from transformers import TrainingArguments
+
+        names = {each.name for each in dataclasses.fields(TrainingArguments) if each.init}
+        _check_keys(self.training, names - set(_RESERVED_TRAINING), "training")
+        self.training = TRAINING_DEFAULTS | self.training
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """Build and check a recipe; ValueError names an unknown or missing key."""
+        _check_keys(values, {each.name for each in dataclasses.fields(cls)}, "the recipe")
+        for name in ("stage", "output_dir", "data"):
+            if name not in values:
+                raise ValueError(f"the recipe lacks {name!r}.")
+        data = values["data"]
+        if not isinstance(data, dict):
+            raise ValueError(f"data must be a mapping (train, validation, block_size), got {data!r}.")
+        _check_keys(data, {each.name for each in dataclasses.fields(DataRecipe)}, "data")
+        for name in ("train", "block_size"):
+            if name not in data:
+                raise ValueError(f"data lacks {name!r}.")
+        return cls(**values | {"data": DataRecipe(**data)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, overrides: Sequence[str] = ()) -> "Recipe":
+        """Read a YAML file and apply ``dotted.key=value`` overrides."""
+        if not Path(path).is_file():
+            raise ValueError(f"no recipe at {path}.")
+        try:
+            values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must be a mapping of recipe keys, got {type(values).__name__}.")
+        for override in overrides:
+            key, separator, value = override.partition("=")
+            if not separator or not key:
+                raise ValueError(f"an override reads dotted.key=value, got {override!r}.")
+            _set_dotted(values, key.split("."), yaml.load(value, _Loader), override)
+        return cls.from_dict(values)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, defaults included."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def _set_dotted(values: dict[str, Any], path: list[str], value: Any, override: str) -> None:
+    for name in path[:-1]:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"override {override!r}: {name!r} is a value, not a group of keys.")
+    values[path[-1]] = value
+
+
+def _check_keys(given: Any, allowed: Collection[str], where: str) -> None:
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} must be a mapping of keys, got {given!r}.")
+    for key in given:
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), allowed, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}."
+            raise ValueError(f"unknown key {key!r} in {where}: {hint}")
+
+
+def _model_fields(stage: str) -> Collection[str]:
+    if stage != "autoencoder":
+        return MODEL_PARTS[stage]
+    from calm.models.configuration_autoencoder import CalmAutoencoderConfig
+
+    return {each.name for each in dataclasses.fields(CalmAutoencoderConfig)}
+
+
+def _backbone_fields(model: dict[str, Any]) -> Collection[str] | None:
+    """Fields of the backbone's configuration; for a Llama they are known to be all there are."""
+    backbone = model.get("backbone")
+    if not isinstance(backbone, dict) or backbone.get("model_type", "llama") != "llama":
+        return None
+    from transformers import LlamaConfig
+
+    return {each.name for each in dataclasses.fields(LlamaConfig)} | {"model_type", "rope_theta"}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string; everyone who writes a learning rate means the number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:float"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)

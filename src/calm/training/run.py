@@ -1,0 +1,185 @@
+"""One training run: build the model a recipe asks for, train it (or go on training), leave a complete directory."""
+
+import os
+from pathlib import Path
+
+import torch
+import yaml
+from rich.progress import Progress
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import ProgressCallback as TqdmCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from calm.data.blocks import TokenBlocks, read_manifest
+from calm.data.tokenizer import load_tokenizer, tokenizer_hash
+from calm.models.configuration_autoencoder import CalmAutoencoderConfig
+from calm.models.loading import load_autoencoder
+from calm.models.modeling_autoencoder import CalmAutoencoder
+from calm.models.modeling_calm import CalmForCausalLM
+from calm.training.progress import ProgressCallback, make_progress
+from calm.training.recipe import Recipe
+from calm.training.trainer import CalmTrainer, JsonlCallback
+
+RECIPE = "recipe.yaml"
+COMPLETE = "complete.json"
+
+
+def train(recipe: Recipe, progress: Progress | None = None) -> Path:
+    """Carry a recipe out. Interrupted, the same call goes on from the last checkpoint; complete, it returns at once.
+
+    Returns:
+        the output directory: model, tokenizer, ``recipe.yaml``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``.
+
+    Raises:
+        ValueError: when the directory holds a run of another recipe, or the recipe's parts do not fit together.
+    """
+    output = Path(recipe.output_dir)
+    if is_complete(recipe):
+        return output
+    check_output(recipe)
+    set_seed(recipe.seed)
+    model = build_model(recipe)
+    train_blocks, validation_blocks = load_blocks(recipe, model)
+
+    output.mkdir(parents=True, exist_ok=True)
+    (output / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    arguments = training_arguments(recipe)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / "tensorboard"))
+    trainer = CalmTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_blocks,
+        eval_dataset=validation_blocks,
+        callbacks=[JsonlCallback(output / "metrics.jsonl")],
+    )
+    trainer.remove_callback(TqdmCallback)
+    trainer.remove_callback(PrinterCallback)
+    own_progress = progress is None
+    progress = progress or make_progress()
+    trainer.add_callback(ProgressCallback(progress, f"train {recipe.stage}"))
+    if own_progress:
+        progress.start()
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    finally:
+        if own_progress:
+            progress.stop()
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output)
+    load_tokenizer(recipe.data.train).save_pretrained(output)
+    trainer.state.save_to_json(str(output / COMPLETE))
+    return output
+
+
+def is_complete(recipe: Recipe) -> bool:
+    """Whether the recipe's directory holds its finished run."""
+    output = Path(recipe.output_dir)
+    return (output / COMPLETE).exists() and (output / RECIPE).read_text(encoding="utf-8") == recipe.to_yaml()
+
+
+def check_output(recipe: Recipe) -> None:
+    """ValueError when the output directory holds something else than (part of) this recipe's run."""
+    output = Path(recipe.output_dir)
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not (output / RECIPE).exists():
+        raise ValueError(f"{output} is not empty and holds no training run: choose another output_dir.")
+    before = _flatten(yaml.safe_load((output / RECIPE).read_text(encoding="utf-8")))
+    now = _flatten(yaml.safe_load(recipe.to_yaml()))
+    different = [
+        f"{key} ({before.get(key)!r} there, {now.get(key)!r} here)"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if different:
+        raise ValueError(
+            f"{output} holds a run of another recipe: {'; '.join(different)}. Choose another output_dir, or remove it."
+        )
+
+
+def _flatten(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def last_checkpoint(output: Path) -> str | None:
+    folder = output / "checkpoints"
+    return get_last_checkpoint(str(folder)) if folder.exists() else None
+
+
+def build_model(recipe: Recipe) -> PreTrainedModel:
+    """A freshly initialised model of the recipe's stage, for the recipe's data."""
+    tokens = _token_ids(recipe.data.train)
+    if recipe.stage == "autoencoder":
+        return CalmAutoencoder(CalmAutoencoderConfig(**tokens | recipe.model))
+    backbone = dict(recipe.model.get("backbone") or {})
+    if recipe.stage == "baseline":
+        config = AutoConfig.for_model(backbone.pop("model_type", "llama"), **tokens | backbone)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    autoencoder = load_autoencoder(recipe.model["autoencoder"])
+    _check_same_tokenizer(recipe.model["autoencoder"], recipe.data.train)
+    # Every patch is one position of the backbone.
+    positions = max(2048, recipe.data.block_size // autoencoder.config.patch_size)
+    backbone = {"max_position_embeddings": positions} | tokens | backbone
+    return CalmForCausalLM.from_autoencoder(autoencoder, backbone, dict(recipe.model.get("head") or {}))
+
+
+def load_blocks(recipe: Recipe, model: PreTrainedModel) -> tuple[TokenBlocks, TokenBlocks | None]:
+    """Training and validation blocks; ValueError when they do not fit the model or each other."""
+    patch_size = getattr(model.config, "patch_size", 1)
+    blocks = TokenBlocks(recipe.data.train, recipe.data.block_size, patch_size)
+    if blocks.manifest["vocab_size"] > model.config.vocab_size:
+        raise ValueError(
+            f"{recipe.data.train} was prepared with {blocks.manifest['vocab_size']} tokens, the model knows "
+            f"{model.config.vocab_size}: prepare it with the model's tokenizer."
+        )
+    if recipe.data.validation is None:
+        return blocks, None
+    validation = TokenBlocks(recipe.data.validation, recipe.data.block_size, patch_size)
+    if validation.manifest["tokenizer_sha256"] != blocks.manifest["tokenizer_sha256"]:
+        raise ValueError(
+            f"{recipe.data.train} and {recipe.data.validation} were prepared with different tokenizers: run "
+            "`calm prepare` for both with one."
+        )
+    return blocks, validation
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The Trainer's arguments: the recipe's, and what the run decides itself."""
+    values = dict(recipe.training)
+    if "bf16" not in values and "fp16" not in values and not values.get("use_cpu"):
+        # bf16 on CPUs without native support is over a hundred times slower than float32.
+        values["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if recipe.data.validation is None:
+        values["eval_strategy"] = "no"
+    return TrainingArguments(
+        output_dir=str(Path(recipe.output_dir) / "checkpoints"),
+        seed=recipe.seed,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        **{name: value for name, value in values.items() if name != "prediction_loss_only"},
+    )
+
+
+def _token_ids(data: str) -> dict[str, int | None]:
+    manifest = read_manifest(data)
+    tokenizer = load_tokenizer(data)
+    return {
+        "vocab_size": manifest["vocab_size"],
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _check_same_tokenizer(model: str, data: str) -> None:
+    if tokenizer_hash(load_tokenizer(model)) != tokenizer_hash(load_tokenizer(data)):
+        raise ValueError(
+            f"the autoencoder in {model} and the data in {data} belong to different tokenizers: run `calm prepare "
+            f"--tokenizer {model}`, or train an autoencoder on this data."
+        )

@@ -1,0 +1,94 @@
+"""A thin subclass of transformers' Trainer: averages what the models report, and writes it where people look."""
+
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from calm.models.modeling_autoencoder import CalmAutoencoder
+from calm.models.modeling_calm import CalmForCausalLM
+
+_LIVE_VARIANCE = 0.01  # a latent dimension is live when the posterior mean varies this much over patches (Burda et al.)
+
+
+class CalmTrainer(Trainer):
+    """Trainer that logs, beside the loss, the parts of it that the model reports, and tokens per second."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._sums: dict[str, torch.Tensor] = defaultdict(float)
+        self._count = 0
+        self._tokens = 0
+        self._since = time.perf_counter()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if model.training:
+            for name, value in report(self.accelerator.unwrap_model(model), outputs, inputs).items():
+                self._sums[name] += value.detach()
+            self._count += 1
+            self._tokens += inputs["input_ids"].numel()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the averages since the last log to a training record."""
+        if "loss" in logs and self._count:
+            logs |= {name: float(total) / self._count for name, total in self._sums.items()}
+            logs["tokens_per_second"] = self._tokens / (time.perf_counter() - self._since)
+            self._sums.clear()
+            self._count, self._tokens, self._since = 0, 0, time.perf_counter()
+        super().log(logs, start_time)
+
+
+@torch.no_grad()
+def report(model: torch.nn.Module, outputs, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a training record says beside the loss; scalars."""
+    if isinstance(model, CalmAutoencoder):
+        hits = outputs.logits.argmax(-1).flatten() == inputs["labels"].flatten()
+        return {
+            "reconstruction_loss": outputs.reconstruction_loss,
+            "accuracy": hits.float().mean(),
+            "kl": outputs.kl,
+            "live_dimensions": outputs.mean.flatten(0, -2).float().var(0).gt(_LIVE_VARIANCE).sum(),
+        }
+    if isinstance(model, CalmForCausalLM):
+        return dict(outputs.metrics)
+    return {}
+
+
+class JsonlCallback(TrainerCallback):
+    """Every record as a line of ``metrics.jsonl``; a resumed run drops the records behind its checkpoint first."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if state.is_world_process_zero and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= state.global_step]
+            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if state.is_world_process_zero and logs:
+            with open(self.path, "a", encoding="utf-8") as file:
+                print(json.dumps({"step": state.global_step} | logs), file=file)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")  # cut short by a kill
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The records of a run's ``metrics.jsonl``, oldest first."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) < float("inf")]
