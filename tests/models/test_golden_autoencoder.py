@@ -1,8 +1,8 @@
+import golden
 import pytest
 import torch
 import torch.nn.functional as F
 
-import golden
 from calm.functional import gaussian_kl
 from calm.functional.gaussian import gaussian_kl_per_dimension
 

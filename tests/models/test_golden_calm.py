@@ -1,7 +1,7 @@
+import golden
 import pytest
 import torch
 
-import golden
 from calm.functional import energy_score, gaussian_sample
 from calm.models.modeling_autoencoder import Posterior
 

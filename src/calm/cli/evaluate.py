@@ -1,7 +1,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,13 +37,18 @@ def evaluate(
     from calm.training.progress import make_progress
 
     target = resolve_device(device)
-    loaded = {name: load_model(name).to(target) for name in models}
+    loaded: dict[str, Any] = {}
+    for name in models:
+        loaded[name] = load_model(name)
+        loaded[name].to(target)
     patch_sizes = [getattr(model.config, "patch_size", 1) for model in loaded.values()]
     stride = stride or math.lcm(*patch_sizes)
     text = TokenBlocks(data, block_size, math.lcm(*patch_sizes))
     for name in models:
         if tokenizer_hash(load_tokenizer(name)) != text.manifest["tokenizer_sha256"]:
-            raise ValueError(f"{data} was not prepared with the tokenizer of {name}: `calm prepare --tokenizer {name}`.")
+            raise ValueError(
+                f"{data} was not prepared with the tokenizer of {name}: `calm prepare --tokenizer {name}`."
+            )
 
     results: dict[str, dict] = {}
     with make_progress() as progress:

@@ -1,12 +1,14 @@
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
 def generate(
     model: Annotated[str, typer.Argument(help="directory of a trained model, or a hub id")],
-    prompt: Annotated[str | None, typer.Option(help="text to continue; `-` reads stdin; none starts a document")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="text to continue; `-` reads stdin; none starts a document")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="in (0, 1]; lower is safer text")] = 0.5,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to add at most")] = 128,
     sampler: Annotated[str, typer.Option(help="batch (fast, approximate) or exact")] = "batch",
@@ -26,7 +28,8 @@ def generate(
     from calm.models.loading import load_language_model
     from calm.models.modeling_calm import CalmForCausalLM
 
-    language_model = load_language_model(model).to(resolve_device(device))
+    language_model: Any = load_language_model(model)
+    language_model.to(resolve_device(device))
     tokenizer = load_tokenizer(model)
     text = sys.stdin.read() if prompt == "-" else prompt or ""
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].long().to(language_model.device)
@@ -43,7 +46,7 @@ def generate(
             streamer=streamer,
         )
         return
-    if not 0 < temperature:
+    if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}.")
     if ids.shape[1] == 0:
         ids = torch.tensor([[tokenizer.eos_token_id]], device=language_model.device)

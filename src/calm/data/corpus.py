@@ -41,7 +41,10 @@ def write_embedded_corpus(directory: str | os.PathLike) -> dict[str, Path]:
     directory.mkdir(parents=True, exist_ok=True)
     paths = {split: directory / f"{split}.jsonl" for split in ("train", "validation")}
     drafts = {split: path.with_suffix(".tmp") for split, path in paths.items()}
-    with open(drafts["train"], "w", encoding="utf-8") as train, open(drafts["validation"], "w", encoding="utf-8") as val:
+    with (
+        open(drafts["train"], "w", encoding="utf-8") as train,
+        open(drafts["validation"], "w", encoding="utf-8") as val,
+    ):
         for path, text in stdlib_documents():
             print(json.dumps({"text": text, "path": path}), file=val if in_validation(path) else train)
     for split, draft in drafts.items():

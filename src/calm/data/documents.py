@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import fsspec
@@ -13,11 +13,11 @@ JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, ".parquet")
 
 
-class BadRecord(ValueError):
+class BadRecordError(ValueError):
     """A document that cannot be read; the message names the file and the place in it."""
 
 
-def find_files(sources: list[str | os.PathLike]) -> list[str]:
+def find_files(sources: Sequence[str | os.PathLike]) -> list[str]:
     """The document files among ``sources``, in a fixed order; folders are searched, other files in them passed over."""
     files: list[str] = []
     for source in map(Path, sources):
@@ -36,14 +36,14 @@ def find_files(sources: list[str | os.PathLike]) -> list[str]:
 
 
 def read_documents(
-    files: list[str], text_key: str = "text", on_bad: str = "error", counts: Counter | None = None
+    files: Sequence[str], text_key: str = "text", on_bad: str = "error", counts: Counter | None = None
 ) -> Iterator[str]:
     """The texts of the files, one after the other, without holding a file in memory.
 
     Args:
         text_key: field of JSON lines and column of parquet files that holds the text.
-        on_bad: ``"error"`` raises :class:`BadRecord` at the first unreadable record; ``"skip"`` passes over it (over
-            the rest of the file, where the file itself is damaged).
+        on_bad: ``"error"`` raises :class:`BadRecordError` at the first unreadable record; ``"skip"`` passes over it
+            (over the rest of the file, where the file itself is damaged).
         counts: gets ``documents``, ``empty`` and one ``skipped: <what>`` per bad record.
     """
     if on_bad not in ("error", "skip"):
@@ -51,7 +51,7 @@ def read_documents(
     counts = Counter() if counts is None else counts
     for path in files:
         for text in _read_file(path, text_key):
-            if isinstance(text, BadRecord):
+            if isinstance(text, BadRecordError):
                 if on_bad == "error":
                     raise text
                 counts[f"skipped: {text}"] += 1
@@ -62,7 +62,7 @@ def read_documents(
                 counts["empty"] += 1
 
 
-def _read_file(path: str, text_key: str) -> Iterator[str | BadRecord]:
+def _read_file(path: str, text_key: str) -> Iterator[str | BadRecordError]:
     try:
         if path.endswith(TEXT_SUFFIXES):
             with fsspec.open(path, "rt", encoding="utf-8", newline="") as file:
@@ -72,45 +72,45 @@ def _read_file(path: str, text_key: str) -> Iterator[str | BadRecord]:
         else:
             yield from _read_jsonl(path, text_key)
     except UnicodeDecodeError as error:
-        yield BadRecord(f"{path} is not UTF-8 text (byte {error.start}).")
+        yield BadRecordError(f"{path} is not UTF-8 text (byte {error.start}).")
     except (OSError, EOFError) as error:
-        yield BadRecord(f"{path} cannot be read: {error}.")
+        yield BadRecordError(f"{path} cannot be read: {error}.")
 
 
-def _read_jsonl(path: str, text_key: str) -> Iterator[str | BadRecord]:
+def _read_jsonl(path: str, text_key: str) -> Iterator[str | BadRecordError]:
     number = 0
     # Bytes, so that one line that is not UTF-8 does not take the rest of the file with it.
     with fsspec.open(path, "rb", compression="infer") as file:
         for number, line in enumerate(_lines(file, path), start=1):
-            if isinstance(line, BadRecord):
+            if isinstance(line, BadRecordError):
                 yield line
             elif line.strip():
                 yield _text_of(line, f"{path} line {number}", text_key)
 
 
-def _lines(file, path: str) -> Iterator[bytes | BadRecord]:
+def _lines(file, path: str) -> Iterator[bytes | BadRecordError]:
     import zstandard
 
     try:
         yield from file
     except zstandard.ZstdError as error:
-        yield BadRecord(f"{path} cannot be read: {error}.")
+        yield BadRecordError(f"{path} cannot be read: {error}.")
 
 
-def _text_of(line: bytes, place: str, text_key: str) -> str | BadRecord:
+def _text_of(line: bytes, place: str, text_key: str) -> str | BadRecordError:
     try:
         record = json.loads(line)
     except UnicodeDecodeError:
-        return BadRecord(f"{place} is not UTF-8 text.")
+        return BadRecordError(f"{place} is not UTF-8 text.")
     except json.JSONDecodeError as error:
-        return BadRecord(f"{place} is not valid JSON ({error.msg}, column {error.colno}).")
+        return BadRecordError(f"{place} is not valid JSON ({error.msg}, column {error.colno}).")
     if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
         fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        return BadRecord(f"{place} has no text field {text_key!r} (found: {fields}); name it with --text-key.")
+        return BadRecordError(f"{place} has no text field {text_key!r} (found: {fields}); name it with --text-key.")
     return record[text_key]
 
 
-def _read_parquet(path: str, text_key: str) -> Iterator[str | BadRecord]:
+def _read_parquet(path: str, text_key: str) -> Iterator[str | BadRecordError]:
     import pyarrow
     import pyarrow.parquet
 
@@ -118,10 +118,10 @@ def _read_parquet(path: str, text_key: str) -> Iterator[str | BadRecord]:
         with fsspec.open(path, "rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
             if text_key not in file.schema_arrow.names:
                 columns = ", ".join(file.schema_arrow.names)
-                yield BadRecord(f"{path} has no column {text_key!r} (found: {columns}); name it with --text-key.")
+                yield BadRecordError(f"{path} has no column {text_key!r} (found: {columns}); name it with --text-key.")
                 return
             for batch in file.iter_batches(columns=[text_key]):
                 for text in batch.column(0).to_pylist():
                     yield text or ""
     except pyarrow.ArrowException as error:
-        yield BadRecord(f"{path} is not a readable parquet file: {error}.")
+        yield BadRecordError(f"{path} is not a readable parquet file: {error}.")

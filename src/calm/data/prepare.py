@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,7 @@ _SETTINGS = ("sources", "text_key", "on_bad", "seed", "tokenizer_sha256")
 
 
 def prepare(
-    sources: list[str | os.PathLike],
+    sources: Sequence[str | os.PathLike],
     tokenizer: PreTrainedTokenizerBase,
     output: str | os.PathLike,
     text_key: str = "text",
@@ -54,8 +55,8 @@ def prepare(
             return manifest
         changed = [name for name in _SETTINGS if manifest.get(name) != settings[name]]
         raise ValueError(
-            f"{output} holds data prepared otherwise (different: {', '.join(changed)}): choose another output directory "
-            "or remove this one."
+            f"{output} holds data prepared otherwise (different: {', '.join(changed)}): choose another output "
+            "directory or remove this one."
         )
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty and holds no prepared data: choose another output directory.")

@@ -21,7 +21,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
     vocabulary of this size.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes, 2 special tokens), got {vocab_size}.")
+        raise ValueError(
+            f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes, 2 special tokens), got {vocab_size}."
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -61,7 +63,9 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load a tokenizer from {path}: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer in {path} has no end-of-text token (eos_token): documents could not be told apart.")
+        raise ValueError(
+            f"the tokenizer in {path} has no end-of-text token (eos_token): documents could not be told apart."
+        )
     return tokenizer
 
 

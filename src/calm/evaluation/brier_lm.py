@@ -12,6 +12,7 @@ patch, D hidden, V vocabulary.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -59,7 +60,7 @@ def evaluate_brier(
     num_samples: int = 4,
     batch_size: int = 8,
     seed: int = 0,
-    advance=None,
+    advance: Callable[[int], None] | None = None,
 ) -> BrierResult:
     """Score a language model on blocks of text.
 
@@ -77,13 +78,19 @@ def evaluate_brier(
     if num_samples < 2:
         raise ValueError(f"num_samples must be at least 2 (draws are compared in pairs), got {num_samples}.")
     if blocks.block_size < stride + NGRAM:
-        raise ValueError(f"block_size must be at least {stride + NGRAM} to hold a scored n-gram, got {blocks.block_size}.")
+        raise ValueError(
+            f"block_size must be at least {stride + NGRAM} to hold a scored n-gram, got {blocks.block_size}."
+        )
     vocab_size = blocks.manifest["vocab_size"]
     if vocab_size > model.config.vocab_size:
-        raise ValueError(f"the data hold {vocab_size} tokens, the model knows {model.config.vocab_size}: not its tokenizer.")
+        raise ValueError(
+            f"the data hold {vocab_size} tokens, the model knows {model.config.vocab_size}: not its tokenizer."
+        )
     num_blocks = min(num_blocks or len(blocks), len(blocks))
     generator = torch.Generator(model.device).manual_seed(seed)
-    score = _score_calm if isinstance(model, CalmForCausalLM) else _score_token_model
+    score: Callable[..., tuple[Tensor, Tensor]] = (
+        _score_calm if isinstance(model, CalmForCausalLM) else _score_token_model
+    )
 
     started = time.perf_counter()
     was_training = model.training
@@ -102,12 +109,26 @@ def evaluate_brier(
     if not (hit.isfinite().all() and collision.isfinite().all()):
         raise ValueError("the model gives NaN: its weights are damaged or training diverged.")
     return _result(
-        hit, collision, len(starts) * num_blocks, blocks.block_size, stride, num_samples, seed, time.perf_counter() - started
+        hit,
+        collision,
+        len(starts) * num_blocks,
+        blocks.block_size,
+        stride,
+        num_samples,
+        seed,
+        time.perf_counter() - started,
     )
 
 
 def _result(
-    hit: Tensor, collision: Tensor, positions: int, block_size: int, stride: int, samples: int, seed: int, seconds: float
+    hit: Tensor,
+    collision: Tensor,
+    positions: int,
+    block_size: int,
+    stride: int,
+    samples: int,
+    seed: int,
+    seconds: float,
 ) -> BrierResult:
     """Means over blocks ``[blocks, n]`` and their standard errors by bootstrap."""
     brier = 2 * hit - collision
@@ -187,7 +208,9 @@ def _score_token_model(
         drawn, same_again = _draw(model, hidden_BSPD, generator)  # [B, S, P] each
         # Two draws with one prefix collide on the next token with probability sum_v P(v)^2, whatever they drew.
         collision.append(
-            torch.stack([both * same_again[:, i] for both, (i, _) in zip(agree, _pairs(num_samples), strict=True)]).mean(0)
+            torch.stack(
+                [both * same_again[:, i] for both, (i, _) in zip(agree, _pairs(num_samples), strict=True)]
+            ).mean(0)
         )
         if depth < NGRAM - 1:
             same = torch.stack([drawn[:, i] == drawn[:, j] for i, j in _pairs(num_samples)])

@@ -1,6 +1,6 @@
 """Configuration of the language model: a composite of backbone, head and autoencoder."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
@@ -20,9 +20,10 @@ class EnergyHeadConfig(PreTrainedConfig):
         num_samples: N, draws of the head per position in the loss.
         num_target_samples: M, draws of the true patch's posterior per position in the loss.
         alpha: exponent of the energy score, in (0, 2).
-        mean_pull_weight: weight of a squared-error pull of the head's mean towards the posterior's mean; 0 in the paper.
-        token_score_weight: weight of a Brier score of the decoded tokens in the loss; 0 in the paper. It sees what the
-            energy score does not: whether a sample between two codewords decodes to the right tokens.
+        mean_pull_weight: weight of a squared-error pull of the samples' mean towards the posterior's; 0 in the paper.
+        condition_residual: whether the hidden state also enters the residual stream, beside the noise. In the paper it
+            acts through the gates of the blocks alone, which start out almost closed: small models on small budgets
+            then hardly learn to look at their context.
     """
 
     model_type = "calm_energy_head"
@@ -35,13 +36,15 @@ class EnergyHeadConfig(PreTrainedConfig):
     num_target_samples: int = 100
     alpha: float = 1.0
     mean_pull_weight: float = 0.0
-    token_score_weight: float = 0.0
+    condition_residual: bool = False
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.num_samples < 2:
-            raise ValueError(f"head_config.num_samples must be at least 2 (the score compares pairs), got {self.num_samples}.")
+            raise ValueError(
+                f"head_config.num_samples must be at least 2 (the score compares pairs), got {self.num_samples}."
+            )
         if self.num_target_samples < 1 or self.noise_size < 1 or self.num_mlp_layers < 1:
             raise ValueError("head_config: num_target_samples, noise_size and num_mlp_layers must be at least 1.")
         if not 0 < self.alpha < 2:
@@ -65,9 +68,10 @@ class CalmConfig(PreTrainedConfig):
     model_type = "calm"
     sub_configs: ClassVar = {"backbone_config": AutoConfig, "autoencoder_config": CalmAutoencoderConfig}
 
-    backbone_config: dict | PreTrainedConfig | None = None
-    autoencoder_config: dict | PreTrainedConfig | None = None
-    head_config: dict | PreTrainedConfig | None = None
+    # Dicts and None become configurations when the object is made.
+    backbone_config: Any = None
+    autoencoder_config: Any = None
+    head_config: Any = None
     initializer_range: float = 0.02
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -7,7 +7,9 @@ Shapes: B batch, T tokens, K tokens of a patch, L patches, D hidden, N candidate
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,13 @@ class GenerationState:
 class CalmGenerationMixin:
     """``generate`` and its parts, for :class:`~calm.models.modeling_calm.CalmForCausalLM`."""
 
+    # What the model brings.
     generation_config: GenerationConfig
+    config: Any
+    head: Any
+    autoencoder: Any
+    get_input_embeddings: Callable[[], Any]
+    __call__: Callable[..., Any]
 
     @torch.no_grad()
     def generate(
@@ -87,7 +95,7 @@ class CalmGenerationMixin:
         max_new_tokens = setting(max_new_tokens, "max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
         _check_sampling(temperature, sampler, num_candidates, max_new_tokens)
         if input_ids is None:
-            input_ids = torch.empty((1, 0), dtype=torch.long, device=self.device)
+            input_ids = torch.empty((1, 0), dtype=torch.long, device=self.get_input_embeddings().weight.device)
         end_ids = _end_ids(defaults.eos_token_id, input_ids.device)
         pad_id = setting(defaults.pad_token_id, "eos_token_id", 0)
         pad_id = pad_id if isinstance(pad_id, int) else pad_id[0]
@@ -142,7 +150,7 @@ class CalmGenerationMixin:
                 'prompt; tokenise with padding_side="left".'
             )
         vocab_size = self.config.vocab_size
-        if length and not (0 <= int(input_ids.min()) and int(input_ids.max()) < vocab_size):
+        if length and not (int(input_ids.min()) >= 0 and int(input_ids.max()) < vocab_size):
             raise ValueError(
                 f"input_ids must lie in 0 to {vocab_size - 1} (the model's vocabulary), got "
                 f"{int(input_ids.min())} to {int(input_ids.max())}: is it this model's tokenizer?"
@@ -234,8 +242,8 @@ def _check_sampling(temperature: float, sampler: str, num_candidates: int, max_n
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
     if num_candidates < exponent:
         raise ValueError(
-            f"num_candidates must be at least 1/temperature = {exponent:g}, got {num_candidates}: so many draws have to "
-            "agree."
+            f"num_candidates must be at least 1/temperature = {exponent:g}, got {num_candidates}: so many draws have "
+            "to agree."
         )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
@@ -244,4 +252,3 @@ def _check_sampling(temperature: float, sampler: str, num_candidates: int, max_n
 def _end_ids(eos_token_id: int | list[int] | None, device: torch.device) -> Tensor:
     ids = [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
     return torch.tensor(ids, dtype=torch.long, device=device)
-

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -39,7 +40,7 @@ def load_model(path: str | os.PathLike) -> PreTrainedModel:
         raise ValueError(f"no model in {path}: config.json is missing.")
     try:
         config = AutoConfig.from_pretrained(path)
-        kind = CalmAutoencoder if config.model_type == "calm_autoencoder" else AutoModelForCausalLM
+        kind: Any = CalmAutoencoder if config.model_type == "calm_autoencoder" else AutoModelForCausalLM
         model, info = kind.from_pretrained(path, output_loading_info=True)
     except SafetensorError as error:
         raise ValueError(f"the weights in {path} are damaged or cut short ({error}): copy them again.") from error

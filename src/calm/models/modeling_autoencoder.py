@@ -24,9 +24,7 @@ class Posterior:
     mean: Tensor
     log_std: Tensor
 
-    def sample(
-        self, num_samples: int, noise: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def sample(self, num_samples: int, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """``[num_samples, B, L, Z]`` draws; standard normal ``noise`` of that shape makes them deterministic."""
         return gaussian_sample(self.mean, self.log_std, num_samples, noise, generator)
 

@@ -12,8 +12,8 @@ def brier_table(results: dict[str, dict], costs: dict[str, dict[str, str]] | Non
     first = next(iter(results.values()))
     table = Table(
         title="BrierLM (100 is best)",
-        caption=f"{first['num_positions']:,} positions in {first['num_blocks']} blocks of {first['block_size']} tokens, "
-        f"every {first['stride']} tokens; ± is one standard error over blocks",
+        caption=f"{first['num_positions']:,} positions in {first['num_blocks']} blocks of {first['block_size']} "
+        f"tokens, every {first['stride']} tokens; ± is one standard error over blocks",
     )
     headings = list(next(iter(costs.values()))) if costs else []
     table.add_column("model")

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -98,7 +99,7 @@ def check_output(recipe: Recipe) -> None:
 
 
 def _flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
             flat |= _flatten(value, f"{prefix}{key}.")

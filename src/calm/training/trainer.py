@@ -4,6 +4,7 @@ import json
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,15 +20,13 @@ class CalmTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._sums: dict[str, torch.Tensor] = defaultdict(float)
+        self._sums: dict[str, Any] = defaultdict(float)
         self._count = 0
         self._tokens = 0
         self._since = time.perf_counter()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             for name, value in report(self.accelerator.unwrap_model(model), outputs, inputs).items():
                 self._sums[name] += value.detach()

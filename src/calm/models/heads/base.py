@@ -20,14 +20,9 @@ class HeadLoss:
 class Head(nn.Module):
     """Base of the heads. To the rest of the model a head is a black box that gives samples."""
 
-    @property
-    def output_layer(self) -> nn.Linear:
-        """The last layer, which the model initialises to zero."""
-        raise NotImplementedError
+    output_layer: nn.Linear  # the last layer, which the model initialises to zero
 
-    def sample(
-        self, hidden: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def sample(self, hidden: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """One latent per hidden state, ``[..., D] -> [..., Z]``; given ``noise``, deterministic."""
         raise NotImplementedError
 

@@ -6,6 +6,7 @@ Shapes: N head samples, D hidden, Z latent, U noise, K tokens, V vocabulary, ...
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -20,25 +21,19 @@ class GatedBlock(nn.Module):
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.mix = nn.Linear(2 * hidden_size, hidden_size)
         self.mlp = nn.Sequential(
-            nn.Linear(2 * hidden_size, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, 2 * hidden_size),
+            nn.SiLU(), nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size)
         )
         self.gate_act = nn.SiLU()
         self.down_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        first = self.mlp[0]
         # The first layer acts on [x, condition]. Its condition half does not depend on the noise: computed once per
         # hidden state, it broadcasts over the samples.
-        x_weight, condition_weight = first.weight.chunk(2, dim=1)
-        mixed = nn.functional.linear(self.norm(x), x_weight) + nn.functional.linear(
-            condition, condition_weight, first.bias
-        )
-        gate, up = self.mlp[1:](mixed).chunk(2, dim=-1)
+        x_weight, condition_weight = self.mix.weight.chunk(2, dim=1)
+        mixed = F.linear(self.norm(x), x_weight) + F.linear(condition, condition_weight, self.mix.bias)
+        gate, up = self.mlp(mixed).chunk(2, dim=-1)
         return x + self.down_proj(self.gate_act(gate) * up)
 
 
@@ -55,17 +50,10 @@ class EnergyHead(Head):
         self.hidden_norm = nn.LayerNorm(hidden_size, eps=eps)
         self.blocks = nn.ModuleList(GatedBlock(hidden_size, eps) for _ in range(config.num_mlp_layers))
         self.final_norm = nn.LayerNorm(hidden_size, eps=eps)
-        self.final_mlp = nn.Sequential(
-            nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, latent_size)
-        )
+        self.final_mlp = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.SiLU())
+        self.output_layer = nn.Linear(hidden_size, latent_size)
 
-    @property
-    def output_layer(self) -> nn.Linear:
-        return self.final_mlp[-1]
-
-    def sample(
-        self, hidden: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def sample(self, hidden: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """One latent per hidden state, ``[..., D] -> [..., Z]``.
 
         Args:
@@ -75,9 +63,11 @@ class EnergyHead(Head):
             noise = self.draw_noise(hidden, generator=generator)
         x = self.noise_norm(self.noise_proj(noise))
         condition = self.hidden_norm(self.hidden_proj(hidden))
+        if self.config.condition_residual:
+            x = x + condition
         for block in self.blocks:
             x = block(x, condition)
-        return self.final_mlp(self.final_norm(x))
+        return self.output_layer(self.final_mlp(self.final_norm(x)))
 
     def draw_noise(self, hidden: Tensor, *samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Uniform noise in [-0.5, 0.5]: ``[*samples, ..., U]`` for hidden states ``[..., D]``."""

@@ -1,0 +1,30 @@
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def quickstart(
+    run: Annotated[Path, typer.Argument(help="directory of everything it makes")] = Path("runs/quickstart"),
+    minutes: Annotated[float, typer.Option(min=0.5, help="time budget, shared by the stages")] = 8,
+    seed: Annotated[int, typer.Option(help="of initialisation, data order and draws")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """The whole path on real text: tokenizer, autoencoder, CALM, baseline, scores, samples.
+
+    The text is the source of Python's own standard library; nothing is downloaded. Killed and started again, it goes on
+    where it was.
+    """
+    from rich.console import Console
+
+    from calm.device import resolve_device
+    from calm.quickstart import TIME_SHARES, run_quickstart
+    from calm.report import quickstart as report
+    from calm.training.progress import make_progress
+    from calm.training.trainer import read_metrics
+
+    with make_progress() as progress:
+        results = run_quickstart(run, minutes, seed, resolve_device(device).type, progress)
+    report.show(results, Console())
+    path = report.write(results, {name: read_metrics(run / name) for name in TIME_SHARES}, run)
+    print(f"report: {path}\nnext: calm generate {run / 'calm'} --prompt 'def '")

@@ -1,0 +1,210 @@
+"""The whole path on a small corpus, in a given time: `calm quickstart` and `make demo`.
+
+Every stage leaves its result in the run directory. What is there already is not done again, so that a run that was
+killed goes on where it was when it is started again with the same arguments.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from calm.data.blocks import TokenBlocks
+from calm.data.corpus import write_embedded_corpus
+from calm.data.documents import find_files, read_documents
+from calm.data.prepare import prepare
+from calm.data.tokenizer import load_tokenizer, train_tokenizer
+from calm.evaluation.brier_lm import evaluate_brier
+from calm.evaluation.compute import compute
+from calm.evaluation.count_models import evaluate_counts
+from calm.evaluation.reconstruction import evaluate_reconstruction
+from calm.models.loading import load_model
+from calm.models.modeling_calm import CalmForCausalLM
+from calm.training.recipe import Recipe
+from calm.training.run import is_complete, train
+from calm.training.speed import seconds_per_step
+
+VOCAB_SIZE = 1024
+# Shares of the time budget. What is left over goes to the corpus, evaluation and samples.
+TIME_SHARES = {"autoencoder": 0.18, "calm": 0.55, "baseline": 0.13}
+EVALUATION_BLOCKS = 240
+EVALUATION_SAMPLES = 8
+TEMPERATURES = (1.0, 1 / 2, 1 / 3)
+PROMPTS = ("def __init__(self, ", "import os\n", "    for i in range(")
+SPEED_TOKENS, SPEED_BATCH = 128, 8
+
+
+def run_quickstart(run: Path, minutes: float, seed: int, device: str, progress: Progress) -> dict:
+    """Carry out, or finish, the quickstart in ``run``; returns the results, which also lie in ``results.json``."""
+    settings = {"minutes": minutes, "seed": seed}
+    _check_settings(run, settings)
+    overall = progress.add_task("quickstart", total=7, note="")
+
+    def stage(name: str, target: Path, work: Callable[[], None]) -> None:
+        progress.update(overall, note=name if not target.exists() else f"{name}: there already")
+        if not target.exists():
+            work()
+        progress.advance(overall)
+
+    corpus, tokenizer_path, data = run / "corpus", run / "tokenizer", run / "data"
+    stage("corpus", corpus / "train.jsonl", lambda: _quiet(write_embedded_corpus(corpus)))
+    stage("tokenizer", tokenizer_path, lambda: _train_tokenizer(corpus / "train.jsonl", tokenizer_path))
+    stage("prepare", data / "train" / "manifest.json", lambda: _prepare(corpus, tokenizer_path, data, seed))
+    for name, share in TIME_SHARES.items():
+        recipe = _planned_recipe(run, name, 60 * minutes * share, seed, device)
+        progress.update(overall, note=name)
+        if not is_complete(recipe):
+            train(recipe, progress)
+        progress.advance(overall)
+    progress.update(overall, note="evaluation and samples")
+    results_path = run / "results.json"
+    if not results_path.exists():
+        results = settings | _evaluate(run, seed, progress)
+        _write_whole(results_path, json.dumps(results, indent=1))
+    progress.update(overall, completed=7, note="done")
+    return json.loads(results_path.read_text(encoding="utf-8"))
+
+
+def _quiet(_: object) -> None:
+    return None
+
+
+def _check_settings(run: Path, settings: dict) -> None:
+    path = run / "quickstart.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != settings:
+            raise ValueError(
+                f"{run} holds a quickstart with {before}, not {settings}: choose another directory, or remove this one."
+            )
+    elif run.exists() and any(run.iterdir()):
+        raise ValueError(f"{run} is not empty and holds no quickstart: choose another directory.")
+    run.mkdir(parents=True, exist_ok=True)
+    _write_whole(path, json.dumps(settings))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there completely or not at all."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def _train_tokenizer(corpus: Path, output: Path) -> None:
+    draft = output.with_name(".tokenizer.partial")
+    train_tokenizer(read_documents(find_files([corpus])), VOCAB_SIZE).save_pretrained(draft)
+    draft.rename(output)
+
+
+def _prepare(corpus: Path, tokenizer_path: Path, data: Path, seed: int) -> None:
+    tokenizer = load_tokenizer(tokenizer_path)
+    for split in ("validation", "train"):
+        prepare([corpus / f"{split}.jsonl"], tokenizer, data / split, seed=seed)
+
+
+def _planned_recipe(run: Path, name: str, seconds: float, seed: int, device: str) -> Recipe:
+    """The recipe of a stage with as many steps as fit; decided once and kept, so that a resumed run ends as planned."""
+    overrides = [
+        f"seed={seed}",
+        f"output_dir={run / name}",
+        f"data.train={run / 'data' / 'train'}",
+        f"data.validation={run / 'data' / 'validation'}",
+    ]
+    if name == "calm":
+        overrides.append(f"model.autoencoder={run / 'autoencoder'}")
+    if device == "cpu":
+        overrides.append("training.use_cpu=true")
+    path = resources.files("calm") / "recipes" / "quickstart" / f"{name}.yaml"
+    plan_path = run / f"plan_{name}.json"
+    with resources.as_file(path) as recipe_path:
+        if not plan_path.exists():
+            each = seconds_per_step(Recipe.load(recipe_path, overrides))
+            steps = max(20, round(seconds / each))
+            _write_whole(plan_path, json.dumps({"seconds_per_step": each, "max_steps": steps}))
+        steps = json.loads(plan_path.read_text(encoding="utf-8"))["max_steps"]
+        overrides += [f"training.max_steps={steps}", f"training.save_steps={max(20, steps // 5)}"]
+        return Recipe.load(recipe_path, overrides)
+
+
+def _evaluate(run: Path, seed: int, progress: Progress) -> dict:
+    train_recipe = Recipe.load(run / "calm" / "recipe.yaml")
+    block_size = train_recipe.data.block_size
+    models: dict[str, Any] = {name: load_model(run / name) for name in TIME_SHARES}
+    autoencoder, calm = models["autoencoder"], models["calm"]
+    stride = calm.config.patch_size
+    train_blocks = TokenBlocks(run / "data" / "train", block_size, stride)
+    blocks = TokenBlocks(run / "data" / "validation", block_size, stride)
+
+    brier = {}
+    for name in ("calm", "baseline"):
+        task = progress.add_task(f"score {name}", total=min(EVALUATION_BLOCKS, len(blocks)), note="")
+        advance = lambda done, task=task: progress.advance(task, done)  # noqa: E731
+        scored = evaluate_brier(
+            models[name], blocks, stride, EVALUATION_BLOCKS, EVALUATION_SAMPLES, seed=seed, advance=advance
+        )
+        brier[name] = scored.to_dict()
+    for name, order in (("bigram counts", 2), ("unigram counts", 1)):
+        brier[name] = evaluate_counts(train_blocks, blocks, order, stride, EVALUATION_BLOCKS).to_dict()
+
+    tokenizer = load_tokenizer(run / "tokenizer")
+    training = {name: _training_cost(run / name, model, block_size) for name, model in models.items()}
+    return {
+        "autoencoder": evaluate_reconstruction(autoencoder, blocks, EVALUATION_BLOCKS).to_dict(),
+        "brier": brier,
+        "training": training,
+        "generation_tokens_per_second": {
+            name: _generation_speed(models[name], blocks) for name in ("calm", "baseline")
+        },
+        "samples": _samples(calm, tokenizer, seed),
+    }
+
+
+def _training_cost(run: Path, model: PreTrainedModel, block_size: int) -> dict:
+    recipe = Recipe.load(run / "recipe.yaml")
+    state = json.loads((run / "complete.json").read_text(encoding="utf-8"))
+    tokens = state["global_step"] * recipe.training["per_device_train_batch_size"] * block_size
+    cost = compute(model, block_size)
+    return {
+        "parameters": cost.parameters,
+        "tokens": tokens,
+        "training_flops": cost.training_flops_per_token * tokens,
+        "inference_flops_per_token": cost.inference_flops_per_token,
+    }
+
+
+def _generation_speed(model: Any, blocks: TokenBlocks) -> float:
+    """Tokens per second at temperature 1, a batch of prompts, the median of three runs."""
+    prompts = torch.stack([blocks[index]["input_ids"][:64] for index in range(SPEED_BATCH)]).to(model.device)
+    extra = (
+        {}
+        if isinstance(model, CalmForCausalLM)
+        else {"do_sample": True, "top_k": 0, "attention_mask": torch.ones_like(prompts)}
+    )
+    eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
+    model.generation_config.eos_token_id = None  # every row runs to the end
+    model.generation_config.pad_token_id = 0
+    rates = []
+    for _ in range(4):
+        started = time.perf_counter()
+        model.generate(prompts, max_new_tokens=SPEED_TOKENS, temperature=1.0, **extra)
+        rates.append(SPEED_BATCH * SPEED_TOKENS / (time.perf_counter() - started))
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = eos, pad
+    return sorted(rates[1:])[1]
+
+
+def _samples(model: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict]:
+    samples = []
+    for temperature in TEMPERATURES:
+        for prompt in PROMPTS:
+            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            generator = torch.Generator().manual_seed(seed)
+            out = model.generate(ids, max_new_tokens=48, temperature=temperature, generator=generator)
+            text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            samples.append({"temperature": temperature, "prompt": prompt, "text": text})
+    return samples

@@ -1,0 +1,84 @@
+"""What `calm quickstart` shows and writes when it is done."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from calm.report.learning_curves import plot_learning_curves
+from calm.report.tables import brier_table, reconstruction_table
+
+CURVES = [
+    ("autoencoder", "accuracy", "autoencoder: token accuracy"),
+    ("calm", "energy_score", "CALM: energy score"),
+    ("baseline", "loss", "baseline: cross-entropy"),
+]
+
+
+def _costs(results: dict) -> dict[str, dict[str, str]]:
+    costs = {}
+    for name in results["brier"]:
+        trained = results["training"].get(name)
+        speed = results["generation_tokens_per_second"].get(name)
+        costs[name] = {
+            "training FLOPs": f"{trained['training_flops']:.1e}" if trained else "",
+            "tokens/s": f"{speed:,.0f}" if speed else "",
+        }
+    return costs
+
+
+def show(results: dict, console: Console) -> None:
+    """Print the tables and samples."""
+    console.print(reconstruction_table({"autoencoder": results["autoencoder"]}))
+    console.print(brier_table(results["brier"], _costs(results)))
+    for sample in results["samples"]:
+        text = Text.assemble((sample["prompt"], "bold"), sample["text"])
+        console.print(Panel(text, title=f"temperature {sample['temperature']:.3g}", title_align="left"))
+
+
+def write(results: dict, curves: dict[str, list[dict]], run: Path) -> Path:
+    """Write ``report.md`` and ``learning_curves.png`` into the run directory; returns the report's path."""
+    plot_learning_curves(curves, CURVES, run / "learning_curves.png")
+    rebuilt, costs = results["autoencoder"], _costs(results)
+    lines = [
+        "# CALM quickstart",
+        "",
+        f"Time budget {results['minutes']:g} minutes, seed {results['seed']}. Text: the source of Python's standard "
+        "library.",
+        "",
+        f"The autoencoder brings back {rebuilt['token_accuracy_mean']:.2%} of held-out tokens from the posterior mean "
+        f"and {rebuilt['token_accuracy_sample']:.2%} from a sample; {rebuilt['live_dimensions']} of "
+        f"{rebuilt['latent_size']} latent dimensions are live.",
+        "",
+        "| model | BrierLM | Brier-1 | Brier-2 | Brier-3 | Brier-4 | training FLOPs | tokens/s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, result in results["brier"].items():
+        brier = " | ".join(f"{value:.2f}" for value in result["brier"])
+        cells = " | ".join(costs[name].values())
+        lines.append(f"| {name} | {result['brier_lm']:.2f} ± {result['brier_lm_error']:.2f} | {brier} | {cells} |")
+    scored = results["brier"]["calm"]
+    lines += [
+        "",
+        f"BrierLM is the geometric mean of Brier-1 to Brier-4, times 100; ± is one standard error. Measured at "
+        f"{scored['num_positions']:,} positions in {scored['num_blocks']} held-out blocks of {scored['block_size']} "
+        f"tokens, every {scored['stride']} tokens, with {scored['num_samples']} draws each. Tokens/s: "
+        "temperature 1, batch 8.",
+        "",
+        "![learning curves](learning_curves.png)",
+        "",
+        "## Samples",
+    ]
+    for sample in results["samples"]:
+        lines += [
+            "",
+            f"Temperature {sample['temperature']:.3g}:",
+            "",
+            "```python",
+            sample["prompt"] + sample["text"],
+            "```",
+        ]
+    path = run / "report.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
