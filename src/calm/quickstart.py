@@ -32,7 +32,8 @@ from calm.training.speed import seconds_per_step
 
 VOCAB_SIZE = 1024
 # Shares of the time budget. What is left over goes to the corpus, evaluation and samples.
-TIME_SHARES = {"autoencoder": 0.18, "calm": 0.55, "baseline": 0.13}
+TIME_SHARES = {"autoencoder": 0.2, "calm": 0.56, "baseline": 0.12}
+MAX_AUTOENCODER_STEPS = 1500  # good enough by then; the time it leaves goes to CALM
 EVALUATION_BLOCKS = 240
 EVALUATION_SAMPLES = 8
 TEMPERATURES = (1.0, 1 / 2, 1 / 3)
@@ -56,8 +57,10 @@ def run_quickstart(run: Path, minutes: float, seed: int, device: str, progress: 
     stage("corpus", corpus / "train.jsonl", lambda: _quiet(write_embedded_corpus(corpus)))
     stage("tokenizer", tokenizer_path, lambda: _train_tokenizer(corpus / "train.jsonl", tokenizer_path))
     stage("prepare", data / "train" / "manifest.json", lambda: _prepare(corpus, tokenizer_path, data, seed))
-    for name, share in TIME_SHARES.items():
-        recipe = _planned_recipe(run, name, 60 * minutes * share, seed, device)
+    seconds = {name: 60 * minutes * share for name, share in TIME_SHARES.items()}
+    for name in TIME_SHARES:
+        recipe, unused = _planned_recipe(run, name, seconds[name], seed, device)
+        seconds["calm"] += unused
         progress.update(overall, note=name)
         if not is_complete(recipe):
             train(recipe, progress)
@@ -108,8 +111,11 @@ def _prepare(corpus: Path, tokenizer_path: Path, data: Path, seed: int) -> None:
         prepare([corpus / f"{split}.jsonl"], tokenizer, data / split, seed=seed)
 
 
-def _planned_recipe(run: Path, name: str, seconds: float, seed: int, device: str) -> Recipe:
-    """The recipe of a stage with as many steps as fit; decided once and kept, so that a resumed run ends as planned."""
+def _planned_recipe(run: Path, name: str, seconds: float, seed: int, device: str) -> tuple[Recipe, float]:
+    """The recipe of a stage with as many steps as fit, and the seconds it does not need.
+
+    Decided once and kept, so that a resumed run ends as planned.
+    """
     overrides = [
         f"seed={seed}",
         f"output_dir={run / name}",
@@ -126,10 +132,14 @@ def _planned_recipe(run: Path, name: str, seconds: float, seed: int, device: str
         if not plan_path.exists():
             each = seconds_per_step(Recipe.load(recipe_path, overrides))
             steps = max(20, round(seconds / each))
-            _write_whole(plan_path, json.dumps({"seconds_per_step": each, "max_steps": steps}))
-        steps = json.loads(plan_path.read_text(encoding="utf-8"))["max_steps"]
+            if name == "autoencoder":
+                steps = min(steps, MAX_AUTOENCODER_STEPS)
+            plan = {"seconds_per_step": each, "max_steps": steps, "unused_seconds": max(0.0, seconds - steps * each)}
+            _write_whole(plan_path, json.dumps(plan))
+        plan = json.loads(plan_path.read_text(encoding="utf-8"))
+        steps = plan["max_steps"]
         overrides += [f"training.max_steps={steps}", f"training.save_steps={max(20, steps // 5)}"]
-        return Recipe.load(recipe_path, overrides)
+        return Recipe.load(recipe_path, overrides), plan["unused_seconds"]
 
 
 def _evaluate(run: Path, seed: int, progress: Progress) -> dict:
@@ -143,7 +153,7 @@ def _evaluate(run: Path, seed: int, progress: Progress) -> dict:
 
     brier = {}
     for name in ("calm", "baseline"):
-        task = progress.add_task(f"score {name}", total=min(EVALUATION_BLOCKS, len(blocks)), note="")
+        task = progress.add_task(f"score {name}", total=len(blocks.spread(EVALUATION_BLOCKS)), note="")
         advance = lambda done, task=task: progress.advance(task, done)  # noqa: E731
         scored = evaluate_brier(
             models[name], blocks, stride, EVALUATION_BLOCKS, EVALUATION_SAMPLES, seed=seed, advance=advance

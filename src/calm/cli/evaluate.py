@@ -10,7 +10,7 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(help="directories of trained models, or hub ids")],
     data: Annotated[Path, typer.Option(help="prepared validation data, see `calm prepare`")],
     block_size: Annotated[int, typer.Option(help="tokens of a block: the longest context. Scores depend on it")] = 1024,
-    blocks: Annotated[int | None, typer.Option(help="the first so many blocks; default all")] = None,
+    blocks: Annotated[int | None, typer.Option(help="so many blocks, evenly spread over the data; default all")] = None,
     samples: Annotated[int, typer.Option(help="continuations drawn per position, at least 2")] = 4,
     stride: Annotated[int | None, typer.Option(help="tokens between scored n-grams; default fits all models")] = None,
     batch_size: Annotated[int, typer.Option(help="blocks at a time")] = 8,
@@ -53,7 +53,7 @@ def evaluate(
     results: dict[str, dict] = {}
     with make_progress() as progress:
         for name, model in loaded.items():
-            total = min(blocks or len(text), len(text))
+            total = len(text.spread(blocks))
             task = progress.add_task(f"score {name}", total=total, note="")
             if isinstance(model, CalmAutoencoder):
                 results[name] = evaluate_reconstruction(model, text, blocks, batch_size, seed).to_dict()

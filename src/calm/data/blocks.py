@@ -6,6 +6,7 @@ Map-style, because only then an interrupted run finds its place again exactly, a
 import json
 import os
 from bisect import bisect_right
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -70,6 +71,18 @@ class TokenBlocks(Dataset):
         start = (index - self._first_block[file]) * self.block_size
         ids = torch.from_numpy(self._files[file][start : start + self.block_size].astype(np.int64))
         return {"input_ids": ids, "labels": ids.clone()}
+
+    def spread(self, num_blocks: int | None) -> list[int]:
+        """Indices of ``num_blocks`` blocks, evenly spread over the data (all of them for None)."""
+        total = len(self)
+        count = min(num_blocks or total, total)
+        return [position * total // count for position in range(count)]
+
+    def batches(self, num_blocks: int | None, batch_size: int) -> Iterator[torch.Tensor]:
+        """Token ids ``[<= batch_size, block_size]`` of evenly spread blocks."""
+        indices = self.spread(num_blocks)
+        for first in range(0, len(indices), batch_size):
+            yield torch.stack([self[index]["input_ids"] for index in indices[first : first + batch_size]])
 
     @cached_property
     def _files(self) -> list[np.ndarray]:

@@ -68,7 +68,7 @@ def evaluate_brier(
         model: a :class:`CalmForCausalLM` or a token model of transformers.
         blocks: the text; ``blocks.block_size`` is the longest context and part of the protocol.
         stride: tokens between scored positions, a multiple of the model's patch size.
-        num_blocks: the first so many blocks; default all.
+        num_blocks: so many blocks, evenly spread over the text; default all.
         num_samples: S >= 2 continuations per position; all pairs are compared.
         advance: called with the number of blocks after every batch.
     """
@@ -86,7 +86,6 @@ def evaluate_brier(
         raise ValueError(
             f"the data hold {vocab_size} tokens, the model knows {model.config.vocab_size}: not its tokenizer."
         )
-    num_blocks = min(num_blocks or len(blocks), len(blocks))
     generator = torch.Generator(model.device).manual_seed(seed)
     score: Callable[..., tuple[Tensor, Tensor]] = (
         _score_calm if isinstance(model, CalmForCausalLM) else _score_token_model
@@ -97,21 +96,17 @@ def evaluate_brier(
     model.eval()
     per_block = []
     starts = torch.arange(stride, blocks.block_size - NGRAM + 1, stride, device=model.device)
-    for first in range(0, num_blocks, batch_size):
-        batch = [blocks[index]["input_ids"] for index in range(first, min(first + batch_size, num_blocks))]
-        ids = torch.stack(batch).to(model.device)
-        hit, collision = score(model, ids, starts, num_samples, generator)
+    for ids in blocks.batches(num_blocks, batch_size):
+        hit, collision = score(model, ids.to(model.device), starts, num_samples, generator)
         per_block.append(torch.stack([hit, collision]).mean(2).double().cpu())  # [2, B, n]
         if advance is not None:
-            advance(len(batch))
+            advance(len(ids))
     model.train(was_training)
     hit, collision = torch.cat(per_block, dim=1)
-    if not (hit.isfinite().all() and collision.isfinite().all()):
-        raise ValueError("the model gives NaN: its weights are damaged or training diverged.")
     return _result(
         hit,
         collision,
-        len(starts) * num_blocks,
+        len(starts) * len(hit),
         blocks.block_size,
         stride,
         num_samples,
@@ -156,6 +151,11 @@ def _result(
     )
 
 
+def _check_finite(hidden: Tensor) -> None:
+    if not hidden.isfinite().all():
+        raise ValueError("the model gives NaN or infinity: its weights are damaged, or its training diverged.")
+
+
 def _targets(ids: Tensor, starts: Tensor) -> Tensor:
     """The n-grams of the text: ``[B, T], [P] -> [B, P, n]``."""
     return ids[:, starts[:, None] + torch.arange(NGRAM, device=ids.device)]
@@ -172,6 +172,7 @@ def _score_calm(
     patch_size = model.config.patch_size
     contexts = starts // patch_size - 1  # the patch whose hidden state predicts the n-gram's first patch
     outputs = model(ids, use_cache=True)
+    _check_finite(outputs.last_hidden_state)
     hidden_BSPD = outputs.last_hidden_state[:, None, contexts].expand(-1, num_samples, -1, -1)
     chunks: list[Tensor] = []
     tree = _Tree(contexts, ids.shape[1] // patch_size, num_samples, outputs.past_key_values)
@@ -195,6 +196,7 @@ def _score_token_model(
     """As for CALM, with less variance: hits are exact, and so is the collision of an n-gram's last token."""
     outputs = model.base_model(ids, use_cache=True)
     trunk = outputs.last_hidden_state
+    _check_finite(trunk)
     target = _targets(ids, starts)
     offsets = torch.arange(NGRAM, device=ids.device) - 1
     predicting = trunk[:, starts[:, None] + offsets]  # [B, P, n, D]: states that predict the n-gram's tokens

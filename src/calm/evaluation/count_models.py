@@ -26,8 +26,7 @@ def evaluate_counts(
         collision.append(ahead)
     collision_Vn = torch.stack(collision, dim=-1)
 
-    num_blocks = min(num_blocks or len(validation), len(validation))
-    ids = torch.stack([validation[index]["input_ids"] for index in range(num_blocks)])
+    ids = torch.cat(list(validation.batches(num_blocks, batch_size=64)))
     starts = torch.arange(stride, validation.block_size - NGRAM + 1, stride)
     places = starts[:, None] + torch.arange(NGRAM)
     before, after = ids[:, places - 1], ids[:, places]
@@ -35,7 +34,7 @@ def evaluate_counts(
     return _result(
         hit.mean(1).double(),
         collision_Vn[ids[:, starts - 1]].mean(1).double(),
-        num_blocks * len(starts),
+        len(ids) * len(starts),
         validation.block_size,
         stride,
         0,

@@ -33,13 +33,11 @@ def evaluate_reconstruction(
     model: CalmAutoencoder, blocks: TokenBlocks, num_blocks: int | None = None, batch_size: int = 16, seed: int = 0
 ) -> ReconstructionResult:
     """Encode and decode blocks of text."""
-    num_blocks = min(num_blocks or len(blocks), len(blocks))
     generator = torch.Generator(model.device).manual_seed(seed)
     model.eval()
     hits_mean, hits_sample, kl, means = [], [], [], []
-    for first in range(0, num_blocks, batch_size):
-        batch = [blocks[index]["input_ids"] for index in range(first, min(first + batch_size, num_blocks))]
-        ids = torch.stack(batch).to(model.device)
+    for batch in blocks.batches(num_blocks, batch_size):
+        ids = batch.to(model.device)
         patches = ids.unflatten(1, (-1, model.config.patch_size))
         posterior = model.encode(ids)
         hits_mean.append(model.decode_tokens(posterior.mean) == patches)

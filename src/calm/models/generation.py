@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -21,7 +21,14 @@ from transformers.generation.streamers import BaseStreamer
 from calm.functional.temperature import batch_temperature_sample, check_temperature, exact_temperature_sample
 
 SAMPLERS = ("batch", "exact")
-DEFAULT_MAX_NEW_TOKENS = 128
+# What a model's generation_config.json says beside its end-of-text and padding tokens.
+GENERATION_DEFAULTS = {
+    "do_sample": True,
+    "temperature": 1.0,
+    "sampler": "batch",
+    "num_candidates": 200,
+    "max_new_tokens": 128,
+}
 
 
 @dataclass
@@ -43,6 +50,8 @@ class CalmGenerationMixin:
     autoencoder: Any
     get_input_embeddings: Callable[[], Any]
     __call__: Callable[..., Any]
+
+    adjust_generation_fn = GenerationMixin.adjust_generation_fn  # lets from_pretrained read generation_config.json
 
     @torch.no_grad()
     def generate(
@@ -86,19 +95,19 @@ class CalmGenerationMixin:
             )
         defaults = generation_config or self.generation_config
 
-        def setting(given, name, otherwise):
-            return next(value for value in (given, getattr(defaults, name, None), otherwise) if value is not None)
+        def setting(given: Any, name: str) -> Any:
+            saved = getattr(defaults, name, None)
+            return given if given is not None else saved if saved is not None else GENERATION_DEFAULTS[name]
 
-        temperature = setting(temperature, "temperature", 1.0)
-        sampler = setting(sampler, "sampler", "batch")
-        num_candidates = setting(num_candidates, "num_candidates", 200)
-        max_new_tokens = setting(max_new_tokens, "max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
+        temperature = setting(temperature, "temperature")
+        sampler = setting(sampler, "sampler")
+        num_candidates = setting(num_candidates, "num_candidates")
+        max_new_tokens = setting(max_new_tokens, "max_new_tokens")
         _check_sampling(temperature, sampler, num_candidates, max_new_tokens)
         if input_ids is None:
             input_ids = torch.empty((1, 0), dtype=torch.long, device=self.get_input_embeddings().weight.device)
         end_ids = _end_ids(defaults.eos_token_id, input_ids.device)
-        pad_id = setting(defaults.pad_token_id, "eos_token_id", 0)
-        pad_id = pad_id if isinstance(pad_id, int) else pad_id[0]
+        pad_id = defaults.pad_token_id if defaults.pad_token_id is not None else int(end_ids[0]) if len(end_ids) else 0
         aligned_ids, patch_mask = self.align_prompt(input_ids, attention_mask)
         self._check_context(patch_mask.shape[1], max_new_tokens)
 

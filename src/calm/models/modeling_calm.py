@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from calm.models.configuration_calm import CalmConfig
-from calm.models.generation import CalmGenerationMixin
+from calm.models.generation import GENERATION_DEFAULTS, CalmGenerationMixin
 from calm.models.heads import HEADS
 from calm.models.modeling_autoencoder import CalmAutoencoder
 
@@ -76,7 +76,9 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         )
         self.autoencoder = CalmAutoencoder(config.autoencoder_config)
         self.post_init()
-        self.autoencoder.requires_grad_(False)
+        for name, value in GENERATION_DEFAULTS.items():
+            setattr(self.generation_config, name, value)
+        self.train(self.training)
 
     def _init_weights(self, module: nn.Module) -> None:
         if module is self.head.output_layer:
@@ -102,7 +104,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
     def train(self, mode: bool = True) -> "CalmForCausalLM":
         """Training mode for everything but the autoencoder: it is frozen, and its dropout would blur the targets."""
         super().train(mode)
-        self.autoencoder.eval()
+        self.autoencoder.requires_grad_(False).eval()
         return self
 
     def embed_patches(self, input_ids: Tensor) -> Tensor:

@@ -1,0 +1,127 @@
+import json
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from calm import CalmConfig, CalmForCausalLM
+
+
+def test_saved_model_is_self_contained(tmp_path):
+    model = tiny.calm()
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / "moved")
+    for loader in (CalmForCausalLM, AutoModelForCausalLM):
+        loaded = loader.from_pretrained(tmp_path / "moved")
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, loaded.state_dict()[name]), name
+        assert not any(parameter.requires_grad for parameter in loaded.autoencoder.parameters())
+    config = json.loads((tmp_path / "moved" / "config.json").read_text())
+    assert config["patch_size"] == 4
+    assert config["head_config"]["type"] == "energy"
+
+
+def test_training_mode_leaves_the_autoencoder_alone():
+    model = tiny.calm().train()
+    assert model.head.training
+    assert not model.autoencoder.training
+
+
+def test_last_layer_of_the_head_starts_at_zero():
+    model = CalmForCausalLM(tiny.calm().config)
+    assert model.head.sample(torch.randn(3, 16)).abs().max() == 0
+
+
+def test_a_patch_with_a_masked_label_is_no_target():
+    model, ids = tiny.calm(), tiny.tokens(2, 16)
+    noise, target_noise = model.head.draw_noise(torch.zeros(2, 3, 16), 4), torch.randn(8, 2, 3, 8)
+    labels = ids.clone()
+    labels[0, 5] = -100  # one token of the second patch
+    masked = model(ids, labels=labels, noise=noise, target_noise=target_noise).loss
+    whole_patch = ids.clone()
+    whole_patch[0, 4:8] = -100
+    expected = model(ids, labels=whole_patch, noise=noise, target_noise=target_noise).loss
+    torch.testing.assert_close(masked, expected)
+    assert not torch.isclose(masked, model(ids, labels=ids, noise=noise, target_noise=target_noise).loss)
+
+
+def test_no_target_gives_zero_loss_and_no_nan():
+    model, ids = tiny.calm(), tiny.tokens(2, 16)
+    loss = model(ids, labels=torch.full_like(ids, -100)).loss
+    loss.backward()
+    assert loss == 0
+
+
+def test_mean_pull_is_added():
+    ids, noise = tiny.tokens(2, 8), torch.rand(4, 2, 1, 6) - 0.5
+    plain = tiny.calm()
+    pulled = tiny.calm(mean_pull_weight=2.0)
+    target_noise = torch.randn(8, 2, 1, 8)
+    arguments = {"labels": ids, "noise": noise, "target_noise": target_noise}
+    samples = plain.head.sample(plain(ids).last_hidden_state[:, :-1], noise)
+    distance = (samples.mean(0) - plain.autoencoder.encode(ids[:, 4:]).mean).square().sum(-1).mean()
+    torch.testing.assert_close(pulled(ids, **arguments).loss, plain(ids, **arguments).loss + 2 * distance)
+
+
+def test_condition_residual_opens_a_path_for_the_context():
+    model = tiny.calm(condition_residual=True)
+    for block in model.head.blocks:  # with the blocks shut, only the residual path is left
+        torch.nn.init.zeros_(block.down_proj.weight)
+        torch.nn.init.zeros_(block.down_proj.bias)
+    noise = torch.rand(1, 6) - 0.5
+    first, second = model.head.sample(torch.randn(2, 16), noise.expand(2, -1))
+    assert not torch.allclose(first, second)
+
+
+class _Noise(torch.utils.data.Dataset):
+    """Blocks of fixed tokens."""
+
+    ids = tiny.tokens(8, 16)
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+def test_one_step_of_8_equals_8_accumulated_steps_of_1(tmp_path):
+    def trained(batch, accumulation):
+        model = tiny.calm()
+        # The same noise for every position, so that the two runs differ in nothing but the batching.
+        draw = torch.rand((4, 1, 1, 6), generator=torch.Generator().manual_seed(1)) - 0.5
+        model.head.draw_noise = lambda hidden, *_, **__: draw.expand(-1, *hidden.shape[:-1], -1)
+        model.autoencoder.encoder.to_posterior.weight.data[8:] = 0
+        model.autoencoder.encoder.to_posterior.bias.data[8:] = -30  # no spread: the targets are the means
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+            max_steps=2, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=1e9,
+            save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=_Noise()).train()
+        return {name: value for name, value in model.state_dict().items() if not name.startswith("autoencoder")}
+
+    whole, accumulated = trained(8, 1), trained(1, 8)
+    start = tiny.calm().state_dict()
+    moved = 0
+    for name, value in whole.items():
+        torch.testing.assert_close(value, accumulated[name], rtol=1e-4, atol=1e-6)
+        moved += not torch.allclose(value, start[name])
+    assert moved > 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_config": {"type": "gan"}}, "head_config.type must be one of energy.*got 'gan'"),
+        ({"head_config": {"num_samples": 1}}, "num_samples must be at least 2.*got 1"),
+        ({"head_config": {"alpha": 2.0}}, r"alpha must lie in \(0, 2\), got 2.0"),
+        ({"patch_size": 3}, "patch_size is 3, but the autoencoder was built for 4"),
+        ({"backbone_config": tiny.backbone(vocab_size=50)}, r"vocab_size \(50\) and .*\(48\) must be equal"),
+    ],
+)
+def test_impossible_configurations_are_refused(changes, message):
+    fields = {"autoencoder_config": tiny.autoencoder_config(), "backbone_config": tiny.backbone()}
+    with pytest.raises(ValueError, match=message):
+        CalmConfig(**fields | changes)

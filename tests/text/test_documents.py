@@ -1,0 +1,104 @@
+import gzip
+import json
+from collections import Counter
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from calm.data.corpus import in_validation, stdlib_documents, write_embedded_corpus
+from calm.data.documents import BadRecordError, find_files, read_documents
+
+TEXTS = ["first text", "zweiter Text: ä", "third\nwith a line break"]
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+
+
+def read(*sources, **options):
+    return list(read_documents(find_files(sources), **options))
+
+
+def test_every_format_gives_the_same_texts(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(LINES))
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "d.parquet")
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"):
+        assert read(tmp_path / name) == TEXTS, name
+
+
+def test_folders_are_searched_in_a_fixed_order_and_other_files_passed_over(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("two")
+    (tmp_path / "a.md").write_text("one")
+    (tmp_path / "sub" / "c.py").write_text("three")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    assert read(tmp_path) == ["one", "two", "three"]
+
+
+def test_a_corrupt_line_is_named(tmp_path):
+    (tmp_path / "bad.jsonl").write_bytes(LINES + b'{"text": "cut\n')
+    with pytest.raises(BadRecordError, match=r"bad\.jsonl line 4 is not valid JSON"):
+        read(tmp_path / "bad.jsonl")
+
+
+def test_bad_records_are_counted_and_skipped_on_request(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(
+        b'not json\n{"text": "good"}\n{"body": "no text"}\n{"text": "\xff"}\n{"text": ""}\n'
+    )
+    (tmp_path / "b.txt").write_bytes(b"latin-1 \xe4")
+    counts = Counter()
+    assert read(tmp_path, on_bad="skip", counts=counts) == ["good"]
+    skipped = [what for what in counts if what.startswith("skipped")]
+    assert len(skipped) == 4
+    assert any("line 1 is not valid JSON" in what for what in skipped)
+    assert any("line 3 has no text field 'text' (found: body)" in what for what in skipped)
+    assert any("line 4 is not UTF-8" in what for what in skipped)
+    assert any("b.txt is not UTF-8 text (byte 8)" in what for what in skipped)
+    assert counts["empty"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"), [("a.jsonl.gz", gzip.compress(LINES * 99)), ("a.jsonl.zst", zstandard.compress(LINES * 99))]
+)
+def test_a_truncated_archive_is_named(tmp_path, name, whole):
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadRecordError, match=r"a\.jsonl.* "):
+        read(tmp_path / name)
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"not parquet")
+    with pytest.raises(BadRecordError, match=r"a\.parquet is not a readable parquet file"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_missing_column_is_named(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS}), tmp_path / "a.parquet")
+    with pytest.raises(BadRecordError, match=r"no column 'text' \(found: body\); name it with --text-key"):
+        read(tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", text_key="body") == TEXTS
+
+
+def test_missing_empty_and_unknown_sources_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such file or folder"):
+        find_files([tmp_path / "nothing.txt"])
+    with pytest.raises(ValueError, match="no documents in"):
+        find_files([tmp_path])
+    (tmp_path / "a.docx").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"cannot read .*a\.docx: documents are \.txt"):
+        find_files([tmp_path / "a.docx"])
+
+
+def test_embedded_corpus_is_the_standard_library_split_by_file(tmp_path):
+    paths = write_embedded_corpus(tmp_path)
+    records = {
+        split: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for split, path in paths.items()
+    }
+    assert len(records["train"]) > 400
+    assert 10 < len(records["validation"]) < 0.1 * len(records["train"])
+    assert sum(len(record["text"]) for record in records["train"]) > 5e6
+    assert all(in_validation(record["path"]) for record in records["validation"])
+    assert not any(in_validation(record["path"]) for record in records["train"])
+    assert not any("/test/" in f"/{path}" for path, _ in stdlib_documents())

@@ -1,0 +1,59 @@
+"""Tiny models for tests: random weights, large enough that outputs differ."""
+
+import torch
+
+from calm import CalmAutoencoder, CalmAutoencoderConfig, CalmConfig, CalmForCausalLM
+
+VOCAB_SIZE = 48
+EOS, PAD = 1, 0
+
+
+def autoencoder_config(patch_size=4, **changes):
+    fields = {
+        "vocab_size": VOCAB_SIZE,
+        "patch_size": patch_size,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "latent_size": 8,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "initializer_range": 0.3,
+    }
+    return CalmAutoencoderConfig(**fields | changes)
+
+
+def backbone(**changes):
+    fields = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    }
+    return fields | changes
+
+
+def calm(patch_size=4, **head):
+    """A language model whose samples differ: its zero-initialised last layer is filled."""
+    torch.manual_seed(0)
+    config = CalmConfig(
+        autoencoder_config=autoencoder_config(patch_size),
+        backbone_config=backbone(),
+        head_config={"noise_size": 6, "num_mlp_layers": 1, "num_samples": 4, "num_target_samples": 8} | head,
+        initializer_range=0.3,
+    )
+    model = CalmForCausalLM(config)
+    torch.nn.init.normal_(model.head.output_layer.weight, std=0.5)
+    return model.eval()
+
+
+def autoencoder(patch_size=4, **changes):
+    torch.manual_seed(0)
+    return CalmAutoencoder(autoencoder_config(patch_size, **changes)).eval()
+
+
+def tokens(batch, length):
+    """Token ids without end-of-text and padding."""
+    return torch.randint(2, VOCAB_SIZE, (batch, length))
