@@ -23,7 +23,9 @@ def test_every_format_gives_the_same_texts(tmp_path):
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES))
     (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(LINES))
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "d.parquet")
-    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"):
+    first, *others = LINES.splitlines(keepends=True)
+    (tmp_path / "e.jsonl.zst").write_bytes(zstandard.compress(first) + zstandard.compress(b"".join(others)))
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e.jsonl.zst"):
         assert read(tmp_path / name) == TEXTS, name
 
 
@@ -59,7 +61,9 @@ def test_bad_records_are_counted_and_skipped_on_request(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "whole"), [("a.jsonl.gz", gzip.compress(LINES * 99)), ("a.jsonl.zst", zstandard.compress(LINES * 99))]
+    ("name", "whole"),
+    [("a.jsonl.gz", gzip.compress(LINES * 99)), ("a.jsonl.zst", zstandard.compress(LINES * 99))],
+    ids=["gz", "zst"],
 )
 def test_a_truncated_archive_is_named(tmp_path, name, whole):
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])

@@ -1,10 +1,12 @@
 """Reading a user's documents: .txt, .md, .py, .jsonl (also .gz, .zst) and .parquet, from files or folders."""
 
+import gzip
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import fsspec
 
@@ -78,23 +80,36 @@ def _read_file(path: str, text_key: str) -> Iterator[str | BadRecordError]:
 
 
 def _read_jsonl(path: str, text_key: str) -> Iterator[str | BadRecordError]:
-    number = 0
-    # Bytes, so that one line that is not UTF-8 does not take the rest of the file with it.
-    with fsspec.open(path, "rb", compression="infer") as file:
-        for number, line in enumerate(_lines(file, path), start=1):
-            if isinstance(line, BadRecordError):
-                yield line
-            elif line.strip():
-                yield _text_of(line, f"{path} line {number}", text_key)
-
-
-def _lines(file, path: str) -> Iterator[bytes | BadRecordError]:
     import zstandard
 
     try:
-        yield from file
+        # Bytes, so that one line that is not UTF-8 does not take the rest of the file with it.
+        with fsspec.open(path, "rb") as raw:
+            lines = _zstd_lines(raw) if path.endswith(".zst") else gzip.open(raw) if path.endswith(".gz") else raw
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _text_of(line, f"{path} line {number}", text_key)
     except zstandard.ZstdError as error:
         yield BadRecordError(f"{path} cannot be read: {error}.")
+
+
+def _zstd_lines(raw: IO[bytes]) -> Iterator[bytes]:
+    """Lines of a zstd file of any number of frames; zstandard's own reader takes a file cut short for a whole one."""
+    import zstandard
+
+    frame, rest = None, b""
+    while data := raw.read(2**20):
+        while data:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            rest += frame.decompress(data)
+            data = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+        *lines, rest = rest.split(b"\n")
+        yield from lines
+    if frame is not None:
+        raise EOFError("the compressed file ends in the middle of its data")
+    if rest:
+        yield rest
 
 
 def _text_of(line: bytes, place: str, text_key: str) -> str | BadRecordError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
@@ -76,8 +76,12 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         )
         self.autoencoder = CalmAutoencoder(config.autoencoder_config)
         self.post_init()
-        for name, value in GENERATION_DEFAULTS.items():
-            setattr(self.generation_config, name, value)
+        self.generation_config = GenerationConfig(
+            **GENERATION_DEFAULTS,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+            bos_token_id=config.bos_token_id,
+        )
         self.train(self.training)
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Results as tables for the terminal."""
 
+from rich import box
 from rich.table import Table
 
 
@@ -7,32 +8,36 @@ def brier_table(results: dict[str, dict], costs: dict[str, dict[str, str]] | Non
     """BrierLM of several models, one row each; ``results`` as :meth:`BrierResult.to_dict` gives them.
 
     Args:
-        costs: further cells of each model, by column heading.
+        costs: further cells of each model, by column heading, in place of accuracy and collision.
     """
     first = next(iter(results.values()))
     table = Table(
-        title="BrierLM (100 is best)",
-        caption=f"{first['num_positions']:,} positions in {first['num_blocks']} blocks of {first['block_size']} "
-        f"tokens, every {first['stride']} tokens; ± is one standard error over blocks",
+        title="BrierLM (100 is best) and Brier-1 to Brier-4",
+        caption=f"{first['num_positions']:,} n-grams in {first['num_blocks']} blocks of {first['block_size']} tokens, "
+        f"one every {first['stride']} tokens; ± is a standard error",
+        box=box.SIMPLE_HEAD,
     )
-    headings = list(next(iter(costs.values()))) if costs else []
     table.add_column("model")
-    for heading in ("BrierLM", "Brier-1", "Brier-2", "Brier-3", "Brier-4", "accuracy-1", "collision-1", *headings):
-        table.add_column(heading, justify="right")
+    more = list(next(iter(costs.values()))) if costs else ["accuracy-1", "collision-1"]
+    for heading in ("BrierLM", "B-1", "B-2", "B-3", "B-4", *more):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
         cells = [f"{result['brier_lm']:.2f} ± {result['brier_lm_error']:.2f}"]
-        cells += [f"{value:.2f}" for value in (*result["brier"], result["accuracy"][0], result["collision"][0])]
-        cells += [(costs or {}).get(name, {}).get(heading, "") for heading in headings]
+        cells += [f"{value:.2f}" for value in result["brier"]]
+        if costs:
+            cells += [costs[name][heading] for heading in more]
+        else:
+            cells += [f"{result['accuracy'][0]:.2f}", f"{result['collision'][0]:.2f}"]
         table.add_row(name, *cells)
     return table
 
 
 def reconstruction_table(results: dict[str, dict]) -> Table:
     """Reconstruction of several autoencoders; ``results`` as :meth:`ReconstructionResult.to_dict` gives them."""
-    table = Table(title="Reconstruction")
-    table.add_column("autoencoder")
-    for heading in ("tokens from mean", "tokens from sample", "patches from sample", "KL (nats)", "live dimensions"):
-        table.add_column(heading, justify="right")
+    table = Table(title="Held-out tokens that the autoencoder brings back", box=box.SIMPLE_HEAD)
+    table.add_column("model")
+    for heading in ("from mean", "from sample", "whole patches", "KL (nats)", "live dimensions"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
         table.add_row(
             name,

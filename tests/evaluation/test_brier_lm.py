@@ -1,0 +1,182 @@
+"""BrierLM against exact enumeration, on models so small that every continuation can be listed."""
+
+from itertools import product
+
+import golden
+import pytest
+import tiny
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from calm.evaluation.brier_lm import NGRAM, _score_calm, _score_token_model, evaluate_brier
+from calm.evaluation.count_models import _transition_table, evaluate_counts
+from calm.functional.brier import prefix_equal
+
+
+class Blocks:
+    """Blocks of given tokens, with what the evaluation asks of prepared data."""
+
+    def __init__(self, ids, vocab_size):
+        self.ids, self.block_size, self.manifest = ids, ids.shape[1], {"vocab_size": vocab_size}
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.ids[index]}
+
+    def batches(self, num_blocks, batch_size):
+        yield from self.ids[:num_blocks].split(batch_size)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def token_model(vocab_size=5):
+    torch.manual_seed(1)
+    config = LlamaConfig(**tiny.backbone(vocab_size=vocab_size, eos_token_id=1, pad_token_id=0, bos_token_id=None))
+    return LlamaForCausalLM(config).eval()
+
+
+def exact_brier(probability_of_all, target):
+    """Brier-1..n of a table of all n-grams: ``2 P(y) - sum P^2`` of every prefix."""
+    scores = []
+    for n in range(1, NGRAM + 1):
+        prefix = probability_of_all.sum(dim=tuple(range(n, NGRAM))) if n < NGRAM else probability_of_all
+        scores.append(2 * prefix[tuple(target[:n])] - prefix.square().sum())
+    return torch.stack(scores)
+
+
+@torch.no_grad()
+def test_token_model_scores_are_unbiased_by_enumeration():
+    model, vocab_size = token_model(), 5
+    ids = torch.randint(vocab_size, (1, 9))
+    starts = torch.arange(2, 6, 2)
+    exact = []
+    for start in starts.tolist():
+        grams = torch.tensor(list(product(range(vocab_size), repeat=NGRAM)))
+        logits = model(torch.cat([ids[:, :start].expand(len(grams), -1), grams], dim=1)).logits.double()
+        step = logits.softmax(-1)[:, start - 1 : -1].gather(-1, grams[..., None])[..., 0]
+        exact.append(exact_brier(step.prod(-1).view([vocab_size] * NGRAM), ids[0, start : start + NGRAM]))
+    exact = torch.stack(exact)
+
+    generator = torch.Generator().manual_seed(0)
+    scores = []
+    for _ in range(40):
+        hit, collision = _score_token_model(model, ids.expand(50, -1), starts, 3, generator)
+        scores.append(2 * hit - collision)
+    scores = torch.cat(scores).double()
+    error = scores.std(0) / len(scores) ** 0.5
+    assert ((scores.mean(0) - exact).abs() <= 4 * error + 1e-6).all()
+    assert torch.allclose(scores[:, :, 0].mean(0), exact[:, 0], atol=1e-6)  # Brier-1 of a token model is exact
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch_size", [1, 2, 3, 4, 8])
+def test_calm_scores_equal_those_of_continuations_drawn_one_by_one(patch_size):
+    """The tree draws from the same law as the plain model: the two estimates agree within their errors."""
+    model = tiny.calm(patch_size)
+    torch.nn.init.normal_(model.head.output_layer.weight, std=0.05)  # draws collide often
+    starts = torch.tensor([patch_size, 2 * patch_size])
+    length = -(-(2 * patch_size + NGRAM) // patch_size) * patch_size
+    # Text the model produces itself, so that hits are not all zero.
+    model.generation_config.eos_token_id = None
+    ids = model.generate(tiny.tokens(1, patch_size), max_new_tokens=length - patch_size, generator=seeded(1))
+
+    generator = seeded(0)
+    tree = []
+    for _ in range(30):
+        hit, collision = _score_calm(model, ids.expand(50, -1), starts, 2, generator)
+        tree.append(2 * hit - collision)
+    tree = torch.cat(tree).double()
+
+    plain = []
+    for start in starts.tolist():
+        target = ids[0, start : start + NGRAM]
+        prompts = ids[:, :start].expand(3000, -1)
+        drawn = model.generate(prompts, max_new_tokens=NGRAM, temperature=1.0, generator=generator)[:, start:]
+        first, second = drawn[:1500], drawn[1500:]
+        plain.append(
+            prefix_equal(first, target.expand_as(first))
+            + prefix_equal(second, target.expand_as(second))
+            - prefix_equal(first, second)
+        )
+    plain = torch.stack(plain, dim=1).double()
+    error = (tree.var(0) / len(tree) + plain.var(0) / len(plain)).sqrt()
+    assert ((tree.mean(0) - plain.mean(0)).abs() <= 4.5 * error + 1e-6).all()
+    assert tree.mean(0)[:, 0].abs().min() > 0
+
+
+@torch.no_grad()
+def test_token_model_matches_the_reference_in_expectation():
+    recorded = golden.load("brier/ar")
+    model = LlamaForCausalLM.from_pretrained(golden.DATA / "brier" / "ar").eval()
+    ids = recorded["input_ids"]
+    golden.close(model(ids).logits, recorded["logits"])
+    # The accuracy term is exact in both; the reference scores the predictions of positions 0 to S - 5.
+    starts = torch.arange(1, ids.shape[1] - NGRAM + 1)
+    hit, collision = _score_token_model(model, ids, starts, 2, torch.Generator().manual_seed(0))
+    probability = recorded["logits"].softmax(-1)
+    steps = torch.stack(
+        [probability[:, start - 1 : start + 3].gather(-1, ids[:, start : start + 4, None])[..., 0] for start in starts],
+        1,
+    )
+    golden.close(hit, steps.cumprod(-1))
+    golden.close(collision[..., 0], probability[:, starts - 1].square().sum(-1))
+
+
+def test_result_states_its_protocol_and_errors():
+    blocks = Blocks(torch.randint(2, 5, (6, 12)), 5)
+    result = evaluate_brier(token_model(), blocks, stride=2, num_samples=2, batch_size=4, seed=3)
+    assert (result.num_blocks, result.num_positions, result.block_size) == (6, 6 * 4, 12)
+    assert result.brier_error[0] > 0
+    again = evaluate_brier(token_model(), blocks, stride=2, num_samples=2, batch_size=4, seed=3)
+    assert result.brier == again.brier
+
+
+def test_standard_error_shrinks_with_the_number_of_blocks():
+    few = evaluate_brier(token_model(), Blocks(torch.randint(2, 5, (8, 12)), 5), stride=2, num_samples=2)
+    many = evaluate_brier(token_model(), Blocks(torch.randint(2, 5, (128, 12)), 5), stride=2, num_samples=2)
+    assert many.brier_error[0] < 0.6 * few.brier_error[0]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_count_models_equal_enumeration(order):
+    vocab_size = 4
+    train, validation = (
+        Blocks(torch.randint(vocab_size, (20, 16)), vocab_size),
+        Blocks(torch.randint(vocab_size, (1, 6)), vocab_size),
+    )
+    result = evaluate_counts(train, validation, order, stride=2)
+    table = _transition_table(train, order).expand(vocab_size, -1).double()
+    ids = validation.ids[0]
+    every = torch.ones([vocab_size] * NGRAM, dtype=torch.float64)
+    for gram in product(range(vocab_size), repeat=NGRAM):
+        before = ids[1]
+        for token in gram:
+            every[gram] *= table[before, token]
+            before = token
+    torch.testing.assert_close(
+        torch.tensor(result.brier).double() / 100, exact_brier(every, ids[2:6]), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_damaged_weights_are_reported():
+    model = token_model()
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="gives NaN or infinity"):
+        evaluate_brier(model, Blocks(torch.randint(5, (2, 12)), 5), stride=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stride": 3}, "stride must be a multiple of the model's patch size 4, got 3"),
+        ({"stride": 4, "num_samples": 1}, "num_samples must be at least 2"),
+        ({"stride": 12}, "block_size must be at least 16 to hold a scored n-gram, got 12"),
+    ],
+)
+def test_impossible_protocols_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_brier(tiny.calm(), Blocks(tiny.tokens(2, 12), tiny.VOCAB_SIZE), **arguments)
