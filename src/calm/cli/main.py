@@ -65,3 +65,7 @@ def is_user_error(error: Exception) -> bool:
     from huggingface_hub.errors import StrictDataclassError
 
     return isinstance(error, ValueError | FileNotFoundError | PermissionError | StrictDataclassError)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -85,12 +85,17 @@ def _read_jsonl(path: str, text_key: str) -> Iterator[str | BadRecordError]:
     try:
         # Bytes, so that one line that is not UTF-8 does not take the rest of the file with it.
         with fsspec.open(path, "rb") as raw:
-            lines = _zstd_lines(raw) if path.endswith(".zst") else gzip.open(raw) if path.endswith(".gz") else raw
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(_lines(raw, path), start=1):
                 if line.strip():
                     yield _text_of(line, f"{path} line {number}", text_key)
     except zstandard.ZstdError as error:
         yield BadRecordError(f"{path} cannot be read: {error}.")
+
+
+def _lines(raw: IO[bytes], path: str) -> Iterable[bytes]:
+    if path.endswith(".zst"):
+        return _zstd_lines(raw)
+    return gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
 
 
 def _zstd_lines(raw: IO[bytes]) -> Iterator[bytes]:

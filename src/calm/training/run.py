@@ -7,10 +7,18 @@ from typing import Any
 import torch
 import yaml
 from rich.progress import Progress
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from calm.data.blocks import TokenBlocks, read_manifest
 from calm.data.tokenizer import load_tokenizer, tokenizer_hash
@@ -46,13 +54,13 @@ def train(recipe: Recipe, progress: Progress | None = None) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     (output / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     arguments = training_arguments(recipe)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / "tensorboard"))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")  # the one way the Trainer offers
     trainer = CalmTrainer(
         model=model,
         args=arguments,
         train_dataset=train_blocks,
         eval_dataset=validation_blocks,
-        callbacks=[JsonlCallback(output / "metrics.jsonl")],
+        callbacks=[JsonlCallback(output / "metrics.jsonl"), MarkCompleteCallback()],
     )
     trainer.remove_callback(TqdmCallback)
     trainer.remove_callback(PrinterCallback)
@@ -108,9 +116,18 @@ def _flatten(values: dict, prefix: str = "") -> dict:
     return flat
 
 
+class MarkCompleteCallback(TrainerCallback):
+    """Leaves a mark in every checkpoint that was written to its end."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if state.is_world_process_zero:
+            Path(str(args.output_dir), f"checkpoint-{state.global_step}", COMPLETE).touch()
+
+
 def last_checkpoint(output: Path) -> str | None:
-    folder = output / "checkpoints"
-    return get_last_checkpoint(str(folder)) if folder.exists() else None
+    """The newest complete checkpoint of a run; one that a kill cut short is as good as not there."""
+    checkpoints = [path for path in (output / "checkpoints").glob("checkpoint-*") if (path / COMPLETE).exists()]
+    return str(max(checkpoints, key=lambda path: int(path.name.split("-")[1]))) if checkpoints else None
 
 
 def build_model(recipe: Recipe) -> PreTrainedModel:

@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import pytest
+
+from calm.training.recipe import TRAINING_DEFAULTS, Recipe
+
+MINIMAL = """
+stage: autoencoder
+output_dir: runs/x
+data: {train: data/train, block_size: 64}
+training: {learning_rate: 1e-3}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_numbers_read_as_everyone_means_them(recipe):
+    assert Recipe.load(recipe).training["learning_rate"] == 1e-3
+    loaded = Recipe.load(recipe, ["training.weight_decay=1e-2", "data.block_size=128", "model.kl_weight=.5"])
+    assert (loaded.training["weight_decay"], loaded.data.block_size, loaded.model["kl_weight"]) == (0.01, 128, 0.5)
+
+
+def test_defaults_are_the_papers_optimiser(recipe):
+    training = Recipe.load(recipe).training
+    assert (training["adam_beta2"], training["weight_decay"], training["max_grad_norm"]) == (0.95, 0.1, 1.0)
+    assert training.keys() == TRAINING_DEFAULTS.keys()
+
+
+def test_resolved_recipe_loads_as_itself(recipe, tmp_path):
+    loaded = Recipe.load(recipe, ["seed=7"])
+    (tmp_path / "resolved.yaml").write_text(loaded.to_yaml())
+    assert Recipe.load(tmp_path / "resolved.yaml") == loaded
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.learning_rat=1", "unknown key 'learning_rat' in training: did you mean 'learning_rate'?"),
+        ("model.latent_sise=3", "unknown key 'latent_sise' in model: did you mean 'latent_size'?"),
+        ("dta.train=x", "unknown key 'dta' in the recipe: did you mean 'data'?"),
+        ("data.blok_size=3", "unknown key 'blok_size' in data: did you mean 'block_size'?"),
+        ("stage=distil", "stage must be one of autoencoder, calm, baseline, got 'distil'"),
+        ("training.output_dir=x", "unknown key 'output_dir' in training"),
+        ("seed", "an override reads dotted.key=value, got 'seed'"),
+        ("seed.x=1", "'seed' is a value"),
+        ("stage=calm", "stage calm needs model.autoencoder"),
+    ],
+)
+def test_mistakes_are_named(recipe, override, message):
+    recipe.write_text(MINIMAL + "seed: 0\n")
+    with pytest.raises(ValueError) as error:
+        Recipe.load(recipe, [override])
+    assert message in str(error.value)
+
+
+def test_backbone_fields_are_checked(recipe):
+    with pytest.raises(ValueError, match=r"unknown key 'hiden_size' in model\.backbone: did you mean 'hidden_size'"):
+        Recipe.load(recipe, ["stage=baseline", "model.backbone.hiden_size=64"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stage: [", "is not valid YAML"),
+        ("- a", "must be a mapping"),
+        ("stage: calm\noutput_dir: x", "lacks 'data'"),
+        ("stage: calm\noutput_dir: x\ndata: {train: x}", "data lacks 'block_size'"),
+    ],
+)
+def test_unreadable_recipes_are_refused(recipe, text, message):
+    recipe.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Recipe.load(recipe)
+    with pytest.raises(ValueError, match="no recipe at"):
+        Recipe.load(recipe.with_name("other.yaml"))
+
+
+def test_shipped_recipes_load():
+    paths = sorted(Path("recipes").rglob("*.yaml"))
+    assert len(paths) >= 3
+    for path in paths:
+        Recipe.load(path)

@@ -1,0 +1,195 @@
+"""Real, tiny training runs of every stage."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from calm.data.blocks import TokenBlocks
+from calm.data.prepare import prepare
+from calm.data.tokenizer import train_tokenizer
+from calm.evaluation.reconstruction import evaluate_reconstruction
+from calm.models.loading import load_autoencoder, load_language_model, load_model
+from calm.training.recipe import Recipe
+from calm.training.run import train
+from calm.training.trainer import read_metrics
+
+WORDS = ["alpha", "beta", "gamma", "delta"]
+DOCUMENTS = [" ".join(WORDS[(i + j) % 4] for j in range(60)) for i in range(40)]
+BACKBONE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Prepared data and a trained autoencoder."""
+    root = tmp_path_factory.mktemp("training")
+    tokenizer = train_tokenizer(DOCUMENTS, 270)
+    for split in ("train", "validation"):
+        (root / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+        prepare([root / f"{split}.jsonl"], tokenizer, root / split)
+    train(autoencoder_recipe(root))
+    return root
+
+
+def recipe(root, stage, output, model, **training):
+    fields = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "use_cpu": True,
+    }
+    return Recipe.from_dict(
+        {
+            "stage": stage,
+            "output_dir": str(root / output),
+            "data": {"train": str(root / "train"), "validation": str(root / "validation"), "block_size": 32},
+            "model": model,
+            "training": fields | training,
+        }
+    )
+
+
+def autoencoder_recipe(root, output="autoencoder", **training):
+    model = {"patch_size": 2, "hidden_size": 32, "intermediate_size": 48, "latent_size": 16, "latent_dropout": 0.0}
+    return recipe(root, "autoencoder", output, model, **{"max_steps": 300, "save_steps": 100} | training)
+
+
+def calm_recipe(root, output="calm", **training):
+    head = {"noise_size": 8, "num_mlp_layers": 1, "num_samples": 4, "num_target_samples": 4}
+    model = {"autoencoder": str(root / "autoencoder"), "backbone": BACKBONE, "head": head}
+    return recipe(root, "calm", output, model, **training)
+
+
+def test_autoencoder_learns_to_reconstruct(workspace):
+    model = load_autoencoder(workspace / "autoencoder")
+    result = evaluate_reconstruction(model, TokenBlocks(workspace / "validation", 32, 2))
+    assert result.token_accuracy_mean > 0.95
+    assert result.token_accuracy_sample > 0.9
+    assert 0 < result.live_dimensions <= 16
+    records = [record for record in read_metrics(workspace / "autoencoder") if "accuracy" in record]
+    assert records[-1]["accuracy"] > records[0]["accuracy"]
+    for key in ("loss", "reconstruction_loss", "kl", "live_dimensions", "grad_norm", "tokens_per_second"):
+        assert key in records[0]
+
+
+def test_calm_trains_and_leaves_a_self_contained_model(workspace):
+    output = train(calm_recipe(workspace, max_steps=12))
+    records = [record for record in read_metrics(output) if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert records[-1]["loss"] < records[0]["loss"]
+    for record in records:
+        score = record["diversity"] - 2 * record["fidelity"]
+        assert record["energy_score"] == pytest.approx(score, rel=1e-4)
+    names = {path.name for path in output.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "recipe.yaml"} <= names
+    assert any(path.name.startswith("events") for path in (output / "tensorboard").iterdir())
+    # The frozen autoencoder is the trained one, and did not move.
+    inside = load_language_model(output).autoencoder.state_dict()
+    for name, value in load_autoencoder(workspace / "autoencoder").state_dict().items():
+        assert torch.equal(value, inside[name])
+
+
+def test_baseline_learns(workspace):
+    output = train(recipe(workspace, "baseline", "baseline", {"backbone": BACKBONE}, max_steps=30))
+    records = [record for record in read_metrics(output) if "loss" in record]
+    assert records[-1]["loss"] < 0.7 * records[0]["loss"]
+    assert load_language_model(output).config.model_type == "llama"
+
+
+def test_a_complete_run_is_not_done_again(workspace):
+    recipe = calm_recipe(workspace, "complete", max_steps=2)
+    train(recipe)
+    before = (workspace / "complete" / "model.safetensors").stat().st_mtime_ns
+    train(recipe)
+    assert (workspace / "complete" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_recipe_does_not_overwrite_a_run(workspace):
+    train(calm_recipe(workspace, "mine", max_steps=2))
+    with pytest.raises(ValueError, match=r"another recipe: training\.learning_rate \(0\.01 there, 0\.5 here\)"):
+        train(calm_recipe(workspace, "mine", max_steps=2, learning_rate=0.5))
+
+
+def test_a_foreign_directory_is_not_touched(workspace):
+    (workspace / "foreign").mkdir()
+    (workspace / "foreign" / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="not empty and holds no training run"):
+        train(calm_recipe(workspace, "foreign"))
+    assert [path.name for path in (workspace / "foreign").iterdir()] == ["thesis.txt"]
+
+
+def test_killed_and_started_again_equals_uninterrupted(workspace, tmp_path):
+    steps = {"max_steps": 120, "save_steps": 5}  # several passes over the data
+    whole = train(calm_recipe(workspace, "whole", **steps))
+    killed = calm_recipe(workspace, "killed", **steps)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(killed.to_yaml())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "calm.cli.main", "train", str(path)], env=os.environ | {"PYTHONPATH": "src"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    checkpoints = workspace / "killed" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-1?")) and process.poll() is None and time.monotonic() < deadline:
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (workspace / "killed" / "model.safetensors").exists()
+    train(killed)
+    expected, actual = load_file(whole / "model.safetensors"), load_file(workspace / "killed" / "model.safetensors")
+    for name, value in expected.items():
+        assert torch.equal(value, actual[name]), name
+    first, second = read_metrics(whole), read_metrics(workspace / "killed")
+    assert [record.get("loss") for record in first] == [record.get("loss") for record in second]
+
+
+def test_blocks_that_hold_no_whole_patches_are_refused(workspace):
+    bad = calm_recipe(workspace, "bad")
+    bad.data.block_size = 33
+    with pytest.raises(ValueError, match="multiple of the patch size 2, got 33"):
+        train(bad)
+    assert not (workspace / "bad").exists()
+
+
+def test_tokenizers_that_do_not_belong_together_are_refused(workspace, tmp_path):
+    other = train_tokenizer(DOCUMENTS, 265)
+    prepare([workspace / "train.jsonl"], other, tmp_path / "data")
+    bad = calm_recipe(workspace, "bad")
+    bad.data.train = str(tmp_path / "data")
+    with pytest.raises(ValueError, match="belong to different tokenizers"):
+        train(bad)
+
+
+def test_damaged_and_missing_weights_are_named(workspace, tmp_path):
+    model = load_autoencoder(workspace / "autoencoder")
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        load_model(tmp_path)
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        load_model(tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match="cannot load a model"):
+        load_model(tmp_path)
+    state = model.state_dict()
+    del state["encoder.squeeze.weight"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"lack 1 tensors: encoder\.squeeze\.weight"):
+        load_model(tmp_path)
+
+
+def test_an_autoencoder_is_not_taken_for_a_language_model(workspace):
+    with pytest.raises(ValueError, match="holds an autoencoder; a language model is needed"):
+        load_language_model(workspace / "autoencoder")
