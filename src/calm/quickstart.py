@@ -32,7 +32,7 @@ from calm.training.speed import seconds_per_step
 
 VOCAB_SIZE = 1024
 # Shares of the time budget. What is left over goes to the corpus, evaluation and samples.
-TIME_SHARES = {"autoencoder": 0.2, "calm": 0.56, "baseline": 0.12}
+TIME_SHARES = {"autoencoder": 0.19, "calm": 0.53, "baseline": 0.11}
 MAX_AUTOENCODER_STEPS = 1500  # good enough by then; the time it leaves goes to CALM
 EVALUATION_BLOCKS = 240
 EVALUATION_SAMPLES = 8
@@ -86,7 +86,8 @@ def _check_settings(run: Path, settings: dict) -> None:
             raise ValueError(
                 f"{run} holds a quickstart with {before}, not {settings}: choose another directory, or remove this one."
             )
-    elif run.exists() and any(run.iterdir()):
+        return
+    if run.exists() and any(run.iterdir()):
         raise ValueError(f"{run} is not empty and holds no quickstart: choose another directory.")
     run.mkdir(parents=True, exist_ok=True)
     _write_whole(path, json.dumps(settings))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 PAD_TOKEN = "<|pad|>"  # id 0, which also stands in for dropped tokens while an autoencoder trains
 END_TOKEN = "<|end_of_text|>"  # id 1, between documents
 MIN_VOCAB_SIZE = 258  # every byte and the two tokens above
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = False) -> PreTrainedTokenizerFast:
@@ -54,6 +56,8 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     Raises ValueError when it is missing, or does not know an end-of-text token.
     """
     path = Path(path)
+    if not path.exists() and not _HUB_ID.fullmatch(str(path)):
+        raise ValueError(f"no tokenizer at {path}: there is no such directory.")
     if path.is_dir() and (path / "tokenizer").is_dir():
         path = path / "tokenizer"
     if path.is_dir() and not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_autoencoder(path: str | os.PathLike) -> CalmAutoencoder:
@@ -38,6 +41,8 @@ def load_model(path: str | os.PathLike) -> PreTrainedModel:
     directory = Path(path)
     if directory.exists() and not (directory / "config.json").is_file():
         raise ValueError(f"no model in {path}: config.json is missing.")
+    if not directory.exists() and not HUB_ID.fullmatch(os.fspath(path)):
+        raise ValueError(f"no model at {path}: there is no such directory.")
     try:
         config = AutoConfig.from_pretrained(path)
         kind: Any = CalmAutoencoder if config.model_type == "calm_autoencoder" else AutoModelForCausalLM

@@ -1,0 +1,163 @@
+"""The commands as a user runs them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import calm.quickstart
+from calm.cli import main as cli
+from calm.report.quickstart import write
+from calm.training.progress import make_progress
+from calm.training.trainer import read_metrics
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Exit code, output and error output of a command."""
+    monkeypatch.setattr(sys, "argv", ["calm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    captured = capsys.readouterr()
+    return stopped.value.code or 0, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """A real quickstart of a few steps per stage."""
+    directory = tmp_path_factory.mktemp("quickstart") / "run"
+    patch = pytest.MonkeyPatch()
+    patch.setattr(calm.quickstart, "EVALUATION_BLOCKS", 6)
+    patch.setattr(calm.quickstart, "SPEED_TOKENS", 8)
+    with make_progress() as progress:
+        results = calm.quickstart.run_quickstart(directory, 0.02, 0, "cpu", progress)
+    write(results, {name: read_metrics(directory / name) for name in calm.quickstart.TIME_SHARES}, directory)
+    patch.undo()
+    return directory
+
+
+def test_quickstart_leaves_models_scores_samples_and_a_report(quickstart):
+    results = json.loads((quickstart / "results.json").read_text())
+    assert set(results["brier"]) == {"calm", "baseline", "bigram counts", "unigram counts"}
+    assert results["brier"]["bigram counts"]["brier"][0] > 0
+    for name in ("calm", "baseline"):
+        assert results["brier"][name]["brier_lm_error"] >= 0
+        assert results["generation_tokens_per_second"][name] > 0
+        assert results["training"][name]["training_flops"] > 1e9
+    assert {sample["temperature"] for sample in results["samples"]} == {1.0, 1 / 2, 1 / 3}
+    report = (quickstart / "report.md").read_text()
+    assert "BrierLM" in report
+    assert "| bigram counts |" in report
+    assert (quickstart / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quickstart_started_again_does_nothing_twice(quickstart):
+    files = {path: path.stat().st_mtime_ns for path in quickstart.rglob("*") if path.is_file()}
+    with make_progress() as progress:
+        calm.quickstart.run_quickstart(quickstart, 0.02, 0, "cpu", progress)
+    assert files == {path: path.stat().st_mtime_ns for path in quickstart.rglob("*") if path.is_file()}
+
+
+def test_quickstart_with_other_settings_is_refused(quickstart, monkeypatch, capsys):
+    code, _, error = run(monkeypatch, capsys, "quickstart", quickstart, "--minutes", "5")
+    assert code == 2
+    assert "holds a quickstart with" in error
+    assert error.strip().count("\n") == 0
+
+
+def test_generate_continues_a_prompt(quickstart, monkeypatch, capsys):
+    for model in ("calm", "baseline"):
+        arguments = ("generate", quickstart / model, "--prompt", "import os", "--max-new-tokens", "9")
+        code, first, _ = run(monkeypatch, capsys, *arguments)
+        assert code == 0
+        assert first.startswith("import os")
+        assert first == run(monkeypatch, capsys, *arguments)[1]  # the seed is fixed
+    code, _, _ = run(
+        monkeypatch, capsys, "generate", quickstart / "calm", "--sampler", "exact", "--temperature", "0.9",
+        "--max-new-tokens", "3",
+    )  # fmt: skip
+    assert code == 0
+
+
+def test_evaluate_scores_models_side_by_side(quickstart, monkeypatch, capsys, tmp_path):
+    code, out, _ = run(
+        monkeypatch, capsys, "evaluate", quickstart / "calm", quickstart / "baseline", quickstart / "autoencoder",
+        "--data", quickstart / "data" / "validation", "--block-size", "64", "--blocks", "4", "--samples", "2",
+        "--output", tmp_path / "scores" / "scores.json",
+    )  # fmt: skip
+    assert code == 0
+    assert "BrierLM" in out
+    assert "brings back" in out
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())["models"]
+    assert len(scores) == 3
+    assert scores[str(quickstart / "calm")]["num_positions"] == scores[str(quickstart / "baseline")]["num_positions"]
+
+
+def test_the_commands_of_the_guide_work_from_text_to_model(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 400)
+    assert (
+        run(monkeypatch, capsys, "tokenizer", "train", tmp_path, "-o", tmp_path / "tok", "--vocab-size", "270")[0] == 0
+    )
+    code, out, _ = run(
+        monkeypatch, capsys, "prepare", tmp_path / "text.txt", "--tokenizer", tmp_path / "tok", "-o", tmp_path / "data"
+    )
+    assert code == 0
+    assert "of 1 documents" in out
+    recipe = {
+        "stage": "baseline",
+        "output_dir": str(tmp_path / "model"),
+        "data": {"train": str(tmp_path / "data"), "block_size": 32},
+        "model": {
+            "backbone": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        },
+        "training": {"per_device_train_batch_size": 2, "use_cpu": True},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code, out, _ = run(monkeypatch, capsys, "train", tmp_path / "recipe.yaml", "training.max_steps=2")
+    assert (code, out) == (0, f"trained: {tmp_path / 'model'}\n")
+    code, out, _ = run(monkeypatch, capsys, "train", tmp_path / "recipe.yaml", "training.max_steps=2")
+    assert out.startswith("already complete")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "nowhere.yaml"), "no recipe at nowhere.yaml"),
+        (("generate", "no/such/model"), "no model at no/such/model"),
+        (("prepare", "nowhere.txt", "--tokenizer", "no/such/dir", "-o", "y"), "no tokenizer at no/such/dir"),
+        (("tokenizer", "train", "nowhere.txt", "-o", "never"), "no such file or folder: nowhere.txt"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert error.startswith("calm: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_temperature_outside_the_range_is_refused(quickstart, monkeypatch, capsys):
+    code, _, error = run(monkeypatch, capsys, "generate", quickstart / "calm", "--temperature", "0")
+    assert code == 2
+    assert "temperature must lie in (0, 1], got 0.0" in error
+
+
+def test_data_of_another_tokenizer_are_refused(quickstart, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 400)
+    run(monkeypatch, capsys, "tokenizer", "train", tmp_path, "-o", tmp_path / "tok", "--vocab-size", "270")
+    run(monkeypatch, capsys, "prepare", tmp_path / "text.txt", "--tokenizer", tmp_path / "tok", "-o", tmp_path / "data")
+    code, _, error = run(
+        monkeypatch, capsys, "evaluate", quickstart / "calm", "--data", tmp_path / "data", "--block-size", "16"
+    )
+    assert code == 2
+    assert "was not prepared with the tokenizer of" in error
+
+
+def test_help_teaches():
+    out = subprocess.run(
+        [sys.executable, "-m", "calm.cli.main", "prepare", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "Example" in out.stdout
