@@ -1,4 +1,4 @@
-"""BrierLM of language models: CALM with any patch size, and token models, on the same n-grams (paper, section 4).
+"""BrierLM of language models: CALM with any patch size, and token models, on the same n-grams.
 
 For every scored position S independent continuations are drawn and compared with the text and with each other. A
 position is scored where an n-gram starts at a multiple of ``stride`` behind at least one stride of context; with the

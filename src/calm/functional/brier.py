@@ -1,4 +1,4 @@
-"""The Brier score from samples, and BrierLM (paper, section 4.2, eq. 13-15).
+"""The Brier score from samples, and BrierLM.
 
 Shapes: n tokens of an n-gram, ... any leading dimensions.
 """

@@ -1,4 +1,4 @@
-"""The energy score: a strictly proper scoring rule that needs samples only (paper, eq. 9-11).
+"""The energy score: a strictly proper scoring rule that needs samples only.
 
 Shapes: N model samples, M target samples, Z latent dimensions, ... any leading dimensions.
 """

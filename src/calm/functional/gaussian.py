@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def gaussian_kl(mean: Tensor, log_std: Tensor, clip: float = 0.5) -> Tensor:
-    """KL divergence of N(mean, std^2) to N(0, I) in nats, floored per dimension (paper, eq. 5-6).
+    """KL divergence of N(mean, std^2) to N(0, I) in nats, floored per dimension.
 
     The floor stops the pull on a dimension once its KL is at ``clip``: without it dimensions collapse to the prior.
 

@@ -1,4 +1,4 @@
-"""Sampling at a temperature when the model is only a sampler (paper, section 4.4, algorithms 1 and 2).
+"""Sampling at a temperature when the model is only a sampler (the paper's temperature sampling).
 
 A likelihood-free model gives draws x ~ P, never P(x). A power of P comes from agreement: n independent draws
 are all equal to x with probability P(x)^n.
@@ -28,7 +28,7 @@ def check_temperature(temperature: float) -> float:
 def batch_temperature_sample(
     candidates_BNK: Tensor, temperature: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Choose one chunk per row out of N independent draws, approximately with probability ~ P(x)^(1/T) (algorithm 2).
+    """Choose one chunk per row out of N independent draws, approximately with probability ~ P(x)^(1/T).
 
     With n = 1/T, a chunk that occurs c >= n times is chosen with weight C(c, n), the number of n-subsets of draws
     that agree on it. Where no chunk occurs n times, n - 1 is tried, and so on; the last resort n = 1 is a plain draw.
@@ -74,7 +74,7 @@ def exact_temperature_sample(
     max_draws: int = 4096,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one chunk per row with probability exactly ~ P(x)^(1/T), for any 0 < T <= 1 (algorithm 1).
+    """Draw one chunk per row with probability exactly ~ P(x)^(1/T), for any 0 < T <= 1.
 
     With n = floor(1/T) and a = 1/T - n: draw n chunks, start again unless all agree on x*; accept x* if a = 0;
     else, for i = 1, 2, ...: draw once more, accept x* if the draw equals it, otherwise start again with probability

@@ -1,4 +1,4 @@
-"""The autoencoder: K tokens to one latent vector and back (paper, section 2).
+"""The autoencoder: K tokens to one latent vector and back.
 
 It is context-free: every patch of K tokens is encoded alone. Shapes: B batch, T = L * K tokens, L patches, K tokens of
 a patch, H hidden, Z latent, V vocabulary.
@@ -141,7 +141,7 @@ class CalmAutoencoder(PreTrainedModel):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> CalmAutoencoderOutput:
-        """Encode, draw one latent per patch, decode (paper, eq. 4).
+        """Encode, draw one latent per patch, decode.
 
         In training mode input tokens and latent entries are dropped; the loss stays the reconstruction of every token.
 

@@ -1,4 +1,4 @@
-"""The language model: a causal transformer over patches that predicts the latent of the next patch (paper, section 3).
+"""The language model: a causal transformer over patches that predicts the latent of the next patch.
 
 Shapes: B batch, T = L * K tokens, L patches, K tokens of a patch, D hidden, Z latent.
 """

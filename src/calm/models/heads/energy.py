@@ -1,4 +1,4 @@
-"""The energy head: noise and a hidden state in, a latent vector out, in one step (paper, section 3.3).
+"""The energy head: noise and a hidden state in, a latent vector out, in one step.
 
 Shapes: N head samples, D hidden, Z latent, U noise, K tokens, V vocabulary, ... any leading dimensions.
 """
@@ -84,7 +84,7 @@ class EnergyHead(Head):
         target_noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> HeadLoss:
-        """Negative energy score of N draws against M draws of the posterior (paper, eq. 11); noise ``[N, ..., U]``."""
+        """Negative energy score of N draws against M draws of the posterior; noise ``[N, ..., U]``."""
         config = self.config
         if noise is None:
             noise = self.draw_noise(hidden, config.num_samples, generator=generator)
