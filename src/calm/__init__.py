@@ -17,9 +17,9 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0.0.0"
 
-AutoConfig.register("calm_autoencoder", CalmAutoencoderConfig)
-AutoConfig.register("calm", CalmConfig)
-AutoModel.register(CalmAutoencoderConfig, CalmAutoencoder)
-AutoModelForCausalLM.register(CalmConfig, CalmForCausalLM)
+AutoConfig.register("calm_autoencoder", CalmAutoencoderConfig, exist_ok=True)
+AutoConfig.register("calm", CalmConfig, exist_ok=True)
+AutoModel.register(CalmAutoencoderConfig, CalmAutoencoder, exist_ok=True)
+AutoModelForCausalLM.register(CalmConfig, CalmForCausalLM, exist_ok=True)
 
 __all__ = ["CalmAutoencoder", "CalmAutoencoderConfig", "CalmConfig", "CalmForCausalLM", "EnergyHeadConfig"]

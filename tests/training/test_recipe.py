@@ -61,6 +61,8 @@ def test_mistakes_are_named(recipe, override, message):
 def test_backbone_fields_are_checked(recipe):
     with pytest.raises(ValueError, match=r"unknown key 'hiden_size' in model\.backbone: did you mean 'hidden_size'"):
         Recipe.load(recipe, ["stage=baseline", "model.backbone.hiden_size=64"])
+    with pytest.raises(ValueError, match=r"unknown key 'num_sample' in model\.head: did you mean 'num_samples'"):
+        Recipe.load(recipe, ["stage=calm", "model.autoencoder=x", "model.head.num_sample=4"])
 
 
 @pytest.mark.parametrize(

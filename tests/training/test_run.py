@@ -87,6 +87,9 @@ def test_calm_trains_and_leaves_a_self_contained_model(workspace):
     records = [record for record in read_metrics(output) if "loss" in record]
     assert [record["step"] for record in records] == list(range(1, 13))
     assert records[-1]["loss"] < records[0]["loss"]
+    held_out = [record["eval_loss"] for record in read_metrics(output) if "eval_loss" in record]
+    assert len(held_out) == 6  # with every checkpoint
+    assert held_out[-1] < held_out[0]
     for record in records:
         score = record["diversity"] - 2 * record["fidelity"]
         assert record["energy_score"] == pytest.approx(score, rel=1e-4)

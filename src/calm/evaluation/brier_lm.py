@@ -14,6 +14,7 @@ patch, D hidden, V vocabulary.
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,32 +104,28 @@ def evaluate_brier(
             advance(len(ids))
     model.train(was_training)
     hit, collision = torch.cat(per_block, dim=1)
-    return _result(
+    return summarise(
         hit,
         collision,
-        len(starts) * len(hit),
-        blocks.block_size,
-        stride,
-        num_samples,
-        seed,
-        time.perf_counter() - started,
+        num_positions=len(starts) * len(hit),
+        block_size=blocks.block_size,
+        stride=stride,
+        num_samples=num_samples,
+        seed=seed,
+        seconds=time.perf_counter() - started,
     )
 
 
-def _result(
-    hit: Tensor,
-    collision: Tensor,
-    positions: int,
-    block_size: int,
-    stride: int,
-    samples: int,
-    seed: int,
-    seconds: float,
-) -> BrierResult:
-    """Means over blocks ``[blocks, n]`` and their standard errors by bootstrap."""
+def summarise(hit: Tensor, collision: Tensor, **protocol: Any) -> BrierResult:
+    """Means over blocks and their standard errors by bootstrap.
+
+    Args:
+        hit, collision: mean of each block ``[blocks, n]``.
+        protocol: the other fields of the result.
+    """
     brier = 2 * hit - collision
     num_blocks = len(brier)
-    pick = torch.randint(num_blocks, (_BOOTSTRAP_ROUNDS, num_blocks), generator=torch.Generator().manual_seed(seed))
+    pick = torch.randint(num_blocks, (_BOOTSTRAP_ROUNDS, num_blocks), generator=torch.Generator().manual_seed(0))
     resampled = brier[pick].mean(1)  # [rounds, n]
 
     def percent(values: Tensor) -> list[float]:
@@ -141,13 +138,8 @@ def _result(
         brier_error=percent(resampled.std(0)),
         accuracy=percent(hit.mean(0)),
         collision=percent(collision.mean(0)),
-        num_positions=positions,
         num_blocks=num_blocks,
-        block_size=block_size,
-        stride=stride,
-        num_samples=samples,
-        seed=seed,
-        seconds=seconds,
+        **protocol,
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from calm.data.blocks import TokenBlocks
-from calm.evaluation.brier_lm import NGRAM, BrierResult, _result
+from calm.evaluation.brier_lm import NGRAM, BrierResult, summarise
 
 _MAX_VOCAB_SIZE = 16384  # the bigram table is vocabulary x vocabulary in float32
 _PRIOR_COUNTS = 1.0  # weight of the unigram distribution in a bigram row
@@ -31,15 +31,15 @@ def evaluate_counts(
     places = starts[:, None] + torch.arange(NGRAM)
     before, after = ids[:, places - 1], ids[:, places]
     hit = table.expand(table.shape[1], -1)[before, after].cumprod(-1)
-    return _result(
+    return summarise(
         hit.mean(1).double(),
         collision_Vn[ids[:, starts - 1]].mean(1).double(),
-        len(ids) * len(starts),
-        validation.block_size,
-        stride,
-        0,
-        0,
-        0.0,
+        num_positions=len(ids) * len(starts),
+        block_size=validation.block_size,
+        stride=stride,
+        num_samples=0,
+        seed=0,
+        seconds=0.0,
     )
 
 

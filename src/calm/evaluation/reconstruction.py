@@ -8,7 +8,7 @@ from calm.data.blocks import TokenBlocks
 from calm.functional.gaussian import gaussian_kl_per_dimension
 from calm.models.modeling_autoencoder import CalmAutoencoder
 
-_LIVE_VARIANCE = 0.01  # of the posterior mean over patches: below it a dimension says nothing (Burda et al., 2016)
+LIVE_VARIANCE = 0.01  # of the posterior mean over patches: below it a dimension says nothing (Burda et al., 2016)
 
 
 @dataclass
@@ -51,7 +51,7 @@ def evaluate_reconstruction(
         patch_accuracy_mean=mean.all(-1).float().mean().item(),
         patch_accuracy_sample=sample.all(-1).float().mean().item(),
         kl=torch.cat(kl).mean().item(),
-        live_dimensions=int((torch.cat(means).var(0) > _LIVE_VARIANCE).sum()),
+        live_dimensions=int((torch.cat(means).var(0) > LIVE_VARIANCE).sum()),
         latent_size=model.config.latent_size,
         num_tokens=mean.numel(),
     )

@@ -16,6 +16,8 @@ from transformers.utils import ModelOutput
 from calm.functional.gaussian import gaussian_kl, gaussian_sample
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 
+_TILE_ELEMENTS = 2**24  # of a (tokens x vocabulary) tensor: 64 MiB in float32
+
 
 @dataclass
 class Posterior:
@@ -131,8 +133,11 @@ class CalmAutoencoder(PreTrainedModel):
         return F.linear(self.decoder(latents), self.embed_tokens.weight)
 
     def decode_tokens(self, latents: Tensor) -> Tensor:
-        """Most likely tokens of every latent: ``[..., Z] -> [..., K]``."""
-        return self.decode(latents).argmax(-1)
+        """Most likely tokens of every latent: ``[..., Z] -> [..., K]``, without holding all logits at once."""
+        hidden = self.decoder(latents)
+        tiles = hidden.flatten(0, -2).split(max(1, _TILE_ELEMENTS // self.config.vocab_size))
+        tokens = [F.linear(tile, self.embed_tokens.weight).argmax(-1) for tile in tiles]
+        return torch.cat(tokens).view(hidden.shape[:-1])
 
     def forward(
         self,

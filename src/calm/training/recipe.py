@@ -6,7 +6,7 @@ output_dir: runs/calm
 seed: 0
 data:
   train: data/train                  # made by `calm prepare`
-  validation: data/validation
+  validation: data/validation        # loss on it is logged every `eval_steps` (default: `save_steps`)
   block_size: 1024                   # tokens
 model:                               # stage autoencoder: fields of CalmAutoencoderConfig
   autoencoder: runs/autoencoder      # stage calm: a trained autoencoder,
@@ -70,8 +70,8 @@ class Recipe:
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}.")
         _check_keys(self.model, _model_fields(self.stage), "model")
-        for part, fields in (("backbone", _backbone_fields(self.model)), ("head", None)):
-            if part in self.model and fields is not None:
+        for part, fields in (("backbone", _backbone_fields(self.model)), ("head", _head_fields(self.model))):
+            if fields is not None:
                 _check_keys(self.model[part], fields, f"model.{part}")
         if self.stage == "calm" and "autoencoder" not in self.model:
             raise ValueError("stage calm needs model.autoencoder: the directory of a trained autoencoder.")
@@ -154,6 +154,15 @@ def _backbone_fields(model: dict[str, Any]) -> Collection[str] | None:
     from transformers import LlamaConfig
 
     return {each.name for each in dataclasses.fields(LlamaConfig)} | {"model_type", "rope_theta"}
+
+
+def _head_fields(model: dict[str, Any]) -> Collection[str] | None:
+    """Fields of the head's configuration; an unknown type of head is named when the model is built."""
+    from calm.models.configuration_calm import HEAD_CONFIGS
+
+    head = model.get("head")
+    config = HEAD_CONFIGS.get(head.get("type", "energy")) if isinstance(head, dict) else None
+    return None if config is None else {each.name for each in dataclasses.fields(config)}
 
 
 class _Loader(yaml.SafeLoader):

@@ -174,7 +174,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         # bf16 on CPUs without native support is over a hundred times slower than float32.
         values["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     if recipe.data.validation is None:
-        values["eval_strategy"] = "no"
+        if values.get("eval_strategy", "no") != "no":
+            raise ValueError("training.eval_strategy needs data.validation: prepared data to evaluate on.")
+    elif "eval_strategy" not in values:
+        values |= {"eval_strategy": "steps", "eval_steps": values.get("eval_steps", values["save_steps"])}
     return TrainingArguments(
         output_dir=str(Path(recipe.output_dir) / "checkpoints"),
         seed=recipe.seed,

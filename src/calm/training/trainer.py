@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from calm.evaluation.reconstruction import LIVE_VARIANCE
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
-
-_LIVE_VARIANCE = 0.01  # a latent dimension is live when the posterior mean varies this much over patches (Burda et al.)
 
 
 class CalmTrainer(Trainer):
@@ -53,7 +52,7 @@ def report(model: torch.nn.Module, outputs, inputs: dict[str, torch.Tensor]) -> 
             "reconstruction_loss": outputs.reconstruction_loss,
             "accuracy": hits.float().mean(),
             "kl": outputs.kl,
-            "live_dimensions": outputs.mean.flatten(0, -2).float().var(0).gt(_LIVE_VARIANCE).sum(),
+            "live_dimensions": outputs.mean.flatten(0, -2).float().var(0).gt(LIVE_VARIANCE).sum(),
         }
     if isinstance(model, CalmForCausalLM):
         return dict(outputs.metrics)
