@@ -11,7 +11,7 @@ MAY_IMPORT = {
     "models": {"functional", "models"},
     "data": {"data"},
     "evaluation": {"functional", "models", "data", "evaluation"},
-    "training": {"functional", "models", "data", "evaluation", "training"},
+    "training": {"functional", "models", "data", "evaluation", "training", "files"},
     "report": {"evaluation", "report"},
 }
 

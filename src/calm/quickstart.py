@@ -24,12 +24,14 @@ from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.compute import compute
 from calm.evaluation.count_models import evaluate_counts
 from calm.evaluation.reconstruction import evaluate_reconstruction
+from calm.files import write_whole
 from calm.models.loading import load_model
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.training.recipe import Recipe
 from calm.training.run import is_complete, train
 from calm.training.speed import seconds_per_step
 
+QUICKSTART = "quickstart.json"  # the settings of a run directory
 VOCAB_SIZE = 1024
 # Shares of the time budget. What is left over goes to the corpus, evaluation and samples.
 TIME_SHARES = {"autoencoder": 0.19, "calm": 0.56, "baseline": 0.11}
@@ -54,7 +56,7 @@ def run_quickstart(run: Path, minutes: float, seed: int, device: str, progress: 
         progress.advance(overall)
 
     corpus, tokenizer_path, data = run / "corpus", run / "tokenizer", run / "data"
-    stage("corpus", corpus / "train.jsonl", lambda: write_embedded_corpus(corpus))
+    stage("corpus", corpus / "validation.jsonl", lambda: write_embedded_corpus(corpus))
     stage("tokenizer", tokenizer_path, lambda: _train_tokenizer(corpus / "train.jsonl", tokenizer_path))
     stage("prepare", data / "train" / "manifest.json", lambda: _prepare(corpus, tokenizer_path, data, seed))
     seconds = {name: 60 * minutes * share for name, share in TIME_SHARES.items()}
@@ -68,14 +70,14 @@ def run_quickstart(run: Path, minutes: float, seed: int, device: str, progress: 
     progress.update(overall, note="evaluation and samples")
     results_path = run / "results.json"
     if not results_path.exists():
-        results = settings | _evaluate(run, seed, progress)
-        _write_whole(results_path, json.dumps(results, indent=1))
+        results = settings | _evaluate(run, seed, device, progress)
+        write_whole(results_path, json.dumps(results, indent=1))
     progress.update(overall, completed=7, note="done")
     return json.loads(results_path.read_text(encoding="utf-8"))
 
 
 def _check_settings(run: Path, settings: dict) -> None:
-    path = run / "quickstart.json"
+    path = run / QUICKSTART
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         if before != settings:
@@ -83,17 +85,10 @@ def _check_settings(run: Path, settings: dict) -> None:
                 f"{run} holds a quickstart with {before}, not {settings}: choose another directory, or remove this one."
             )
         return
-    if run.exists() and any(run.iterdir()):
+    if run.exists() and any(path.name != f".{QUICKSTART}.partial" for path in run.iterdir()):
         raise ValueError(f"{run} is not empty and holds no quickstart: choose another directory.")
     run.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, json.dumps(settings))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there completely or not at all."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, json.dumps(settings))
 
 
 def _train_tokenizer(corpus: Path, output: Path) -> None:
@@ -113,14 +108,15 @@ def _planned_recipe(run: Path, name: str, seconds: float, seed: int, device: str
 
     Decided once and kept, so that a resumed run ends as planned.
     """
-    overrides = [
-        f"seed={seed}",
-        f"output_dir={run / name}",
-        f"data.train={run / 'data' / 'train'}",
-        f"data.validation={run / 'data' / 'validation'}",
-    ]
+    paths = {
+        "output_dir": run / name,
+        "data.train": run / "data" / "train",
+        "data.validation": run / "data" / "validation",
+    }
     if name == "calm":
-        overrides.append(f"model.autoencoder={run / 'autoencoder'}")
+        paths["model.autoencoder"] = run / "autoencoder"
+    # Quoted: to YAML, a path may look like something else.
+    overrides = [f"seed={seed}", *(f"{key}={json.dumps(str(path))}" for key, path in paths.items())]
     if device == "cpu":
         overrides.append("training.use_cpu=true")
     path = resources.files("calm") / "recipes" / "quickstart" / f"{name}.yaml"
@@ -132,17 +128,19 @@ def _planned_recipe(run: Path, name: str, seconds: float, seed: int, device: str
             if name == "autoencoder":
                 steps = min(steps, MAX_AUTOENCODER_STEPS)
             plan = {"seconds_per_step": each, "max_steps": steps, "unused_seconds": max(0.0, seconds - steps * each)}
-            _write_whole(plan_path, json.dumps(plan))
+            write_whole(plan_path, json.dumps(plan))
         plan = json.loads(plan_path.read_text(encoding="utf-8"))
         steps = plan["max_steps"]
         overrides += [f"training.max_steps={steps}", f"training.save_steps={max(20, steps // 5)}"]
         return Recipe.load(recipe_path, overrides), plan["unused_seconds"]
 
 
-def _evaluate(run: Path, seed: int, progress: Progress) -> dict:
+def _evaluate(run: Path, seed: int, device: str, progress: Progress) -> dict:
     train_recipe = Recipe.load(run / "calm" / "recipe.yaml")
     block_size = train_recipe.data.block_size
     models: dict[str, Any] = {name: load_model(run / name) for name in TIME_SHARES}
+    for model in models.values():
+        model.to(device)
     autoencoder, calm = models["autoencoder"], models["calm"]
     stride = calm.config.patch_size
     train_blocks = TokenBlocks(run / "data" / "train", block_size, stride)
@@ -209,8 +207,8 @@ def _samples(model: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: i
     samples = []
     for temperature in TEMPERATURES:
         for prompt in PROMPTS:
-            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-            generator = torch.Generator().manual_seed(seed)
+            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
+            generator = torch.Generator(model.device).manual_seed(seed)
             out = model.generate(ids, max_new_tokens=48, temperature=temperature, generator=generator)
             text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
             samples.append({"temperature": temperature, "prompt": prompt, "text": text})

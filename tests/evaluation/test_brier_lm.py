@@ -162,6 +162,13 @@ def test_count_models_equal_enumeration(order):
     )
 
 
+def test_token_models_that_change_their_logits_are_refused():
+    model = token_model()
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="with final_logit_softcapping cannot be scored"):
+        evaluate_brier(model, Blocks(torch.randint(5, (2, 12)), 5), stride=2)
+
+
 def test_damaged_weights_are_reported():
     model = token_model()
     model.model.norm.weight.data.fill_(float("nan"))

@@ -77,6 +77,22 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path):
         read(tmp_path / "a.parquet")
 
 
+def test_damage_that_only_shows_later_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "half a pair: \\ud800"}\n')
+    with pytest.raises(BadRecordError, match=r"a\.jsonl line 1 holds half of a surrogate pair \(character 13"):
+        read(tmp_path / "a.jsonl")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2, 0]}), tmp_path / "b.parquet")
+    with pytest.raises(BadRecordError, match=r"b\.parquet: column 'text' holds int64, not text"):
+        read(tmp_path / "b.parquet")
+    whole = bytearray(gzip.compress(LINES * 99))
+    for place in range(20, len(whole) - 8):
+        damaged = whole.copy()
+        damaged[place] ^= 0xFF
+        (tmp_path / "c.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(BadRecordError, match=r"c\.jsonl\.gz"):
+            read(tmp_path / "c.jsonl.gz")
+
+
 def test_a_missing_column_is_named(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS}), tmp_path / "a.parquet")
     with pytest.raises(BadRecordError, match=r"no column 'text' \(found: body\); name it with --text-key"):

@@ -80,6 +80,14 @@ def test_nothing_is_left_behind_by_a_failure(tokenizer, source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text.jsonl"]
 
 
+def test_several_files_are_prepared_in_silence(tokenizer, source, tmp_path, capfd):
+    (tmp_path / "more.txt").write_text("one more document")
+    manifest = prepare([source, tmp_path / "more.txt"], tokenizer, tmp_path / "data", workers=2)
+    assert manifest["num_documents"] == len(DOCUMENTS) + 1
+    assert len(manifest["files"]) == 2
+    assert capfd.readouterr().err == ""
+
+
 def test_skipped_records_stand_in_the_manifest(tokenizer, source, tmp_path):
     source.write_text(source.read_text() + "{broken\n")
     manifest = prepare([source], tokenizer, tmp_path / "data", on_bad="skip")

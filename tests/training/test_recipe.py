@@ -48,7 +48,10 @@ def test_resolved_recipe_loads_as_itself(recipe, tmp_path):
         ("training.output_dir=x", "unknown key 'output_dir' in training"),
         ("seed", "an override reads dotted.key=value, got 'seed'"),
         ("seed.x=1", "'seed' is a value"),
-        ("stage=calm", "stage calm needs model.autoencoder"),
+        ("stage=baseline", "stage baseline needs model.backbone"),
+        ("output_dir=2026-11-23", "output_dir in the recipe must be of type str"),
+        ("data.block_size=abc", "block_size in data must be of type int, got 'abc'"),
+        ("output_dir=@x", "'@x' is not valid YAML"),
     ],
 )
 def test_mistakes_are_named(recipe, override, message):
@@ -58,11 +61,15 @@ def test_mistakes_are_named(recipe, override, message):
     assert message in str(error.value)
 
 
+def test_a_bare_no_is_the_strategy(recipe):
+    assert Recipe.load(recipe, ["training.eval_strategy=no"]).training["eval_strategy"] == "no"
+
+
 def test_backbone_fields_are_checked(recipe):
     with pytest.raises(ValueError, match=r"unknown key 'hiden_size' in model\.backbone: did you mean 'hidden_size'"):
         Recipe.load(recipe, ["stage=baseline", "model.backbone.hiden_size=64"])
     with pytest.raises(ValueError, match=r"unknown key 'num_sample' in model\.head: did you mean 'num_samples'"):
-        Recipe.load(recipe, ["stage=calm", "model.autoencoder=x", "model.head.num_sample=4"])
+        Recipe.load(recipe, ["stage=calm", "model.backbone.hidden_size=8", "model.head.num_sample=4"])
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,19 @@ def test_killed_and_started_again_equals_uninterrupted(workspace, tmp_path):
     assert [record.get("loss") for record in first] == [record.get("loss") for record in second]
 
 
+def test_a_kill_behind_the_last_step_adds_no_step(workspace):
+    recipe = calm_recipe(workspace, "ended", max_steps=5, save_steps=2)
+    output = train(recipe)
+    weights, records = load_file(output / "model.safetensors"), read_metrics(output)
+    for name in ("complete.json", "model.safetensors"):  # as if killed before they were written
+        (output / name).unlink()
+    train(recipe)
+    again = load_file(output / "model.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+    assert read_metrics(output) == records
+    assert json.loads((output / "complete.json").read_text())["global_step"] == 5
+
+
 def test_blocks_that_hold_no_whole_patches_are_refused(workspace):
     bad = calm_recipe(workspace, "bad")
     bad.data.block_size = 33

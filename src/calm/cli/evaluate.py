@@ -10,10 +10,14 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(help="directories of trained models, or hub ids")],
     data: Annotated[Path, typer.Option(help="prepared validation data, see `calm prepare`")],
     block_size: Annotated[int, typer.Option(help="tokens of a block: the longest context. Scores depend on it")] = 1024,
-    blocks: Annotated[int | None, typer.Option(help="so many blocks, evenly spread over the data; default all")] = None,
-    samples: Annotated[int, typer.Option(help="continuations drawn per position, at least 2")] = 4,
-    stride: Annotated[int | None, typer.Option(help="tokens between scored n-grams; default fits all models")] = None,
-    batch_size: Annotated[int, typer.Option(help="blocks at a time")] = 8,
+    blocks: Annotated[
+        int | None, typer.Option(min=1, help="so many blocks, evenly spread over the data; default all")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, help="continuations drawn per position, at least 2")] = 4,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="tokens between scored n-grams; default fits all models")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="blocks at a time")] = 8,
     seed: Annotated[int, typer.Option(help="of all draws")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     output: Annotated[Path | None, typer.Option(help="write the results as JSON")] = None,

@@ -64,7 +64,7 @@ def is_user_error(error: Exception) -> bool:
     """Whether an error is about what the user gave, so that its message says all there is to say."""
     from huggingface_hub.errors import StrictDataclassError
 
-    return isinstance(error, ValueError | FileNotFoundError | PermissionError | StrictDataclassError)
+    return isinstance(error, ValueError | OSError | StrictDataclassError)
 
 
 if __name__ == "__main__":

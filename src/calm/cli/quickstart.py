@@ -8,7 +8,7 @@ def quickstart(
     run: Annotated[Path, typer.Argument(help="directory of everything it makes")] = Path("runs/quickstart"),
     minutes: Annotated[float, typer.Option(min=0.5, help="time budget, shared by the stages")] = 8,
     seed: Annotated[int, typer.Option(help="of initialisation, data order and draws")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="auto or cpu")] = "auto",
 ) -> None:
     """The whole path on real text: tokenizer, autoencoder, CALM, baseline, scores, samples.
 

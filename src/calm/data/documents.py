@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ def _read_file(path: str, text_key: str) -> Iterator[str | BadRecordError]:
             yield from _read_jsonl(path, text_key)
     except UnicodeDecodeError as error:
         yield BadRecordError(f"{path} is not UTF-8 text (byte {error.start}).")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         yield BadRecordError(f"{path} cannot be read: {error}.")
 
 
@@ -127,6 +128,10 @@ def _text_of(line: bytes, place: str, text_key: str) -> str | BadRecordError:
     if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
         fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         return BadRecordError(f"{place} has no text field {text_key!r} (found: {fields}); name it with --text-key.")
+    try:
+        record[text_key].encode()
+    except UnicodeEncodeError as error:
+        return BadRecordError(f"{place} holds half of a surrogate pair (character {error.start} of its text).")
     return record[text_key]
 
 
@@ -139,6 +144,12 @@ def _read_parquet(path: str, text_key: str) -> Iterator[str | BadRecordError]:
             if text_key not in file.schema_arrow.names:
                 columns = ", ".join(file.schema_arrow.names)
                 yield BadRecordError(f"{path} has no column {text_key!r} (found: {columns}); name it with --text-key.")
+                return
+            kind = file.schema_arrow.field(text_key).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                yield BadRecordError(
+                    f"{path}: column {text_key!r} holds {kind}, not text; name another with --text-key."
+                )
                 return
             for batch in file.iter_batches(columns=[text_key]):
                 for text in batch.column(0).to_pylist():

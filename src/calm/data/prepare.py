@@ -28,8 +28,8 @@ def prepare(
 ) -> dict:
     """Tokenise documents into ``output``: ``.ds`` files (raw uint16 or uint32 tokens), a manifest, the tokenizer.
 
-    The directory appears when it is complete, and not before. Called again with the same arguments and unchanged
-    files, nothing is done.
+    The directory appears when it is complete, and not before. Called again with the same arguments and files of the
+    same names and sizes, nothing is done.
 
     Args:
         sources: files and folders, see :mod:`calm.data.documents`.
@@ -108,6 +108,12 @@ class DocumentSource:
 
     def __init__(self, files: list[str], text_key: str, on_bad: str, counts_folder: Path):
         self.files, self.text_key, self.on_bad, self.counts_folder = files, text_key, on_bad, counts_folder
+
+    def __setstate__(self, state: dict) -> None:
+        from loguru import logger
+
+        logger.disable("datatrove")  # worker processes log for themselves
+        self.__dict__.update(state)
 
     def __call__(self, data=None, rank: int = 0, world_size: int = 1):
         from datatrove.data import Document

@@ -19,8 +19,8 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = False) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with an end-of-text and a padding token.
 
-    Any text can be encoded: every byte has a token. Raises ValueError when there is no text, or too little for a
-    vocabulary of this size.
+    Any text can be encoded: every byte has a token. Raises ValueError when the text is too little for a vocabulary of
+    this size.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(

@@ -28,6 +28,8 @@ from calm.models.modeling_calm import CalmForCausalLM
 NGRAM = 4
 _TILE_ELEMENTS = 2**24  # of a (positions x vocabulary) tensor: 64 MiB in float32
 _BOOTSTRAP_ROUNDS = 1000
+# What some token models do to logits or attention, and this file does not.
+_UNSUPPORTED = ("final_logit_softcapping", "logits_scaling", "logit_scale", "sliding_window")
 
 
 @dataclass
@@ -186,6 +188,11 @@ def _score_token_model(
     model: PreTrainedModel, ids: Tensor, starts: Tensor, num_samples: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """As for CALM, with less variance: hits are exact, and so is the collision of an n-gram's last token."""
+    for name in _UNSUPPORTED:
+        if getattr(model.config, name, None) not in (None, 1, 1.0, False):
+            raise ValueError(
+                f"{type(model).__name__} with {name} cannot be scored: only full attention and plain logits."
+            )
     outputs = model.base_model(ids, use_cache=True)
     trunk = outputs.last_hidden_state
     _check_finite(trunk)

@@ -221,7 +221,7 @@ class CalmGenerationMixin:
             warnings.warn(
                 f"the draws of {int((~accepted).sum())} chunk(s) agree too rarely for exact sampling at temperature "
                 f"{temperature}; the batch sampler took over there.",
-                stacklevel=3,
+                stacklevel=2,
             )
             chunk[~accepted] = self.next_chunk(hidden[~accepted], temperature, "batch", num_candidates, generator)
             return chunk

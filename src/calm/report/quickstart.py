@@ -39,7 +39,11 @@ def show(results: dict, console: Console) -> None:
 
 def write(results: dict, curves: dict[str, list[dict]], run: Path) -> Path:
     """Write ``report.md`` and ``learning_curves.png`` into the run directory; returns the report's path."""
-    plot_learning_curves(curves, CURVES, run / "learning_curves.png")
+    picture = "![learning curves](learning_curves.png)"
+    try:
+        plot_learning_curves(curves, CURVES, run / "learning_curves.png")
+    except ImportError:
+        picture = "(Learning curves need matplotlib: install `calm-lm[report]`.)"
     rebuilt, costs = results["autoencoder"], _costs(results)
     lines = [
         "# CALM quickstart",
@@ -66,7 +70,7 @@ def write(results: dict, curves: dict[str, list[dict]], run: Path) -> Path:
         f"tokens, every {scored['stride']} tokens, with {scored['num_samples']} draws each. Tokens/s: "
         "temperature 1, batch 8.",
         "",
-        "![learning curves](learning_curves.png)",
+        picture,
         "",
         "## Samples",
     ]

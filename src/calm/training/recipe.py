@@ -47,7 +47,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": "tensorboard",
 }
 # Set by the run itself.
-_RESERVED_TRAINING = ("output_dir", "seed", "remove_unused_columns")
+_RESERVED_TRAINING = ("output_dir", "seed", "remove_unused_columns", "prediction_loss_only")
 
 
 @dataclass
@@ -73,13 +73,24 @@ class Recipe:
         for part, fields in (("backbone", _backbone_fields(self.model)), ("head", _head_fields(self.model))):
             if fields is not None:
                 _check_keys(self.model[part], fields, f"model.{part}")
+        _check_types(self, {"output_dir": str, "seed": int}, "the recipe")
+        _check_types(self.data, {"train": str, "block_size": int}, "data")
+        if self.stage != "autoencoder" and not self.model.get("backbone"):
+            raise ValueError(
+                f"stage {self.stage} needs model.backbone: at least its hidden_size and num_hidden_layers."
+            )
         if self.stage == "calm" and "autoencoder" not in self.model:
             raise ValueError("stage calm needs model.autoencoder: the directory of a trained autoencoder.")
         from transformers import TrainingArguments
 
         names = {each.name for each in dataclasses.fields(TrainingArguments) if each.init}
         _check_keys(self.training, names - set(_RESERVED_TRAINING), "training")
-        self.training = TRAINING_DEFAULTS | self.training
+        # YAML reads a bare `no` as false; every strategy has "no" among its values.
+        given = {
+            name: "no" if value is False and name.endswith("_strategy") else value
+            for name, value in self.training.items()
+        }
+        self.training = TRAINING_DEFAULTS | given
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
@@ -112,7 +123,11 @@ class Recipe:
             key, separator, value = override.partition("=")
             if not separator or not key:
                 raise ValueError(f"an override reads dotted.key=value, got {override!r}.")
-            _set_dotted(values, key.split("."), yaml.load(value, _Loader), override)
+            try:
+                parsed = yaml.load(value, _Loader)
+            except yaml.YAMLError as error:
+                raise ValueError(f"override {override!r}: {value!r} is not valid YAML; quote it.") from error
+            _set_dotted(values, key.split("."), parsed, override)
         return cls.from_dict(values)
 
     def to_yaml(self) -> str:
@@ -136,6 +151,13 @@ def _check_keys(given: Any, allowed: Collection[str], where: str) -> None:
             near = difflib.get_close_matches(str(key), allowed, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}."
             raise ValueError(f"unknown key {key!r} in {where}: {hint}")
+
+
+def _check_types(values: Any, types: dict[str, type], where: str) -> None:
+    for name, kind in types.items():
+        value = getattr(values, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} in {where} must be of type {kind.__name__}, got {value!r}; quote a text.")
 
 
 def _model_fields(stage: str) -> Collection[str]:

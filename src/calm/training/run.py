@@ -22,6 +22,7 @@ from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
 from calm.data.blocks import TokenBlocks, read_manifest
 from calm.data.tokenizer import load_tokenizer, tokenizer_hash
+from calm.files import write_whole
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.loading import load_autoencoder
 from calm.models.modeling_autoencoder import CalmAutoencoder
@@ -52,7 +53,8 @@ def train(recipe: Recipe, progress: Progress | None = None) -> Path:
     train_blocks, validation_blocks = load_blocks(recipe, model)
 
     output.mkdir(parents=True, exist_ok=True)
-    (output / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    if not (output / RECIPE).exists():
+        write_whole(output / RECIPE, recipe.to_yaml())
     arguments = training_arguments(recipe)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")  # the one way the Trainer offers
     trainer = CalmTrainer(
@@ -70,14 +72,25 @@ def train(recipe: Recipe, progress: Progress | None = None) -> Path:
     if own_progress:
         progress.start()
     try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(output))
+        _train_to_the_end(trainer, last_checkpoint(output))
     finally:
         if own_progress:
             progress.stop()
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output)
     load_tokenizer(recipe.data.train).save_pretrained(output)
-    trainer.state.save_to_json(str(output / COMPLETE))
+    write_whole(output / COMPLETE, lambda path: trainer.state.save_to_json(str(path)))
     return output
+
+
+def _train_to_the_end(trainer: CalmTrainer, checkpoint: str | None) -> None:
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step >= state.max_steps:
+            # The kill fell behind the last step; the Trainer, asked to go on, would take one step too many.
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def is_complete(recipe: Recipe) -> bool:
@@ -183,7 +196,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         seed=recipe.seed,
         remove_unused_columns=False,
         prediction_loss_only=True,
-        **{name: value for name, value in values.items() if name != "prediction_loss_only"},
+        **values,
     )
 
 
