@@ -17,7 +17,7 @@ def brier_table(results: dict[str, dict], costs: dict[str, dict[str, str]] | Non
         f"one every {first['stride']} tokens; ± is a standard error",
         box=box.SIMPLE_HEAD,
     )
-    table.add_column("model")
+    table.add_column("model", min_width=12, overflow="fold")
     more = list(next(iter(costs.values()))) if costs else ["accuracy-1", "collision-1"]
     for heading in ("BrierLM", "B-1", "B-2", "B-3", "B-4", *more):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -35,7 +35,7 @@ def brier_table(results: dict[str, dict], costs: dict[str, dict[str, str]] | Non
 def reconstruction_table(results: dict[str, dict]) -> Table:
     """Reconstruction of several autoencoders; ``results`` as :meth:`ReconstructionResult.to_dict` gives them."""
     table = Table(title="Held-out tokens that the autoencoder brings back", box=box.SIMPLE_HEAD)
-    table.add_column("model")
+    table.add_column("model", min_width=12, overflow="fold")
     for heading in ("from mean", "from sample", "whole patches", "KL (nats)", "live dimensions"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
