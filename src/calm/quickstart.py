@@ -136,8 +136,7 @@ def _planned_recipe(run: Path, name: str, seconds: float, seed: int, device: str
 
 
 def _evaluate(run: Path, seed: int, device: str, progress: Progress) -> dict:
-    train_recipe = Recipe.load(run / "calm" / "recipe.yaml")
-    block_size = train_recipe.data.block_size
+    block_size = Recipe.load(run / "calm" / "recipe.yaml").data.block_size
     models: dict[str, Any] = {name: load_model(run / name) for name in TIME_SHARES}
     for model in models.values():
         model.to(device)

@@ -174,8 +174,6 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         head_loss = self.head.loss(
             hidden[:, :-1],
             posterior,
-            self.autoencoder.decode,
-            target_ids.unflatten(-1, (-1, patch_size)),
             noise,
             target_noise,
             generator,

@@ -1,6 +1,5 @@
 """What every head does: ``sample`` a latent from a hidden state, and say how wrong it is in ``loss``."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -30,8 +29,6 @@ class Head(nn.Module):
         self,
         hidden: Tensor,
         posterior: Posterior,
-        decode: Callable[[Tensor], Tensor],
-        target_ids: Tensor,
         noise: Tensor | None = None,
         target_noise: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -41,8 +38,6 @@ class Head(nn.Module):
         Args:
             hidden: ``[..., D]``.
             posterior: of the true next patch, mean and log_std ``[..., Z]``.
-            decode: the frozen autoencoder's ``decode``, ``[..., Z] -> [..., K, V]``.
-            target_ids: tokens of the true next patch ``[..., K]``.
             noise: the head's own noise; its shape is the head's matter.
             target_noise: standard normal ``[M, ..., Z]`` of the draws from the posterior.
         """

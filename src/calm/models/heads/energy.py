@@ -1,9 +1,7 @@
 """The energy head: noise and a hidden state in, a latent vector out, in one step.
 
-Shapes: N head samples, D hidden, Z latent, U noise, K tokens, V vocabulary, ... any leading dimensions.
+Shapes: N head samples, D hidden, Z latent, U noise, ... any leading dimensions.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -78,8 +76,6 @@ class EnergyHead(Head):
         self,
         hidden: Tensor,
         posterior: Posterior,
-        decode: Callable[[Tensor], Tensor],
-        target_ids: Tensor,
         noise: Tensor | None = None,
         target_noise: Tensor | None = None,
         generator: torch.Generator | None = None,
