@@ -35,17 +35,26 @@ def backbone(**changes):
     return fields | changes
 
 
-def calm(patch_size=4, **head):
-    """A language model whose samples differ: its zero-initialised last layer is filled."""
+HEAD_FIELDS = {
+    "energy": {"noise_size": 6, "num_mlp_layers": 1, "num_samples": 4, "num_target_samples": 8},
+    "diffusion": {"num_mlp_layers": 2, "num_samples": 4, "num_sampling_steps": 20, "clip_latent": 4.0},
+    "flow": {"num_mlp_layers": 2, "num_samples": 4, "num_sampling_steps": 3},
+}
+
+
+def calm(patch_size=4, type="energy", **head):
+    """A language model whose samples differ: its zero-initialised layers are filled."""
     torch.manual_seed(0)
     config = CalmConfig(
         autoencoder_config=autoencoder_config(patch_size),
         backbone_config=backbone(),
-        head_config={"noise_size": 6, "num_mlp_layers": 1, "num_samples": 4, "num_target_samples": 8} | head,
+        head_config={"type": type} | HEAD_FIELDS[type] | head,
         initializer_range=0.3,
     )
     model = CalmForCausalLM(config)
-    torch.nn.init.normal_(model.head.output_layer.weight, std=0.5)
+    for parameter in model.head.parameters():
+        if parameter.dim() == 2 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.5)
     return model.eval()
 
 

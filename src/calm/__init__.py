@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
-from calm.models.configuration_calm import CalmConfig, EnergyHeadConfig
+from calm.models.configuration_calm import CalmConfig
+from calm.models.configuration_heads import DiffusionHeadConfig, EnergyHeadConfig, FlowHeadConfig
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
 
@@ -22,4 +23,12 @@ AutoConfig.register("calm", CalmConfig, exist_ok=True)
 AutoModel.register(CalmAutoencoderConfig, CalmAutoencoder, exist_ok=True)
 AutoModelForCausalLM.register(CalmConfig, CalmForCausalLM, exist_ok=True)
 
-__all__ = ["CalmAutoencoder", "CalmAutoencoderConfig", "CalmConfig", "CalmForCausalLM", "EnergyHeadConfig"]
+__all__ = [
+    "CalmAutoencoder",
+    "CalmAutoencoderConfig",
+    "CalmConfig",
+    "CalmForCausalLM",
+    "DiffusionHeadConfig",
+    "EnergyHeadConfig",
+    "FlowHeadConfig",
+]

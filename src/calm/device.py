@@ -1,6 +1,8 @@
-"""Choosing a device."""
+"""Choosing a device and a precision."""
 
 import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -13,3 +15,16 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def resolve_dtype(name: str, device: torch.device | None = None) -> torch.dtype | None:
+    """A dtype by its name; ``auto`` is None (as saved), but float32 on a CPU, where half precision crawls.
+
+    Args:
+        device: the one the model will run on, if that is known.
+    """
+    if name == "auto":
+        return torch.float32 if device is not None and device.type == "cpu" else None
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}.")
+    return getattr(torch, name)

@@ -51,7 +51,7 @@ def test_training_loss_and_gradients_match_the_reference(patch_size):
     loss = patch_size * cross_entropy + 1e-3 * gaussian_kl(posterior.mean, posterior.log_std).mean()
     golden.close(loss, io["train_loss_fp32"])
     loss.backward()
-    expected = golden.rename(golden.load(f"autoencoder_k{patch_size}/grads"), golden.AUTOENCODER)
+    expected = golden.rename(golden.load(f"autoencoder_k{patch_size}/grads"), model.config)
     parameters = dict(model.named_parameters())
     assert expected.keys() == parameters.keys()
     for name, gradient in expected.items():

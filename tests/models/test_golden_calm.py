@@ -17,7 +17,7 @@ def on_grid(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("patch_size", PATCH_SIZES)
 def test_hidden_states_match_the_reference(patch_size):
-    model, io = golden.language_model(patch_size), golden.load(f"energy_k{patch_size}/io")
+    model, io = golden.language_model(f"energy_k{patch_size}"), golden.load(f"energy_k{patch_size}/io")
     embedded = model.embed_patches(io["input_ids"])
     golden.close(embedded[:, :-1], io["inputs_embeds"])
     golden.close(model(io["input_ids"]).last_hidden_state[:, :-1], io["hidden_states"])
@@ -25,7 +25,7 @@ def test_hidden_states_match_the_reference(patch_size):
 
 @pytest.mark.parametrize("patch_size", PATCH_SIZES)
 def test_head_matches_the_reference_for_given_noise(patch_size):
-    model, io = golden.language_model(patch_size), golden.load(f"energy_k{patch_size}/io")
+    model, io = golden.language_model(f"energy_k{patch_size}"), golden.load(f"energy_k{patch_size}/io")
     golden.close(model.head.sample(io["head_hidden"], io["head_noise"]), io["head_out"])
     golden.close(model.head.sample(io["hidden_states_masked"], io["noise"]), io["latents"])
 
@@ -44,7 +44,7 @@ def test_energy_score_matches_the_reference(patch_size, alpha):
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 @pytest.mark.parametrize("patch_size", PATCH_SIZES)
 def test_loss_matches_the_reference_with_masked_patches(patch_size, alpha):
-    model, io = golden.language_model(patch_size, alpha), golden.load(f"energy_k{patch_size}/io")
+    model, io = golden.language_model(f"energy_k{patch_size}", alpha=alpha), golden.load(f"energy_k{patch_size}/io")
     mask = io["patch_mask"].bool()
     output = model(
         io["input_ids"], labels=io["labels"], noise=on_grid(io["noise"], mask), target_noise=on_grid(io["eps"], mask)
@@ -55,13 +55,13 @@ def test_loss_matches_the_reference_with_masked_patches(patch_size, alpha):
 
 @pytest.mark.parametrize("patch_size", PATCH_SIZES)
 def test_gradients_match_the_reference(patch_size):
-    model, io = golden.language_model(patch_size), golden.load(f"energy_k{patch_size}/io")
+    model, io = golden.language_model(f"energy_k{patch_size}"), golden.load(f"energy_k{patch_size}/io")
     mask = io["patch_mask"].bool()
     model.train()
     model(
         io["input_ids"], labels=io["labels"], noise=on_grid(io["noise"], mask), target_noise=on_grid(io["eps"], mask)
     ).loss.backward()
-    expected = golden.rename(golden.load(f"energy_k{patch_size}/grads"), golden.LANGUAGE_MODEL)
+    expected = golden.rename(golden.load(f"energy_k{patch_size}/grads"), model.config)
     trained = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert expected.keys() == trained.keys()
     for name, gradient in expected.items():

@@ -19,7 +19,9 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="blocks at a time")] = 8,
     seed: Annotated[int, typer.Option(help="of all draws")] = 0,
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer of models that have none beside them")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; auto is float32 on a CPU")] = "auto",
     output: Annotated[Path | None, typer.Option(help="write the results as JSON")] = None,
 ) -> None:
     """Score models on held-out text: BrierLM of language models, reconstruction of autoencoders.
@@ -31,8 +33,8 @@ def evaluate(
     from rich.console import Console
 
     from calm.data.blocks import TokenBlocks
-    from calm.data.tokenizer import load_tokenizer, tokenizer_hash
-    from calm.device import resolve_device
+    from calm.data.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
+    from calm.device import resolve_device, resolve_dtype
     from calm.evaluation.brier_lm import evaluate_brier
     from calm.evaluation.reconstruction import evaluate_reconstruction
     from calm.models.loading import load_model
@@ -43,13 +45,14 @@ def evaluate(
     target = resolve_device(device)
     loaded: dict[str, Any] = {}
     for name in models:
-        loaded[name] = load_model(name)
+        loaded[name] = load_model(name, resolve_dtype(dtype, target))
         loaded[name].to(target)
     patch_sizes = [getattr(model.config, "patch_size", 1) for model in loaded.values()]
     stride = stride or math.lcm(*patch_sizes)
     text = TokenBlocks(data, block_size, math.lcm(*patch_sizes))
     for name in models:
-        if tokenizer_hash(load_tokenizer(name)) != text.manifest["tokenizer_sha256"]:
+        words = load_tokenizer(name if tokenizer is None or has_tokenizer(name) else tokenizer)
+        if tokenizer_hash(words) != text.manifest["tokenizer_sha256"]:
             raise ValueError(
                 f"{data} was not prepared with the tokenizer of {name}: `calm prepare --tokenizer {name}`."
             )

@@ -14,7 +14,9 @@ def generate(
     sampler: Annotated[str, typer.Option(help="batch (fast, approximate) or exact")] = "batch",
     num_candidates: Annotated[int, typer.Option(help="draws the batch sampler chooses from")] = 200,
     seed: Annotated[int, typer.Option(help="the same seed gives the same text")] = 0,
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer, where the model has none beside it")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; auto is float32 on a CPU")] = "auto",
 ) -> None:
     """Continue a prompt, printing as it goes.
 
@@ -24,16 +26,17 @@ def generate(
     from transformers import TextStreamer
 
     from calm.data.tokenizer import load_tokenizer
-    from calm.device import resolve_device
+    from calm.device import resolve_device, resolve_dtype
     from calm.models.loading import load_language_model
     from calm.models.modeling_calm import CalmForCausalLM
 
-    language_model: Any = load_language_model(model)
-    language_model.to(resolve_device(device))
-    tokenizer = load_tokenizer(model)
+    target = resolve_device(device)
+    language_model: Any = load_language_model(model, resolve_dtype(dtype, target))
+    language_model.to(target)
+    words = load_tokenizer(tokenizer or model)
     text = sys.stdin.read() if prompt == "-" else prompt or ""
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].long().to(language_model.device)
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    ids = words(text, return_tensors="pt", add_special_tokens=False)["input_ids"].long().to(language_model.device)
+    streamer = TextStreamer(words, skip_special_tokens=True)
     if isinstance(language_model, CalmForCausalLM):
         generator = torch.Generator(language_model.device).manual_seed(seed)
         language_model.generate(
@@ -49,7 +52,7 @@ def generate(
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}.")
     if ids.shape[1] == 0:
-        ids = torch.tensor([[tokenizer.eos_token_id]], device=language_model.device)
+        ids = torch.tensor([[words.eos_token_id]], device=language_model.device)
     torch.manual_seed(seed)  # transformers' generate takes no generator
     language_model.generate(
         ids,

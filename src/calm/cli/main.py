@@ -6,6 +6,7 @@ import warnings
 
 import typer
 
+from calm.cli.convert import convert
 from calm.cli.corpus import corpus
 from calm.cli.evaluate import evaluate
 from calm.cli.generate import generate
@@ -27,6 +28,7 @@ app.command()(prepare)
 app.command()(train)
 app.command()(evaluate)
 app.command()(generate)
+app.command()(convert)
 
 
 def main() -> None:

@@ -10,9 +10,13 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from calm.data.llama3 import llama3_special_tokens, llama3_tokenizer
+
 PAD_TOKEN = "<|pad|>"  # id 0, which also stands in for dropped tokens while an autoencoder trains
 END_TOKEN = "<|end_of_text|>"  # id 1, between documents
 MIN_VOCAB_SIZE = 258  # every byte and the two tokens above
+RELEASED_PAD_TOKEN = "[PAD]"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -50,27 +54,53 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
     )
 
 
+def has_tokenizer(path: str | os.PathLike) -> bool:
+    """Whether a directory holds a tokenizer."""
+    return any((Path(path) / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a directory (a tokenizer's, a model's or prepared data's) or a hub id.
+    """Load the tokenizer of a directory (a tokenizer's, a model's or prepared data's), a file or a hub id.
+
+    A file is a ``tokenizer.json``, or a ``tokenizer.model`` of Llama 3 as Meta distributes it (see
+    :mod:`calm.data.llama3`). A tokenizer without padding token gets ``[PAD]`` behind its last token, as the released
+    models have it (128256 tokens and one).
 
     Raises ValueError when it is missing, or does not know an end-of-text token.
     """
     path = Path(path)
     if not path.exists() and not _HUB_ID.fullmatch(str(path)):
-        raise ValueError(f"no tokenizer at {path}: there is no such directory.")
-    if path.is_dir() and (path / "tokenizer").is_dir():
+        raise ValueError(f"no tokenizer at {path}: there is no such file or directory.")
+    if (path / "tokenizer").is_dir():
         path = path / "tokenizer"
-    if path.is_dir() and not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        raise ValueError(f"no tokenizer in {path}: expected tokenizer.json; `calm tokenizer train` makes one.")
+    if path.is_dir() and not has_tokenizer(path):
+        raise ValueError(
+            f"no tokenizer in {path}: expected {' or '.join(_TOKENIZER_FILES)}; `calm tokenizer train` makes one, and "
+            "commands that load a model take --tokenizer."
+        )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = _load(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load a tokenizer from {path}: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer in {path} has no end-of-text token (eos_token): documents could not be told apart."
         )
+    if tokenizer.pad_token_id is None:
+        tokenizer.add_special_tokens({"pad_token": RELEASED_PAD_TOKEN})
+    tokenizer.padding_side = "left"  # prompts of a batch end together; generation needs that
     return tokenizer
+
+
+def _load(path: Path) -> PreTrainedTokenizerBase:
+    file = path if path.is_file() else path / "tokenizer.model"
+    if path.is_dir() and (path / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(path)
+    if file.is_file() and file.suffix == ".model":
+        return llama3_tokenizer(file)
+    if file.is_file():
+        return llama3_special_tokens(PreTrainedTokenizerFast(tokenizer_file=str(file)))
+    return AutoTokenizer.from_pretrained(path)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -171,8 +171,8 @@ def _score_calm(
     chunks: list[Tensor] = []
     tree = _Tree(contexts, ids.shape[1] // patch_size, num_samples, outputs.past_key_values)
     while True:
-        noise = model.head.draw_noise(hidden_BSPD, generator=generator)
-        chunks.append(model.autoencoder.decode_tokens(model.head.sample(hidden_BSPD, noise)))  # [B, S, P, K]
+        latents = model.head.sample(hidden_BSPD, generator=generator)
+        chunks.append(model.autoencoder.decode_tokens(latents))  # [B, S, P, K]
         if len(chunks) * patch_size >= NGRAM:
             break
         embeddings = model.embed_patches(chunks[-1].flatten(1))  # [B, S * P, D]

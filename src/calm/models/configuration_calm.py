@@ -1,57 +1,12 @@
 """Configuration of the language model: a composite of backbone, head and autoencoder."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
-
-
-@strict
-class EnergyHeadConfig(PreTrainedConfig):
-    r"""
-    The head that maps uniform noise and a hidden state to a latent vector, trained by the energy score.
-
-    Args:
-        type: ``"energy"``.
-        num_mlp_layers: residual blocks. The paper takes a quarter of the backbone's layers.
-        noise_size: entries of the uniform noise.
-        num_samples: N, draws of the head per position in the loss.
-        num_target_samples: M, draws of the true patch's posterior per position in the loss.
-        alpha: exponent of the energy score, in (0, 2).
-        mean_pull_weight: weight of a squared-error pull of the samples' mean towards the posterior's; 0 in the paper.
-        condition_residual: whether the hidden state also enters the residual stream, beside the noise. In the paper it
-            acts through the gates of the blocks alone, which start out almost closed: small models on small budgets
-            then hardly learn to look at their context.
-    """
-
-    model_type = "calm_energy_head"
-    base_config_key = "head_config"
-
-    type: Literal["energy"] = "energy"
-    num_mlp_layers: int = 4
-    noise_size: int = 64
-    num_samples: int = 8
-    num_target_samples: int = 100
-    alpha: float = 1.0
-    mean_pull_weight: float = 0.0
-    condition_residual: bool = False
-    layer_norm_eps: float = 1e-6
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if self.num_samples < 2:
-            raise ValueError(
-                f"head_config.num_samples must be at least 2 (the score compares pairs), got {self.num_samples}."
-            )
-        if self.num_target_samples < 1 or self.noise_size < 1 or self.num_mlp_layers < 1:
-            raise ValueError("head_config: num_target_samples, noise_size and num_mlp_layers must be at least 1.")
-        if not 0 < self.alpha < 2:
-            raise ValueError(f"head_config.alpha must lie in (0, 2), got {self.alpha}.")
-
-
-HEAD_CONFIGS: dict[str, type[PreTrainedConfig]] = {"energy": EnergyHeadConfig}
+from calm.models.configuration_heads import HEAD_CONFIGS
 
 
 @strict

@@ -230,8 +230,8 @@ class CalmGenerationMixin:
 
     def draw_chunks(self, hidden: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Independent draws of the next chunk at temperature 1: ``[B, D] -> [B, count, K]``."""
-        noise = self.head.draw_noise(hidden[:, None].expand(-1, count, -1), generator=generator)
-        return self.autoencoder.decode_tokens(self.head.sample(hidden[:, None], noise))
+        latents = self.head.sample(hidden, generator=generator, num_samples=count)
+        return self.autoencoder.decode_tokens(latents).movedim(0, 1)
 
     def _check_context(self, num_patches: int, max_new_tokens: int) -> None:
         limit = getattr(self.config.backbone_config, "max_position_embeddings", None)

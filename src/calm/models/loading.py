@@ -1,23 +1,25 @@
-"""Loading models from directories, with one clear line when a directory is not what it should be."""
+"""Loading whatever model a directory or hub id holds, with one clear line when it is not what it should be."""
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from calm.models.hub import check_weights, read_config
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
+from calm.models.released import AUTOENCODER, is_reference_layout
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def load_autoencoder(path: str | os.PathLike) -> CalmAutoencoder:
+def load_autoencoder(path: str | os.PathLike, dtype: torch.dtype | None = None) -> CalmAutoencoder:
     """The autoencoder of a directory or hub id: one saved alone, or the one inside a language model."""
-    model = load_model(path)
+    model = load_model(path, dtype)
     if isinstance(model, CalmForCausalLM):
         return model.autoencoder
     if not isinstance(model, CalmAutoencoder):
@@ -25,34 +27,55 @@ def load_autoencoder(path: str | os.PathLike) -> CalmAutoencoder:
     return model
 
 
-def load_language_model(path: str | os.PathLike) -> PreTrainedModel:
+def load_language_model(
+    path: str | os.PathLike, dtype: torch.dtype | None = None, autoencoder: CalmAutoencoder | None = None
+) -> PreTrainedModel:
     """A CALM or a token model of a directory or hub id."""
-    model = load_model(path)
+    model = load_model(path, dtype, autoencoder)
     if isinstance(model, CalmAutoencoder):
         raise ValueError(f"{path} holds an autoencoder; a language model is needed (`stage: calm` or `baseline`).")
     return model
 
 
-def load_model(path: str | os.PathLike) -> PreTrainedModel:
-    """Whatever model a directory or hub id holds, in evaluation mode.
+def load_model(
+    path: str | os.PathLike, dtype: torch.dtype | None = None, autoencoder: CalmAutoencoder | None = None
+) -> PreTrainedModel:
+    """Whatever model a directory or hub id holds, ours or the reference's, in evaluation mode.
+
+    Args:
+        dtype: of the weights; default as they are saved.
+        autoencoder: for a language model of the reference that comes without one.
 
     Raises ValueError when a file is missing, damaged, or does not match its configuration.
     """
-    directory = Path(path)
-    if directory.exists() and not (directory / "config.json").is_file():
-        raise ValueError(f"no model in {path}: config.json is missing.")
-    if not directory.exists() and not HUB_ID.fullmatch(os.fspath(path)):
+    if not Path(path).exists() and not HUB_ID.fullmatch(os.fspath(path)):
         raise ValueError(f"no model at {path}: there is no such directory.")
+    kind = model_class(path)
+    arguments: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if dtype is not None:
+        arguments["dtype"] = dtype
+    if autoencoder is not None:
+        arguments["autoencoder"] = autoencoder
     try:
-        config = AutoConfig.from_pretrained(path)
-        kind: Any = CalmAutoencoder if config.model_type == "calm_autoencoder" else AutoModelForCausalLM
-        model, info = kind.from_pretrained(path, output_loading_info=True)
+        model, info = kind.from_pretrained(path, **arguments)
     except SafetensorError as error:
         raise ValueError(f"the weights in {path} are damaged or cut short ({error}): copy them again.") from error
-    except (json.JSONDecodeError, OSError) as error:
+    except OSError as error:
         raise ValueError(f"cannot load a model from {path}: {' '.join(str(error).split())}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
-        raise ValueError(f"the weights in {path} lack {len(missing)} tensors: {shown}.")
+    ours = isinstance(model, CalmAutoencoder | CalmForCausalLM)
+    unexpected = sorted(info["unexpected_keys"]) if ours else []
+    check_weights(path, sorted(info["missing_keys"]), unexpected, sorted(info["mismatched_keys"]))
     return model.eval()
+
+
+def model_class(path: str | os.PathLike) -> Any:
+    """The class that loads a directory or hub id; ValueError when it holds no model."""
+    try:
+        config = read_config(path)
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    if is_reference_layout(config):
+        return CalmAutoencoder if config["architectures"][0] == AUTOENCODER else CalmForCausalLM
+    return {"calm_autoencoder": CalmAutoencoder, "calm": CalmForCausalLM}.get(
+        config.get("model_type", ""), AutoModelForCausalLM
+    )

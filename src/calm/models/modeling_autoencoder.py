@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from calm.functional.gaussian import gaussian_kl, gaussian_sample
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
+from calm.models.released import from_pretrained
 
 _TILE_ELEMENTS = 2**24  # of a (tokens x vocabulary) tensor: 64 MiB in float32
 
@@ -115,6 +116,11 @@ class CalmAutoencoder(PreTrainedModel):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "CalmAutoencoder":
+        """Load a directory or hub id, in our layout or in the reference implementation's."""
+        return from_pretrained(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens

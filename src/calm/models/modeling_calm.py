@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationConfig, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -16,6 +15,7 @@ from calm.models.configuration_calm import CalmConfig
 from calm.models.generation import GENERATION_DEFAULTS, CalmGenerationMixin
 from calm.models.heads import HEADS
 from calm.models.modeling_autoencoder import CalmAutoencoder
+from calm.models.released import from_pretrained
 
 
 @dataclass
@@ -84,13 +84,25 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         )
         self.train(self.training)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if module is self.head.output_layer:
-            # Every sample starts at the same point: the first steps learn where the latents lie, then their spread.
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Normal weights, then what the head wants; tensors that were loaded stay as they are."""
+        super().initialize_weights()
+        self.head.init_weights()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, autoencoder: CalmAutoencoder | None = None, **kwargs
+    ) -> "CalmForCausalLM":
+        """Load a directory or hub id, in our layout or in the reference implementation's.
+
+        Args:
+            autoencoder: for a checkpoint of the reference that comes without one.
+            kwargs: as transformers takes them: ``dtype``, ``device_map``, ``revision``, ...
+        """
+        return from_pretrained(
+            cls, super().from_pretrained, pretrained_model_name_or_path, *args, autoencoder=autoencoder, **kwargs
+        )
 
     @classmethod
     def from_autoencoder(cls, autoencoder: CalmAutoencoder, backbone_config, head_config=None) -> "CalmForCausalLM":
@@ -171,13 +183,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         target_ids = target_ids.clamp(min=0)
         with torch.no_grad():
             posterior = self.autoencoder.encode(target_ids)
-        head_loss = self.head.loss(
-            hidden[:, :-1],
-            posterior,
-            noise,
-            target_noise,
-            generator,
-        )
+        head_loss = self.head.loss(hidden[:, :-1], posterior, noise, target_noise, generator)
         # Positions that are no target are computed and weighted 0: shapes stay fixed, and no device waits for a count.
         weight = is_target / is_target.sum().clamp(min=1)
         metrics = {name: (value.detach() * weight).sum() for name, value in head_loss.metrics.items()}

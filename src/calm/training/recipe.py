@@ -180,7 +180,7 @@ def _backbone_fields(model: dict[str, Any]) -> Collection[str] | None:
 
 def _head_fields(model: dict[str, Any]) -> Collection[str] | None:
     """Fields of the head's configuration; an unknown type of head is named when the model is built."""
-    from calm.models.configuration_calm import HEAD_CONFIGS
+    from calm.models.configuration_heads import HEAD_CONFIGS
 
     head = model.get("head")
     config = HEAD_CONFIGS.get(head.get("type", "energy")) if isinstance(head, dict) else None

@@ -1,8 +1,10 @@
 """Heads: from a hidden state of the backbone to the latent vector of the next patch."""
 
 from calm.models.heads.base import Head, HeadLoss
+from calm.models.heads.diffusion import DiffusionHead
 from calm.models.heads.energy import EnergyHead
+from calm.models.heads.flow import FlowHead
 
-HEADS: dict[str, type[Head]] = {"energy": EnergyHead}
+HEADS: dict[str, type[Head]] = {"energy": EnergyHead, "diffusion": DiffusionHead, "flow": FlowHead}
 
-__all__ = ["HEADS", "EnergyHead", "Head", "HeadLoss"]
+__all__ = ["HEADS", "DiffusionHead", "EnergyHead", "FlowHead", "Head", "HeadLoss"]

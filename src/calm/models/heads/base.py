@@ -19,10 +19,19 @@ class HeadLoss:
 class Head(nn.Module):
     """Base of the heads. To the rest of the model a head is a black box that gives samples."""
 
-    output_layer: nn.Linear  # the last layer, which the model initialises to zero
+    def sample(
+        self,
+        hidden: Tensor,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        num_samples: int | None = None,
+    ) -> Tensor:
+        """One latent per hidden state, ``[..., D] -> [..., Z]``; given ``noise``, deterministic.
 
-    def sample(self, hidden: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """One latent per hidden state, ``[..., D] -> [..., Z]``; given ``noise``, deterministic."""
+        Args:
+            num_samples: draw so many independent latents per state instead, ``[..., D] -> [num_samples, ..., Z]``;
+                what does not depend on the noise is computed once per state.
+        """
         raise NotImplementedError
 
     def loss(
@@ -42,3 +51,12 @@ class Head(nn.Module):
             target_noise: standard normal ``[M, ..., Z]`` of the draws from the posterior.
         """
         raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """What the head wants beyond the model's normal initialisation of linear layers."""
+        raise NotImplementedError
+
+
+def leading_shape(hidden: Tensor, num_samples: int | None) -> tuple[int, ...]:
+    """Shape of the draws without their last dimension, for hidden states ``[..., D]``."""
+    return (*(() if num_samples is None else (num_samples,)), *hidden.shape[:-1])

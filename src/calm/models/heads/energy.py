@@ -6,10 +6,11 @@ Shapes: N head samples, D hidden, Z latent, U noise, ... any leading dimensions.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import initialization as init
 
 from calm.functional.energy_score import energy_score_terms
-from calm.models.heads.base import Head, HeadLoss
+from calm.models.configuration_heads import EnergyHeadConfig
+from calm.models.heads.base import Head, HeadLoss, leading_shape
 from calm.models.modeling_autoencoder import Posterior
 
 
@@ -36,9 +37,9 @@ class GatedBlock(nn.Module):
 
 
 class EnergyHead(Head):
-    """Single-step generator of the next latent; see :class:`~calm.models.configuration_calm.EnergyHeadConfig`."""
+    """Single-step generator of the next latent; see :class:`~calm.models.configuration_heads.EnergyHeadConfig`."""
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, latent_size: int):
+    def __init__(self, config: EnergyHeadConfig, hidden_size: int, latent_size: int):
         super().__init__()
         self.config = config
         eps = config.layer_norm_eps
@@ -51,14 +52,20 @@ class EnergyHead(Head):
         self.final_mlp = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.SiLU())
         self.output_layer = nn.Linear(hidden_size, latent_size)
 
-    def sample(self, hidden: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """One latent per hidden state, ``[..., D] -> [..., Z]``.
+    def sample(
+        self,
+        hidden: Tensor,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        num_samples: int | None = None,
+    ) -> Tensor:
+        """One latent per hidden state, or ``num_samples``.
 
         Args:
             noise: uniform in [-0.5, 0.5], ``[..., U]``; extra leading dimensions give several samples per state.
         """
         if noise is None:
-            noise = self.draw_noise(hidden, generator=generator)
+            noise = self.draw_noise(hidden, num_samples, generator)
         x = self.noise_norm(self.noise_proj(noise))
         condition = self.hidden_norm(self.hidden_proj(hidden))
         if self.config.condition_residual:
@@ -67,9 +74,11 @@ class EnergyHead(Head):
             x = block(x, condition)
         return self.output_layer(self.final_mlp(self.final_norm(x)))
 
-    def draw_noise(self, hidden: Tensor, *samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """Uniform noise in [-0.5, 0.5]: ``[*samples, ..., U]`` for hidden states ``[..., D]``."""
-        shape = (*samples, *hidden.shape[:-1], self.config.noise_size)
+    def draw_noise(
+        self, hidden: Tensor, num_samples: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Uniform noise in [-0.5, 0.5]: ``[(num_samples,) ..., U]`` for hidden states ``[..., D]``."""
+        shape = (*leading_shape(hidden, num_samples), self.config.noise_size)
         return torch.rand(shape, generator=generator, device=hidden.device, dtype=hidden.dtype) - 0.5
 
     def loss(
@@ -83,7 +92,7 @@ class EnergyHead(Head):
         """Negative energy score of N draws against M draws of the posterior; noise ``[N, ..., U]``."""
         config = self.config
         if noise is None:
-            noise = self.draw_noise(hidden, config.num_samples, generator=generator)
+            noise = self.draw_noise(hidden, config.num_samples, generator)
         samples = self.sample(hidden, noise)
         targets = posterior.sample(config.num_target_samples, target_noise, generator)
         diversity, fidelity = energy_score_terms(samples, targets, config.alpha)
@@ -94,3 +103,8 @@ class EnergyHead(Head):
             loss = loss + config.mean_pull_weight * pull
             metrics["mean_pull"] = pull
         return HeadLoss(loss, metrics)
+
+    def init_weights(self) -> None:
+        """Every sample starts at the same point: the first steps learn where the latents lie, then their spread."""
+        init.zeros_(self.output_layer.weight)
+        init.zeros_(self.output_layer.bias)

@@ -1,0 +1,64 @@
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Layout(StrEnum):
+    CALM = "calm"
+    REFERENCE = "reference"
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="directory or hub id of a model, in either layout")],
+    destination: Annotated[Path, typer.Argument(help="new directory")],
+    to: Annotated[Layout, typer.Option(help="layout to write")] = Layout.CALM,
+    autoencoder: Annotated[
+        str | None, typer.Option(help="autoencoder of a language model that comes without one")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="tokenizer to put beside the model; default the source's, if it has one")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="of the weights: auto (as saved), float32, bfloat16, float16")] = "auto",
+) -> None:
+    """Translate checkpoints between this package's layout and the reference implementation's.
+
+    Released checkpoints load without conversion; converted ones are self-contained (safetensors).
+
+    Example: `calm convert cccczshao/CALM-M calm-m --tokenizer llama3_tokenizer`
+    """
+    import shutil
+
+    from calm.data.tokenizer import has_tokenizer, load_tokenizer
+    from calm.device import resolve_dtype
+    from calm.models.loading import load_autoencoder, load_model
+    from calm.models.modeling_autoencoder import CalmAutoencoder
+    from calm.models.modeling_calm import CalmForCausalLM
+    from calm.models.released import save_reference
+
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"{destination} is there already: choose another directory, or remove it.")
+    precision = resolve_dtype(dtype)
+    inner = load_autoencoder(autoencoder, precision) if autoencoder is not None else None
+    model = load_model(source, precision, inner)
+    if not isinstance(model, CalmAutoencoder | CalmForCausalLM):
+        raise ValueError(f"{source} holds a {type(model).__name__}: only autoencoders and CALMs have two layouts.")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    draft = destination.with_name(f".{destination.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        if to == Layout.REFERENCE:
+            save_reference(model, draft, final_path=destination)
+        else:
+            model.save_pretrained(draft)
+        if tokenizer is not None or has_tokenizer(source):
+            load_tokenizer(tokenizer or source).save_pretrained(draft)
+        if destination.exists():
+            destination.rmdir()
+        draft.rename(destination)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    print(f"{type(model).__name__}: {destination}")
+    if not has_tokenizer(destination):
+        print("no tokenizer beside it: pass --tokenizer to `calm generate` and `calm evaluate`, or convert with one.")

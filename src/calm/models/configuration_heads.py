@@ -1,0 +1,139 @@
+"""Configurations of the heads; ``type`` tells them apart."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+class HeadConfig(PreTrainedConfig):
+    """What the configurations of all heads share."""
+
+    base_config_key = "head_config"
+
+    def _check_at_least(self, smallest: int, *names: str, because: str = "") -> None:
+        for name in names:
+            if getattr(self, name) < smallest:
+                raise ValueError(f"head_config.{name} must be at least {smallest}{because}, got {getattr(self, name)}.")
+
+
+@strict
+class EnergyHeadConfig(HeadConfig):
+    r"""
+    The head that maps uniform noise and a hidden state to a latent vector, trained by the energy score.
+
+    Args:
+        type: ``"energy"``.
+        num_mlp_layers: residual blocks. The paper takes a quarter of the backbone's layers.
+        noise_size: entries of the uniform noise.
+        num_samples: N, draws of the head per position in the loss.
+        num_target_samples: M, draws of the true patch's posterior per position in the loss.
+        alpha: exponent of the energy score, in (0, 2).
+        mean_pull_weight: weight of a squared-error pull of the samples' mean towards the posterior's; 0 in the paper.
+        condition_residual: whether the hidden state also enters the residual stream, beside the noise. In the paper it
+            acts through the gates of the blocks alone, which start out almost closed: small models on small budgets
+            then hardly learn to look at their context.
+    """
+
+    model_type = "calm_energy_head"
+
+    type: Literal["energy"] = "energy"
+    num_mlp_layers: int = 4
+    noise_size: int = 64
+    num_samples: int = 8
+    num_target_samples: int = 100
+    alpha: float = 1.0
+    mean_pull_weight: float = 0.0
+    condition_residual: bool = False
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self._check_at_least(2, "num_samples", because=" (the score compares pairs)")
+        self._check_at_least(1, "num_target_samples", "noise_size", "num_mlp_layers")
+        if not 0 < self.alpha < 2:
+            raise ValueError(f"head_config.alpha must lie in (0, 2), got {self.alpha}.")
+
+
+@strict
+class DiffusionHeadConfig(HeadConfig):
+    r"""
+    The head that removes noise from a latent vector step by step.
+
+    Args:
+        type: ``"diffusion"``.
+        num_mlp_layers: residual blocks.
+        num_samples: N, noisy vectors per position in the loss.
+        num_train_timesteps: steps of the process it is trained on (cosine schedule).
+        num_sampling_steps: steps of a draw, evenly spread over those.
+        sampler: ``"ancestral"`` draws every step with the learned variance; ``"ddim"`` is deterministic behind the
+            first noise and needs fewer steps.
+        clip_latent: bound of the latent's entries as estimated on the way; none in the paper. Small models need one
+            (4, say): in the first steps, almost pure noise, their errors are amplified ten thousand times.
+    """
+
+    model_type = "calm_diffusion_head"
+
+    type: Literal["diffusion"] = "diffusion"
+    num_mlp_layers: int = 4
+    num_samples: int = 8
+    num_train_timesteps: int = 1000
+    num_sampling_steps: int = 100
+    sampler: Literal["ancestral", "ddim"] = "ancestral"
+    clip_latent: float | None = None
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self._check_at_least(1, "num_samples", "num_mlp_layers", "num_train_timesteps", "num_sampling_steps")
+        if self.num_sampling_steps > self.num_train_timesteps:
+            raise ValueError(
+                f"head_config.num_sampling_steps ({self.num_sampling_steps}) must not exceed num_train_timesteps "
+                f"({self.num_train_timesteps})."
+            )
+        if self.clip_latent is not None and not self.clip_latent > 0:
+            raise ValueError(f"head_config.clip_latent must be above 0 or null, got {self.clip_latent}.")
+
+    @property
+    def num_network_calls(self) -> int:
+        """Passes through the head's network for one draw."""
+        return self.num_sampling_steps
+
+
+@strict
+class FlowHeadConfig(HeadConfig):
+    r"""
+    The head that follows a learned velocity from noise to a latent vector.
+
+    Args:
+        type: ``"flow"``.
+        num_mlp_layers: residual blocks.
+        num_samples: N, points on paths per position in the loss.
+        num_sampling_steps: steps of the solver in a draw.
+        solver: ``"midpoint"`` (two passes through the network per step) or ``"euler"`` (one).
+    """
+
+    model_type = "calm_flow_head"
+
+    type: Literal["flow"] = "flow"
+    num_mlp_layers: int = 4
+    num_samples: int = 8
+    num_sampling_steps: int = 10
+    solver: Literal["midpoint", "euler"] = "midpoint"
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self._check_at_least(1, "num_samples", "num_mlp_layers", "num_sampling_steps")
+
+    @property
+    def num_network_calls(self) -> int:
+        """Passes through the head's network for one draw."""
+        return self.num_sampling_steps * (2 if self.solver == "midpoint" else 1)
+
+
+HEAD_CONFIGS: dict[str, type[HeadConfig]] = {
+    "energy": EnergyHeadConfig,
+    "diffusion": DiffusionHeadConfig,
+    "flow": FlowHeadConfig,
+}

@@ -1,0 +1,80 @@
+"""The network of the diffusion and the flow head: an MLP whose blocks are modulated by time and hidden state.
+
+Shapes: D hidden, Z latent, ... any leading dimensions. Source: Li et al. 2024 (MAR), Peebles and Xie 2023 (adaLN).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+_FREQUENCIES = 256
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of an integer timestep through an MLP: ``[...] -> [..., D]``."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        half = _FREQUENCIES // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+        angles = timestep[..., None].float() * (-math.log(10000) * exponent).exp()
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
+
+
+class ModulatedBlock(nn.Module):
+    """Residual MLP block, shifted, scaled and gated by a condition: ``[..., D], [..., D] -> [..., D]``."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.modulation = nn.Linear(hidden_size, 3 * hidden_size)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
+        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+
+
+class AdaptiveNormMLP(nn.Module):
+    """Noisy latent, timestep and hidden state to a prediction: ``[..., Z], [...], [..., D] -> [..., output]``.
+
+    The timestep and the hidden state broadcast against the latents; several latents of one state share its part.
+    """
+
+    def __init__(self, latent_size: int, hidden_size: int, output_size: int, num_layers: int, eps: float):
+        super().__init__()
+        self.input_proj = nn.Linear(latent_size, hidden_size)
+        self.time_embedding = TimestepEmbedding(hidden_size)
+        self.hidden_proj = nn.Linear(hidden_size, hidden_size)
+        self.blocks = nn.ModuleList(ModulatedBlock(hidden_size, eps) for _ in range(num_layers))
+        self.final_norm = nn.LayerNorm(hidden_size, eps=eps, elementwise_affine=False)
+        self.final_modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.output_layer = nn.Linear(hidden_size, output_size)
+
+    def forward(self, x: Tensor, timestep: Tensor, hidden: Tensor) -> Tensor:
+        condition = F.silu(self.time_embedding(timestep) + self.hidden_proj(hidden))
+        x = self.input_proj(x.to(hidden.dtype))
+        for block in self.blocks:
+            x = block(x, condition)
+        shift, scale = self.final_modulation(condition).chunk(2, dim=-1)
+        # The solvers around it work in float32 also where the weights are not.
+        return self.output_layer(self.final_norm(x) * (1 + scale) + shift).float()
+
+    def init_weights(self) -> None:
+        """Blocks start as the identity and the output at zero; other layers keep the scale of what passes through."""
+        silent = {self.final_modulation, self.output_layer, *(block.modulation for block in self.blocks)}
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                if module in silent:
+                    init.zeros_(module.weight)
+                elif module in self.time_embedding.mlp:
+                    init.normal_(module.weight, std=0.02)
+                else:
+                    init.xavier_uniform_(module.weight)
+                init.zeros_(module.bias)

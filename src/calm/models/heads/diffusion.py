@@ -1,0 +1,103 @@
+"""The diffusion head: removes noise step by step until the next latent vector is left.
+
+Shapes: N draws, S sampling steps, D hidden, Z latent, ... any leading dimensions.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from calm.functional.diffusion import (
+    DiffusionSchedule,
+    add_noise,
+    ancestral_step,
+    cosine_schedule,
+    ddim_step,
+    diffusion_loss,
+    respace,
+)
+from calm.models.configuration_heads import DiffusionHeadConfig
+from calm.models.heads.adaln import AdaptiveNormMLP
+from calm.models.heads.base import Head, HeadLoss, leading_shape
+from calm.models.modeling_autoencoder import Posterior
+
+
+class DiffusionHead(Head):
+    """Iterative denoiser; see :class:`~calm.models.configuration_heads.DiffusionHeadConfig`."""
+
+    def __init__(self, config: DiffusionHeadConfig, hidden_size: int, latent_size: int):
+        super().__init__()
+        self.config = config
+        self.latent_size = latent_size
+        self.network = AdaptiveNormMLP(
+            latent_size, hidden_size, 2 * latent_size, config.num_mlp_layers, config.layer_norm_eps
+        )
+
+    def sample(
+        self,
+        hidden: Tensor,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        num_samples: int | None = None,
+    ) -> Tensor:
+        """One latent per hidden state, or ``num_samples``.
+
+        Args:
+            noise: standard normal ``[1 + S, (num_samples,) ..., Z]``: where the draw starts, then the noise of every
+                step; DDIM uses the first alone.
+        """
+        config = self.config
+        schedule = _schedule(config.num_train_timesteps, config.num_sampling_steps, hidden.device)
+        shape = (*leading_shape(hidden, num_samples), self.latent_size)
+
+        def draw(index: int) -> Tensor:
+            # Step by step: all at once, the noise of a hundred steps would outweigh everything else.
+            return noise[index] if noise is not None else torch.randn(shape, generator=generator, device=hidden.device)
+
+        x = draw(0)
+        for count, index in enumerate(reversed(range(len(schedule))), start=1):
+            step = torch.tensor(index, device=hidden.device)
+            output = self.network(x, schedule.timesteps[step], hidden)
+            if config.sampler == "ddim":
+                x = ddim_step(output, x, step, schedule, config.clip_latent)
+            else:
+                x = ancestral_step(output, x, step, schedule, draw(count), config.clip_latent)
+        return x.to(hidden.dtype)
+
+    def loss(
+        self,
+        hidden: Tensor,
+        posterior: Posterior,
+        noise: Tensor | None = None,
+        target_noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        timestep: Tensor | None = None,
+    ) -> HeadLoss:
+        """Squared error of the noise seen in N noisy draws of the posterior, and the bound that trains the variance.
+
+        Args:
+            noise: standard normal ``[N, ..., Z]``.
+            timestep: ``[N, ...]``, 0 to ``num_train_timesteps`` - 1.
+        """
+        config = self.config
+        schedule = _schedule(config.num_train_timesteps, config.num_train_timesteps, hidden.device)
+        targets = posterior.sample(config.num_samples, target_noise, generator).float()
+        if noise is None:
+            noise = torch.randn(targets.shape, generator=generator, device=targets.device)
+        if timestep is None:
+            shape = targets.shape[:-1]
+            timestep = torch.randint(len(schedule), shape, generator=generator, device=targets.device)
+        output = self.network(add_noise(targets, noise, timestep, schedule), timestep, hidden)
+        mse, bound = diffusion_loss(output, targets, noise, timestep, schedule)
+        mse, bound = mse.mean(0), bound.mean(0)
+        return HeadLoss(mse + bound, {"noise_mse": mse, "variational_bound": bound})
+
+    def init_weights(self) -> None:
+        self.network.init_weights()
+
+
+@lru_cache(maxsize=16)
+def _schedule(num_train_timesteps: int, num_sampling_steps: int, device: torch.device) -> DiffusionSchedule:
+    # No buffer of the model: it would be lost where a model is built without memory for its weights, then loaded.
+    return respace(cosine_schedule(num_train_timesteps, device), num_sampling_steps)

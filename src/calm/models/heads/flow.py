@@ -1,0 +1,74 @@
+"""The flow head: a learned velocity carries noise to the next latent vector.
+
+Shapes: N draws, D hidden, Z latent, ... any leading dimensions.
+"""
+
+import torch
+from torch import Tensor
+
+from calm.functional.flow import flow_matching_loss, integrate_flow, straight_path
+from calm.models.configuration_heads import FlowHeadConfig
+from calm.models.heads.adaln import AdaptiveNormMLP
+from calm.models.heads.base import Head, HeadLoss, leading_shape
+from calm.models.modeling_autoencoder import Posterior
+
+_TIME_UNITS = 1000  # the network sees the time as a whole number of these
+
+
+class FlowHead(Head):
+    """Solver of a learned flow; see :class:`~calm.models.configuration_heads.FlowHeadConfig`."""
+
+    def __init__(self, config: FlowHeadConfig, hidden_size: int, latent_size: int):
+        super().__init__()
+        self.config = config
+        self.latent_size = latent_size
+        self.network = AdaptiveNormMLP(
+            latent_size, hidden_size, latent_size, config.num_mlp_layers, config.layer_norm_eps
+        )
+
+    def velocity(self, x: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
+        """Of points ``[..., Z]`` at ``time [...]`` in [0, 1] under hidden states ``[..., D]``."""
+        return self.network(x, (time * _TIME_UNITS).long(), hidden)
+
+    def sample(
+        self,
+        hidden: Tensor,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        num_samples: int | None = None,
+    ) -> Tensor:
+        """One latent per hidden state, or ``num_samples``; standard normal ``noise`` has the shape of the result."""
+        if noise is None:
+            shape = (*leading_shape(hidden, num_samples), self.latent_size)
+            noise = torch.randn(shape, generator=generator, device=hidden.device)
+        config = self.config
+        latents = integrate_flow(
+            lambda x, time: self.velocity(x, time, hidden), noise, config.num_sampling_steps, config.solver
+        )
+        return latents.to(hidden.dtype)
+
+    def loss(
+        self,
+        hidden: Tensor,
+        posterior: Posterior,
+        noise: Tensor | None = None,
+        target_noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        time: Tensor | None = None,
+    ) -> HeadLoss:
+        """Squared error of the velocity at N points on paths from noise to draws of the posterior.
+
+        Args:
+            noise: standard normal ``[N, ..., Z]``.
+            time: uniform in [0, 1], ``[N, ...]``.
+        """
+        targets = posterior.sample(self.config.num_samples, target_noise, generator).float()
+        if noise is None:
+            noise = torch.randn(targets.shape, generator=generator, device=targets.device)
+        if time is None:
+            time = torch.rand(targets.shape[:-1], generator=generator, device=targets.device)
+        velocity = self.velocity(straight_path(noise, targets, time), time, hidden)
+        return HeadLoss(flow_matching_loss(velocity, noise, targets).mean(0))
+
+    def init_weights(self) -> None:
+        self.network.init_weights()

@@ -1,0 +1,120 @@
+"""Configuration and weights of a model, from a directory or the hub, with one clear line when something is wrong."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.utils import cached_file
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read_config(path: str | os.PathLike, **hub: Any) -> dict:
+    """The fields of ``config.json``, as they stand there.
+
+    Args:
+        hub: options of transformers' downloads, see ``HUB_OPTIONS``.
+
+    Raises:
+        OSError: when the file is missing or damaged, or the hub cannot be reached; the message names the remedy.
+    """
+    if os.path.isdir(path) and not (Path(path) / hub.get("subfolder", "") / "config.json").is_file():
+        raise OSError(f"no model in {path}: config.json is missing.")
+    try:
+        return PreTrainedConfig.get_config_dict(path, **hub)[0]
+    except OSError as error:
+        if os.path.isdir(path):
+            raise OSError(f"{path}/config.json is not valid JSON: copy it again.") from error
+        raise OSError(
+            f"no model {path}: there is no such directory, and the hub gave none ({str(error).splitlines()[0]}) "
+            f"Without network, download config.json, the weights (model.safetensors or pytorch_model.bin) and the "
+            f"tokenizer's files of https://huggingface.co/{path} elsewhere, and pass the directory you put them in."
+        ) from error
+
+
+def read_weights(path: str | os.PathLike, **hub: Any) -> dict[str, Tensor]:
+    """All tensors of a checkpoint on the CPU: one file or shards, safetensors or pickled (tensors only, never code).
+
+    Files are memory-mapped: a tensor takes memory when it is used.
+
+    Raises:
+        OSError: when there are no weights.
+        ValueError: when a file is damaged, or holds something else than tensors.
+    """
+
+    def find(name: str) -> str | None:
+        return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
+
+    for name in _WEIGHTS:
+        file = find(name)
+        if file is None:
+            continue
+        if not name.endswith(".index.json"):
+            return _read_file(file)
+        names = sorted(set(json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = {shard: find(shard) for shard in names}
+        missing = [shard for shard, found in shards.items() if found is None]
+        if missing:
+            raise ValueError(f"{path} lacks {listing(missing)}, named in {name}: copy the checkpoint again.")
+        return {key: tensor for found in shards.values() for key, tensor in _read_file(str(found)).items()}
+    raise OSError(f"no weights in {path}: expected one of {', '.join(_WEIGHTS)}.")
+
+
+def _read_file(file: str) -> dict[str, Tensor]:
+    if file.endswith(".safetensors"):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or cut short ({error}): copy it again.") from error
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than tensors (code that loading would run), or is no checkpoint: refused. Ask for "
+            "safetensors, or save it again as a dict of tensors."
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is damaged or cut short: copy it again.") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file} is no checkpoint: expected a dict of tensors.")
+    return state
+
+
+def _is_zip(file: str) -> bool:
+    """Whether a pickled checkpoint has the format that can be memory-mapped."""
+    with open(file, "rb") as handle:
+        return handle.read(4) == b"PK\x03\x04"
+
+
+def listing(names: list[str], limit: int = 10) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def check_weights(
+    path: str | os.PathLike, missing: list[str], unexpected: list[str], mismatched: list[tuple[str, Any, Any]]
+) -> None:
+    """ValueError that lists by name what is wrong with a checkpoint.
+
+    Args:
+        mismatched: name, shape in the file, shape of the model.
+    """
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing: {listing(missing)}")
+    if mismatched:
+        shapes = [f"{name} {list(given)} instead of {list(wanted)}" for name, given, wanted in mismatched]
+        problems.append(f"{len(mismatched)} of another shape: {listing(shapes)}")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unknown: {listing(unexpected)}")
+    if problems:
+        raise ValueError(f"the weights in {path} do not fit its configuration ({'; '.join(problems)}).")

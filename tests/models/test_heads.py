@@ -1,0 +1,122 @@
+"""What holds for every head."""
+
+import golden
+import pytest
+import tiny
+import torch
+
+from calm import CalmForCausalLM
+from calm.models.modeling_autoencoder import Posterior
+
+TYPES = ["energy", "diffusion", "flow"]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("head_type", TYPES)
+def test_a_seed_fixes_the_sample_and_samples_differ(head_type):
+    head, hidden = tiny.calm(type=head_type).head, torch.randn(3, 2, 16)
+    first = head.sample(hidden, generator=seeded())
+    assert first.shape == (3, 2, 8)
+    assert torch.equal(first, head.sample(hidden, generator=seeded()))
+    assert not torch.allclose(first, head.sample(hidden, generator=seeded(1)))
+
+
+@pytest.mark.parametrize("head_type", TYPES)
+def test_several_samples_of_a_state_are_those_of_the_repeated_state(head_type):
+    head, hidden = tiny.calm(type=head_type).head, torch.randn(3, 16)
+    several = head.sample(hidden, generator=seeded(), num_samples=5)
+    repeated = head.sample(hidden.expand(5, -1, -1), generator=seeded())
+    assert several.shape == (5, 3, 8)
+    golden.close(several, repeated)
+
+
+@pytest.mark.parametrize("head_type", TYPES)
+def test_the_loss_falls_in_training_and_samples_find_the_target(head_type):
+    """One context whose next latent is known: every head learns to draw near it."""
+    torch.manual_seed(0)
+    fields = {"energy": {"condition_residual": True}, "flow": {}, "diffusion": {"clip_latent": 2.0}}[head_type]
+    head = CalmForCausalLM(tiny.calm(type=head_type, **fields).config).head
+    hidden = torch.randn(2, 16)
+    posterior = Posterior(torch.stack([torch.full((8,), 1.5), torch.full((8,), -1.5)]), torch.full((2, 8), -3.0))
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(300):
+        loss = head.loss(hidden.expand(16, 2, -1), Posterior(
+            posterior.mean.expand(16, 2, -1), posterior.log_std.expand(16, 2, -1)
+        )).loss.mean()  # fmt: skip
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    with torch.no_grad():
+        drawn = head.sample(hidden, generator=seeded(), num_samples=50).mean(0)
+    torch.testing.assert_close(drawn, posterior.mean, atol=0.4, rtol=0)
+
+
+@pytest.mark.parametrize("head_type", TYPES)
+@pytest.mark.parametrize("patch_size", [1, 3, 4])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_every_head_generates_at_any_temperature(head_type, patch_size, temperature):
+    model = tiny.calm(patch_size, type=head_type)
+    model.generation_config.eos_token_id = None
+    arguments = {"max_new_tokens": 7, "temperature": temperature, "num_candidates": 6}
+    ids = tiny.tokens(2, 5)
+    out = model.generate(ids, generator=seeded(), **arguments)
+    assert out.shape == (2, 12)
+    assert torch.equal(out, model.generate(ids, generator=seeded(), **arguments))
+
+
+@pytest.mark.parametrize("head_type", TYPES)
+def test_a_saved_model_comes_back_with_its_head(head_type, tmp_path):
+    model = tiny.calm(type=head_type)
+    model.save_pretrained(tmp_path)
+    loaded = CalmForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded.head) is type(model.head)
+    hidden = torch.randn(3, 16)
+    again = loaded.head.sample(hidden, generator=seeded())
+    golden.close(again, model.head.sample(hidden, generator=seeded()))
+
+
+@pytest.mark.parametrize("head_type", TYPES)
+def test_a_new_head_says_nothing_before_it_has_learnt(head_type):
+    model = CalmForCausalLM(tiny.calm(type=head_type).config)
+    layer = model.head.output_layer if head_type == "energy" else model.head.network.output_layer
+    assert not layer.weight.any()
+    assert not layer.bias.any()
+
+
+@pytest.mark.parametrize("head_type", TYPES)
+def test_heads_work_in_half_precision(head_type):
+    head = tiny.calm(type=head_type).head.to(torch.bfloat16)
+    hidden = torch.randn(3, 16).to(torch.bfloat16)
+    assert head.sample(hidden, generator=seeded()).dtype == torch.bfloat16
+    posterior = Posterior(torch.zeros(3, 8).to(torch.bfloat16), torch.zeros(3, 8).to(torch.bfloat16))
+    loss = head.loss(hidden, posterior, generator=seeded()).loss
+    assert loss.dtype == torch.float32
+    assert loss.isfinite().all()
+
+
+def test_ddim_is_deterministic_behind_the_first_noise():
+    head, hidden = tiny.calm(type="diffusion", sampler="ddim").head, torch.randn(3, 16)
+    noise = torch.randn(21, 3, 8)
+    other = torch.cat([noise[:1], torch.randn(20, 3, 8)])
+    assert torch.equal(head.sample(hidden, noise), head.sample(hidden, other))
+    assert not torch.allclose(head.sample(hidden, noise), head.sample(hidden, torch.randn(1, 3, 8)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"type": "flow", "num_sampling_steps": 0}, "num_sampling_steps must be at least 1, got 0"),
+        ({"type": "diffusion", "num_sampling_steps": 1001}, r"num_sampling_steps \(1001\) must not exceed.*\(1000\)"),
+        ({"type": "flow", "solver": "heun"}, "solver"),
+        ({"type": "diffusion", "sampler": "dpm"}, "sampler"),
+    ],
+)
+def test_impossible_heads_are_refused(fields, message):
+    with pytest.raises(Exception, match=message):
+        tiny.calm(**fields)
