@@ -28,7 +28,7 @@ from calm.files import write_whole
 from calm.models.loading import load_model
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.training.recipe import Recipe
-from calm.training.run import is_complete, train
+from calm.training.run import is_complete, read_run, train, trained_tokens
 from calm.training.speed import seconds_per_step
 
 QUICKSTART = "quickstart.json"  # the settings of a run directory
@@ -170,15 +170,16 @@ def _evaluate(run: Path, seed: int, device: str, progress: Progress) -> dict:
 
 
 def _training_cost(run: Path, model: PreTrainedModel, block_size: int) -> dict:
-    recipe = Recipe.load(run / "recipe.yaml")
-    state = json.loads((run / "complete.json").read_text(encoding="utf-8"))
-    tokens = state["global_step"] * recipe.training["per_device_train_batch_size"] * block_size
-    cost = compute(model, block_size)
+    recipe, steps = read_run(run)
+    assert recipe is not None
+    tokens = trained_tokens(recipe, steps)
+    assert tokens is not None
+    cost = compute(model, block_size // getattr(model.config, "patch_size", 1))
     return {
-        "parameters": cost.parameters,
+        "parameters": cost.parameters["language_model"] or cost.parameters["autoencoder"],
         "tokens": tokens,
         "training_flops": cost.training_flops_per_token * tokens,
-        "inference_flops_per_token": cost.inference_flops_per_token,
+        "inference_flops_per_token": cost.inference_flops_per_token["total"],
     }
 
 

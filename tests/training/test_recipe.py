@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from calm.training.recipe import TRAINING_DEFAULTS, Recipe
+from calm.training.run import accumulation_steps, trained_tokens, training_arguments
 
 MINIMAL = """
 stage: autoencoder
@@ -94,3 +95,16 @@ def test_shipped_recipes_load():
     assert len(paths) >= 3
     for path in paths:
         Recipe.load(path)
+
+
+def test_tokens_per_step_sets_the_accumulation(recipe):
+    loaded = Recipe.load(recipe, ["tokens_per_step=2048", "training.per_device_train_batch_size=2"])
+    assert training_arguments(loaded).gradient_accumulation_steps == 16
+    assert accumulation_steps(loaded, num_processes=4) == 4
+    assert trained_tokens(loaded, 10) == 20480
+    with pytest.raises(
+        ValueError, match=r"tokens_per_step \(2048\) must be a multiple of the 384 tokens that 3 process"
+    ):
+        accumulation_steps(loaded, num_processes=3)
+    with pytest.raises(ValueError, match=r"tokens_per_step or training.gradient_accumulation_steps, not both"):
+        Recipe.load(recipe, ["tokens_per_step=2048", "training.gradient_accumulation_steps=2"])

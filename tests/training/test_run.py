@@ -202,7 +202,7 @@ def test_damaged_and_missing_weights_are_named(workspace, tmp_path):
     state = model.state_dict()
     del state["encoder.squeeze.weight"]
     model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match=r"lack 1 tensors: encoder\.squeeze\.weight"):
+    with pytest.raises(ValueError, match=r"1 missing: encoder\.squeeze\.weight"):
         load_model(tmp_path)
 
 

@@ -1,81 +1,150 @@
-"""What a model costs, in floating-point operations, by the paper's rules.
+"""What a model costs: parameters and floating-point operations, by the paper's rules.
 
 A weight matrix of m parameters costs 2m operations per row it is applied to; attention costs 4 * layers * width *
-context per step; training costs three times the forward pass. Embedding look-ups and norms cost nothing.
+context per step; look-ups, norms and activations cost nothing. Training costs three times the forward pass; of the
+frozen autoencoder a language model's training uses one forward pass of the encoder. All of it is counted from the
+shapes of the layers: a model on the meta device will do.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from calm.functional.temperature import check_temperature
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
 
 
 @dataclass
 class Compute:
-    """Parameters and operations of a model."""
+    """Costs of a model, by part; every dict has a ``total``."""
 
-    parameters: int  # without the autoencoder
+    parameters: dict[str, int]  # also language_model and autoencoder, which add up to the total
     training_flops_per_token: float
-    inference_flops_per_token: float  # one draw per chunk, no temperature
+    inference_flops_per_token: dict[str, float]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
 
 
-def compute(model: PreTrainedModel, context: int) -> Compute:
-    """Operations of training and generation.
+def compute(model: PreTrainedModel, context: int, temperature: float = 1.0, num_candidates: int = 200) -> Compute:
+    """Costs of training and of generation, per token.
 
     Args:
-        model: CALM, autoencoder or token model.
-        context: tokens attended to at a step of generation; half as many on average in training.
+        model: CALM, autoencoder or token model; may lie on the meta device.
+        context: positions (tokens of a token model, patches of CALM) attended to at every step.
+        temperature: of CALM's generation; below 1 every chunk is chosen among ``num_candidates`` draws, each of which
+            is counted in full: head, decoder, K products with the vocabulary. Generation as it is implemented shares
+            and skips part of that.
     """
     if isinstance(model, CalmAutoencoder):
-        per_patch = _encode_flops(model) + _decode_flops(model)
-        patch_size = model.config.patch_size
-        return Compute(_parameters(model), 3 * per_patch / patch_size, _decode_flops(model) / patch_size)
+        return _autoencoder_compute(model)
     if isinstance(model, CalmForCausalLM):
-        patch_size = model.config.patch_size
-        backbone = 2 * _matrices(model.backbone) + 2 * _matrices(model.patch_embedding)
-        attention = _attention_flops(model.config.backbone_config, context / patch_size)
-        head = 2 * _matrices(model.head)
-        encode, decode = _encode_flops(model.autoencoder), _decode_flops(model.autoencoder)
-        samples = model.config.head_config.num_samples
-        return Compute(
-            _parameters(model) - _parameters(model.autoencoder),
-            # The frozen autoencoder only encodes the target, forward.
-            (3 * (backbone + attention / 2 + samples * head) + encode) / patch_size,
-            (backbone + attention + head + decode) / patch_size,
-        )
-    matrices = 2 * _matrices(model)
-    attention = _attention_flops(model.config, context)
-    return Compute(_parameters(model), 3 * (matrices + attention / 2), matrices + attention)
+        draws = 1 if check_temperature(temperature) == 1 else num_candidates
+        return _calm_compute(model, context, draws)
+    return _token_model_compute(model, context)
 
 
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def _autoencoder_compute(model: CalmAutoencoder) -> Compute:
+    patch_size = model.config.patch_size
+    encode, decode = _encode_flops(model), _decode_flops(model)
+    total = _parameters(model)
+    return Compute(
+        {"total": total, "language_model": 0, "autoencoder": total, **_autoencoder_parts(model)},
+        3 * (encode + decode) / patch_size,
+        {"total": decode / patch_size, "autoencoder_decode": decode / patch_size},
+    )
 
 
-def _matrices(model: nn.Module) -> int:
+def _calm_compute(model: CalmForCausalLM, context: int, draws: int) -> Compute:
+    patch_size, head_config = model.config.patch_size, model.config.head_config
+    backbone, embedding = 2 * _matrices(model.backbone), 2 * _matrices(model.patch_embedding)
+    attention = _attention_flops(model.config.backbone_config, context)
+    head_pass = 2 * _matrices(model.head)
+    draw = head_pass * getattr(head_config, "num_network_calls", 1)
+    per_patch = {
+        "backbone": backbone,
+        "attention": attention,
+        "patch_embedding": embedding,
+        "head": draws * draw,
+        "autoencoder_decode": draws * _decode_flops(model.autoencoder),
+    }
+    inference = {name: flops / patch_size for name, flops in per_patch.items()}
+    step = backbone + embedding + attention + head_config.num_samples * head_pass
+    total, autoencoder = _parameters(model), _parameters(model.autoencoder)
+    return Compute(
+        {
+            "total": total,
+            "language_model": total - autoencoder,
+            "autoencoder": autoencoder,
+            "token_embedding": _parameters(model.get_input_embeddings()),
+            "backbone": _parameters(model.backbone) - _parameters(model.get_input_embeddings()),
+            "patch_embedding": _parameters(model.patch_embedding),
+            "head": _parameters(model.head),
+            **_autoencoder_parts(model.autoencoder),
+        },
+        (3 * step + _encode_flops(model.autoencoder)) / patch_size,
+        {"total": sum(inference.values()), **inference},
+    )
+
+
+def _token_model_compute(model: Any, context: int) -> Compute:
+    total = _parameters(model)
+    embedding, output = _parameters(model.get_input_embeddings()), 2 * _matrices(model.get_output_embeddings())
+    parts = {
+        "backbone": 2 * _matrices(model) - output,
+        "attention": _attention_flops(model.config, context),
+        "output_embedding": output,
+    }
+    inference = sum(parts.values())
+    output_parameters = 0 if model.config.tie_word_embeddings else output // 2
+    return Compute(
+        {
+            "total": total,
+            "language_model": total,
+            "autoencoder": 0,
+            "token_embedding": embedding,
+            "backbone": total - embedding - output_parameters,
+            "output_embedding": output_parameters,
+        },
+        3 * inference,
+        {"total": inference, **parts},
+    )
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _matrices(module: nn.Module) -> int:
     """Parameters of the linear layers."""
-    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
-def _attention_flops(config, context: float) -> float:
+def _attention_flops(config, context: int) -> int:
     return 4 * config.num_hidden_layers * config.hidden_size * context
 
 
-def _token_blocks_per_patch(model: CalmAutoencoder, blocks: nn.Module) -> int:
-    return 2 * _matrices(blocks) * model.config.patch_size
+def _autoencoder_parts(model: CalmAutoencoder) -> dict[str, int]:
+    return {
+        "autoencoder_embedding": _parameters(model.embed_tokens),
+        "autoencoder_encoder": _parameters(model.encoder),
+        "autoencoder_decoder": _parameters(model.decoder),
+    }
 
 
-def _encode_flops(model: CalmAutoencoder) -> float:
-    encoder = model.encoder
-    per_patch = 2 * (_matrices(encoder) - _matrices(encoder.token_blocks))
-    return per_patch + _token_blocks_per_patch(model, encoder.token_blocks)
+def _per_patch_flops(part: Any, patch_size: int) -> int:
+    """Of encoder or decoder, whose token blocks run once for every token of a patch."""
+    token_blocks = _matrices(part.token_blocks)
+    return 2 * (_matrices(part) - token_blocks + patch_size * token_blocks)
 
 
-def _decode_flops(model: CalmAutoencoder) -> float:
-    decoder = model.decoder
-    per_patch = 2 * (_matrices(decoder) - _matrices(decoder.token_blocks))
-    vocabulary = 2 * model.embed_tokens.weight.numel() * model.config.patch_size
-    return per_patch + _token_blocks_per_patch(model, decoder.token_blocks) + vocabulary
+def _encode_flops(model: CalmAutoencoder) -> int:
+    return _per_patch_flops(model.encoder, model.config.patch_size)
+
+
+def _decode_flops(model: CalmAutoencoder) -> int:
+    patch_size = model.config.patch_size
+    return _per_patch_flops(model.decoder, patch_size) + 2 * model.embed_tokens.weight.numel() * patch_size

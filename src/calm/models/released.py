@@ -113,6 +113,15 @@ def _check(cls: type[Model], path: str | os.PathLike, config: Any, state: dict[s
     )
 
 
+def reference_config(path: str | os.PathLike, fields: dict) -> CalmAutoencoderConfig | CalmConfig:
+    """Our configuration of a checkpoint; the weights are opened, but not read, where it hangs on their shapes."""
+    if fields["architectures"][0] == AUTOENCODER:
+        return autoencoder_config(fields)
+    ae_path = fields.get("ae_path")
+    known = ae_path and (Path(ae_path) / "config.json").is_file()
+    return language_model_config(fields, _inner_autoencoder_config(path, fields, {} if known else read_weights(path)))
+
+
 def autoencoder_config(config: dict) -> CalmAutoencoderConfig:
     """Our configuration of an autoencoder from the reference's flat fields."""
     fields = {name: config[name] for name in _AUTOENCODER_FIELDS if name in config}
@@ -242,15 +251,15 @@ def _write(path: Path, fields: dict, state: dict[str, Tensor]) -> None:
 
 def _inner_autoencoder_config(path: str | os.PathLike, config: dict, state: dict[str, Tensor]) -> CalmAutoencoderConfig:
     """Of the autoencoder inside a language model: from ``ae_path`` where that exists, else from its weights' shapes."""
-    inner = {name.removeprefix("ae_model."): tensor for name, tensor in state.items() if name.startswith("ae_model.")}
-    if not inner:
-        raise ValueError(
-            f"the weights in {path} hold no autoencoder (no ae_model.*), and its ae_path {config.get('ae_path')!r} is "
-            "not followed: load it first and pass it as autoencoder=."
-        )
     ae_path = config.get("ae_path")
     if ae_path and (Path(ae_path) / "config.json").is_file():
         return autoencoder_config(read_config(ae_path))
+    inner = {name.removeprefix("ae_model."): tensor for name, tensor in state.items() if name.startswith("ae_model.")}
+    if not inner:
+        raise ValueError(
+            f"the weights in {path} hold no autoencoder (no ae_model.*), and there is none at its ae_path {ae_path!r}: "
+            "load it first and pass it as autoencoder=."
+        )
     try:
         vocab_size, hidden_size = inner["encoder.embed_tokens.weight"].shape
         return CalmAutoencoderConfig(

@@ -48,3 +48,40 @@ def reconstruction_table(results: dict[str, dict]) -> Table:
             f"{result['live_dimensions']}/{result['latent_size']}",
         )
     return table
+
+
+def compute_tables(document: dict) -> list[Table]:
+    """Parameters, and operations of a generated token, by part; ``document`` as `calm info --json` prints it."""
+    parameters = Table(title="Parameters", box=box.SIMPLE_HEAD, caption=_training_line(document))
+    draws = document["candidates"]
+    flops = Table(
+        title="FLOPs per generated token",
+        box=box.SIMPLE_HEAD,
+        caption=f"{document['context']:,} positions of context, {draws} draw{'s' if draws > 1 else ''} per chunk at "
+        f"temperature {document['temperature']:g}",
+    )
+    for table, key, show in ((parameters, "parameters", _count), (flops, "inference_flops_per_token", _flops)):
+        values = document[key]
+        table.add_column("part")
+        table.add_column("", justify="right")
+        table.add_column("share", justify="right")
+        for name, value in values.items():
+            if value:
+                style = "bold" if name in ("total", "language_model", "autoencoder") else None
+                table.add_row(name.replace("_", " "), show(value), f"{value / values['total']:.1%}", style=style)
+    return [parameters, flops]
+
+
+def _training_line(document: dict) -> str:
+    line = f"training: {_flops(document['training_flops_per_token'])} FLOPs per token"
+    if document["training_flops"] is None:
+        return line + " (--tokens gives the total)"
+    return f"{line}, {_flops(document['training_flops'])} for {_flops(document['training_tokens'])} tokens"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _flops(value: float) -> str:
+    return f"{value:.3g}"

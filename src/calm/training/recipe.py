@@ -12,6 +12,7 @@ model:                               # stage autoencoder: fields of CalmAutoenco
   autoencoder: runs/autoencoder      # stage calm: a trained autoencoder,
   backbone: {hidden_size: 256}       #   the backbone's fields (`model_type` if it is no Llama),
   head: {type: energy}               #   and the head's; stage baseline: the backbone alone
+tokens_per_step: 524288              # over all processes; sets gradient_accumulation_steps. Optional
 training:                            # fields of transformers.TrainingArguments
   learning_rate: 3.0e-4
 ```
@@ -65,6 +66,7 @@ class Recipe:
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    tokens_per_step: int | None = None
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -83,6 +85,10 @@ class Recipe:
             raise ValueError("stage calm needs model.autoencoder: the directory of a trained autoencoder.")
         from transformers import TrainingArguments
 
+        if self.tokens_per_step is not None:
+            _check_types(self, {"tokens_per_step": int}, "the recipe")
+            if "gradient_accumulation_steps" in self.training:
+                raise ValueError("give tokens_per_step or training.gradient_accumulation_steps, not both.")
         names = {each.name for each in dataclasses.fields(TrainingArguments) if each.init}
         _check_keys(self.training, names - set(_RESERVED_TRAINING), "training")
         # YAML reads a bare `no` as false; every strategy has "no" among its values.

@@ -1,5 +1,6 @@
 """One training run: build the model a recipe asks for, train it (or go on training), leave a complete directory."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,6 @@ import torch
 import yaml
 from rich.progress import Progress
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedModel,
     TrainerCallback,
     TrainerControl,
@@ -20,13 +19,10 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
-from calm.data.blocks import TokenBlocks, read_manifest
-from calm.data.tokenizer import load_tokenizer, tokenizer_hash
+from calm.data.blocks import TokenBlocks
+from calm.data.tokenizer import load_tokenizer
 from calm.files import write_whole
-from calm.models.configuration_autoencoder import CalmAutoencoderConfig
-from calm.models.loading import load_autoencoder
-from calm.models.modeling_autoencoder import CalmAutoencoder
-from calm.models.modeling_calm import CalmForCausalLM
+from calm.training.models import build_model
 from calm.training.progress import ProgressCallback, make_progress
 from calm.training.recipe import Recipe
 from calm.training.trainer import CalmTrainer, JsonlCallback
@@ -143,23 +139,6 @@ def last_checkpoint(output: Path) -> str | None:
     return str(max(checkpoints, key=lambda path: int(path.name.split("-")[1]))) if checkpoints else None
 
 
-def build_model(recipe: Recipe) -> PreTrainedModel:
-    """A freshly initialised model of the recipe's stage, for the recipe's data."""
-    tokens = _token_ids(recipe.data.train)
-    if recipe.stage == "autoencoder":
-        return CalmAutoencoder(CalmAutoencoderConfig(**tokens | recipe.model))
-    backbone = dict(recipe.model.get("backbone") or {})
-    if recipe.stage == "baseline":
-        config = AutoConfig.for_model(backbone.pop("model_type", "llama"), **tokens | backbone)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    autoencoder = load_autoencoder(recipe.model["autoencoder"])
-    _check_same_tokenizer(recipe.model["autoencoder"], recipe.data.train)
-    # Every patch is one position of the backbone.
-    positions = max(2048, recipe.data.block_size // autoencoder.config.patch_size)
-    backbone = {"max_position_embeddings": positions} | tokens | backbone
-    return CalmForCausalLM.from_autoencoder(autoencoder, backbone, dict(recipe.model.get("head") or {}))
-
-
 def load_blocks(recipe: Recipe, model: PreTrainedModel) -> tuple[TokenBlocks, TokenBlocks | None]:
     """Training and validation blocks; ValueError when they do not fit the model or each other."""
     patch_size = getattr(model.config, "patch_size", 1)
@@ -180,9 +159,43 @@ def load_blocks(recipe: Recipe, model: PreTrainedModel) -> tuple[TokenBlocks, To
     return blocks, validation
 
 
+def accumulation_steps(recipe: Recipe, num_processes: int) -> int:
+    """Micro-batches of a step, so that all processes together see ``tokens_per_step`` tokens in it."""
+    assert recipe.tokens_per_step is not None
+    at_once = recipe.data.block_size * recipe.training.get("per_device_train_batch_size", 8) * num_processes
+    if recipe.tokens_per_step % at_once:
+        raise ValueError(
+            f"tokens_per_step ({recipe.tokens_per_step}) must be a multiple of the {at_once} tokens that "
+            f"{num_processes} process(es) take at once: change training.per_device_train_batch_size, or tokens_per_step."
+        )
+    return recipe.tokens_per_step // at_once
+
+
+def trained_tokens(recipe: Recipe, steps: int | None) -> int | None:
+    """Tokens that so many steps of a recipe read (in one process, unless it says ``tokens_per_step``)."""
+    if steps is None or steps < 0:
+        return None
+    if recipe.tokens_per_step is not None:
+        return steps * recipe.tokens_per_step
+    sequences = recipe.training.get("per_device_train_batch_size", 8) * recipe.training.get(
+        "gradient_accumulation_steps", 1
+    )
+    return steps * sequences * recipe.data.block_size
+
+
+def read_run(output: Path) -> tuple[Recipe | None, int | None]:
+    """The recipe of a finished run and the steps it took; (None, None) where a directory holds none."""
+    if not (output / RECIPE).is_file() or not (output / COMPLETE).is_file():
+        return None, None
+    state = json.loads((output / COMPLETE).read_text(encoding="utf-8"))
+    return Recipe.load(output / RECIPE), state["global_step"]
+
+
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The Trainer's arguments: the recipe's, and what the run decides itself."""
     values = dict(recipe.training)
+    if recipe.tokens_per_step is not None:
+        values["gradient_accumulation_steps"] = accumulation_steps(recipe, int(os.environ.get("WORLD_SIZE", 1)))
     if "bf16" not in values and "fp16" not in values and not values.get("use_cpu"):
         # bf16 on CPUs without native support is over a hundred times slower than float32.
         values["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -198,22 +211,3 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         prediction_loss_only=True,
         **values,
     )
-
-
-def _token_ids(data: str) -> dict[str, int | None]:
-    manifest = read_manifest(data)
-    tokenizer = load_tokenizer(data)
-    return {
-        "vocab_size": manifest["vocab_size"],
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def _check_same_tokenizer(model: str, data: str) -> None:
-    if tokenizer_hash(load_tokenizer(model)) != tokenizer_hash(load_tokenizer(data)):
-        raise ValueError(
-            f"the autoencoder in {model} and the data in {data} belong to different tokenizers: run `calm prepare "
-            f"--tokenizer {model}`, or train an autoencoder on this data."
-        )

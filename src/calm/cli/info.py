@@ -1,0 +1,68 @@
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def info(
+    source: Annotated[str, typer.Argument(help="a recipe (.yaml), or a directory or hub id of a model")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value, for recipes")] = None,
+    temperature: Annotated[float, typer.Option(help="of generation; below 1, candidates are drawn")] = 1.0,
+    candidates: Annotated[int, typer.Option(min=1, help="draws per chunk at temperatures below 1")] = 200,
+    context: Annotated[
+        int, typer.Option(min=1, help="positions a step of generation attends to: patches of a CALM, tokens otherwise")
+    ] = 2048,
+    tokens: Annotated[
+        float | None, typer.Option(help="tokens of the training; default the recipe's, or the run's")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Parameters and FLOPs of a model, by part, from its shapes alone: no weights are allocated, no data needed.
+
+    Example: `calm info recipes/paper/calm_m.yaml --temperature 0.5 --candidates 200`
+    """
+    import json
+
+    from calm.evaluation.compute import compute
+    from calm.functional.temperature import check_temperature
+    from calm.models.outline import outline
+    from calm.report.tables import compute_tables
+    from calm.training.models import outline_model
+    from calm.training.recipe import Recipe
+    from calm.training.run import read_run, trained_tokens
+
+    if check_temperature(temperature) > candidates:
+        raise ValueError(f"--candidates must be at least 1/temperature, got {candidates} at temperature {temperature}.")
+    recipe, steps = None, None
+    if source.endswith((".yaml", ".yml")):
+        recipe = Recipe.load(source, overrides or [])
+        steps = recipe.training.get("max_steps")
+        model = outline_model(recipe, Path(source).parent)
+    elif overrides:
+        raise ValueError(f"overrides are for recipes, {source} is a model.")
+    else:
+        model = outline(source)
+        recipe, steps = read_run(Path(source))
+    planned = trained_tokens(recipe, steps) if recipe is not None else None
+    cost = compute(model, context, temperature, candidates)
+    positions = recipe.data.block_size // getattr(model.config, "patch_size", 1) if recipe is not None else context
+    per_token = compute(model, positions).training_flops_per_token
+    training_tokens = tokens if tokens is not None else planned
+    document = {
+        "source": source,
+        "parameters": cost.parameters,
+        "training_tokens": training_tokens,
+        "training_flops_per_token": per_token,
+        "training_flops": per_token * training_tokens if training_tokens is not None else None,
+        "inference_flops_per_token": cost.inference_flops_per_token,
+        "temperature": temperature,
+        "candidates": candidates if temperature < 1 else 1,
+        "context": context,
+    }
+    if as_json:
+        print(json.dumps(document, indent=1))
+        return
+    from rich.console import Console
+
+    for table in compute_tables(document):
+        Console().print(table)

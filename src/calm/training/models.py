@@ -1,0 +1,103 @@
+"""The model of a recipe: built with weights for a run, or as an outline without."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from calm.data.blocks import MANIFEST, read_manifest
+from calm.data.tokenizer import load_tokenizer, tokenizer_hash
+from calm.models.configuration_autoencoder import CalmAutoencoderConfig
+from calm.models.configuration_calm import CalmConfig
+from calm.models.loading import load_autoencoder
+from calm.models.modeling_autoencoder import CalmAutoencoder
+from calm.models.modeling_calm import CalmForCausalLM
+from calm.models.outline import outline
+from calm.training.recipe import Recipe
+
+
+def build_model(recipe: Recipe) -> PreTrainedModel:
+    """A freshly initialised model of the recipe's stage, for the recipe's data."""
+    tokens = _token_ids(recipe.data.train)
+    if recipe.stage == "autoencoder":
+        return CalmAutoencoder(CalmAutoencoderConfig(**tokens | recipe.model))
+    if recipe.stage == "baseline":
+        return AutoModelForCausalLM.from_config(_baseline_config(recipe, tokens), dtype=torch.float32)
+    autoencoder = load_autoencoder(recipe.model["autoencoder"])
+    _check_same_tokenizer(recipe.model["autoencoder"], recipe.data.train)
+    return CalmForCausalLM.from_autoencoder(autoencoder, _backbone(recipe, autoencoder.config, tokens), _head(recipe))
+
+
+def outline_model(recipe: Recipe, folder: Path) -> PreTrainedModel:
+    """The recipe's model without weights; neither its data nor its autoencoder need exist yet.
+
+    Where the autoencoder of a language model is not trained yet, the recipe beside this one whose ``output_dir`` it is
+    says what it will be.
+
+    Args:
+        folder: where the recipe lies.
+
+    Raises ValueError when the vocabulary or the autoencoder stand nowhere.
+    """
+    tokens = _token_ids(recipe.data.train) if (Path(recipe.data.train) / MANIFEST).is_file() else {}
+    vocab_size = recipe.model if recipe.stage == "autoencoder" else recipe.model["backbone"]
+    if not tokens and "vocab_size" not in vocab_size:
+        raise ValueError(
+            f"the data in {recipe.data.train} are not prepared yet, and the recipe names no vocab_size: prepare them, "
+            f"or set model.{'' if recipe.stage == 'autoencoder' else 'backbone.'}vocab_size."
+        )
+    if recipe.stage == "autoencoder":
+        return outline(CalmAutoencoderConfig(**tokens | recipe.model))
+    if recipe.stage == "baseline":
+        return outline(_baseline_config(recipe, tokens))
+    autoencoder: Any = _planned_autoencoder(recipe, folder)
+    backbone = _backbone(recipe, autoencoder, tokens)
+    return outline(CalmConfig(backbone_config=backbone, head_config=_head(recipe), autoencoder_config=autoencoder))
+
+
+def _planned_autoencoder(recipe: Recipe, folder: Path) -> CalmAutoencoderConfig:
+    place = recipe.model["autoencoder"]
+    if Path(place).exists():
+        model = outline(place)
+        return model.config if isinstance(model, CalmAutoencoder) else model.config.autoencoder_config
+    for path in sorted(folder.glob("*.yaml")):
+        other = Recipe.load(path)
+        if other.stage == "autoencoder" and other.output_dir == place:
+            model = outline_model(other, folder)
+            return model.config  # type: ignore[return-value]
+    raise ValueError(f"there is no autoencoder in {place}, and no recipe in {folder} that will train it.")
+
+
+def _baseline_config(recipe: Recipe, tokens: dict) -> Any:
+    backbone = dict(recipe.model["backbone"])
+    return AutoConfig.for_model(backbone.pop("model_type", "llama"), **tokens | backbone)
+
+
+def _backbone(recipe: Recipe, autoencoder: CalmAutoencoderConfig, tokens: dict) -> dict:
+    # Every patch is one position of the backbone.
+    positions = max(2048, recipe.data.block_size // autoencoder.patch_size)
+    return {"max_position_embeddings": positions} | tokens | dict(recipe.model["backbone"])
+
+
+def _head(recipe: Recipe) -> dict:
+    return dict(recipe.model.get("head") or {})
+
+
+def _token_ids(data: str) -> dict[str, int | None]:
+    manifest = read_manifest(data)
+    tokenizer = load_tokenizer(data)
+    return {
+        "vocab_size": manifest["vocab_size"],
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _check_same_tokenizer(model: str, data: str) -> None:
+    if tokenizer_hash(load_tokenizer(model)) != tokenizer_hash(load_tokenizer(data)):
+        raise ValueError(
+            f"the autoencoder in {model} and the data in {data} belong to different tokenizers: run `calm prepare "
+            f"--tokenizer {model}`, or train an autoencoder on this data."
+        )
