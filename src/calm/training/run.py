@@ -166,7 +166,7 @@ def accumulation_steps(recipe: Recipe, num_processes: int) -> int:
     if recipe.tokens_per_step % at_once:
         raise ValueError(
             f"tokens_per_step ({recipe.tokens_per_step}) must be a multiple of the {at_once} tokens that "
-            f"{num_processes} process(es) take at once: change training.per_device_train_batch_size, or tokens_per_step."
+            f"{num_processes} process(es) take at once: change training.per_device_train_batch_size or tokens_per_step."
         )
     return recipe.tokens_per_step // at_once
 
