@@ -58,6 +58,15 @@ def main() -> None:
         many_flops = row["inference_flops_per_token_200_candidates"]
         cells.append(f"{many_flops['total']:.3g}" if many_flops else "")
         print("| " + " | ".join(cells) + " |")
+    print("\nFLOPs per generated token, one draw per chunk -> 200 draws (T = 0.5):\n")
+    parts = ("backbone", "attention", "patch_embedding", "head", "autoencoder_decode", "total")
+    print("| model | " + " | ".join(part.replace("_", " ") for part in parts) + " |")
+    print("|---" + "|---:" * len(parts) + "|")
+    for name, row in rows.items():
+        one, many = row["inference_flops_per_token"], row["inference_flops_per_token_200_candidates"]
+        if many:
+            cells = [f"{one[p]:.3g}" if one[p] == many[p] else f"{one[p]:.3g} -> {many[p]:.3g}" for p in parts]
+            print("| " + " | ".join([name, *cells]) + " |")
     if output is not None:
         output.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
