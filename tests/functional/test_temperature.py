@@ -1,11 +1,16 @@
+import itertools
 import math
 
 import pytest
 import torch
 
-from calm.functional import batch_temperature_sample, exact_temperature_sample
+from calm.functional import batch_temperature_sample
+from calm.functional.draws import Draws
+from calm.functional.temperature import sample_batch, sample_exact
 
 PROBABILITY = torch.tensor([0.45, 0.3, 0.15, 0.1], dtype=torch.float64)
+# Chunks of two tokens: 0 and 1 differ in the second token alone, 2 and 3 in the first.
+CHUNKS = torch.tensor([[5, 0], [5, 1], [6, 0], [7, 1]])
 
 
 def sharpened(temperature):
@@ -13,10 +18,21 @@ def sharpened(temperature):
     return weight / weight.sum()
 
 
-def draws(shape, generator):
-    """Chunks of two tokens (v, v + 10), v from PROBABILITY."""
-    flat = torch.multinomial(PROBABILITY, math.prod(shape), replacement=True, generator=generator)
-    return torch.stack([flat, flat + 10], dim=-1).view(*shape, 2)
+def values(chunks):
+    """Which of CHUNKS they are."""
+    found = (chunks[:, None] == CHUNKS).all(-1)
+    assert found.any(1).all()
+    return found.long().argmax(1)
+
+
+def categorical(num_rows, generator):
+    """Draws from PROBABILITY that record what they decode."""
+
+    def draw(rows, count, generator):
+        flat = torch.multinomial(PROBABILITY, len(rows) * count, replacement=True, generator=generator)
+        return CHUNKS[flat].view(len(rows), count, 2)
+
+    return Draws(draw, lambda states, start, stop: states[:, start:stop], num_rows, 2, generator)
 
 
 def chi_square(chosen, expected):
@@ -24,60 +40,121 @@ def chi_square(chosen, expected):
     return ((counts - len(chosen) * expected).square() / (len(chosen) * expected)).sum().item()
 
 
-# 3 degrees of freedom: a right sampler exceeds 16.3 once in a thousand seeds; the seed is fixed.
+# 3 degrees of freedom: a right sampler exceeds 16.3 once in a thousand seeds; the seeds are fixed.
 CRITICAL = 16.3
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.5, 0.4, 1 / 3])
+@pytest.mark.parametrize("temperature", [1.0, 0.9, 0.7, 0.5, 0.4, 1 / 3, 0.3])
 def test_exact_sampler_follows_the_sharpened_law(temperature):
-    generator = torch.Generator().manual_seed(3)
-    chunks, accepted, _ = exact_temperature_sample(
-        lambda rows, count: draws((len(rows), count), generator), 15000, temperature, generator, draws_per_round=16
-    )
+    chunks, accepted = sample_exact(categorical(15000, torch.Generator().manual_seed(4)), temperature)
     assert accepted.all()
-    assert torch.equal(chunks[:, 1], chunks[:, 0] + 10)
-    assert chi_square(chunks[:, 0], sharpened(temperature)) < CRITICAL
+    assert chi_square(values(chunks), sharpened(temperature)) < CRITICAL
     if temperature != 1:  # the test can fail: the unsharpened law is told apart
-        assert chi_square(chunks[:, 0], PROBABILITY) > 100
-
-
-def test_exact_sampler_gives_the_law_whatever_the_rounds():
-    for draws_per_round in (1, 3):
-        generator = torch.Generator().manual_seed(4)
-        chunks, _, _ = exact_temperature_sample(
-            lambda rows, count, g=generator: draws((len(rows), count), g), 5000, 0.4, generator, draws_per_round
-        )
-        assert chi_square(chunks[:, 0], sharpened(0.4)) < CRITICAL
+        assert chi_square(values(chunks), PROBABILITY) > 30
 
 
 def test_exact_sampler_counts_draws_as_the_theory_says():
-    # T = 1/2: pairs until one agrees; a pair that disagrees costs 2 draws, so the mean is 2 / sum p^2.
-    generator = torch.Generator().manual_seed(5)
-    _, _, num_draws = exact_temperature_sample(
-        lambda rows, count: draws((len(rows), count), generator), 5000, 0.5, generator
-    )
-    expected = 2 / PROBABILITY.square().sum().item()
-    assert abs(num_draws.double().mean().item() - expected) < 4 * num_draws.double().std().item() / math.sqrt(5000)
+    # T = 1/2: an attempt costs 2 draws and succeeds with probability sum p^2; rounds have 4, 8, 16, 32 attempts.
+    draws = categorical(5000, torch.Generator().manual_seed(5))
+    sample_exact(draws, 0.5)
+    fail = 1 - PROBABILITY.square().sum().item()
+    expected = 8 + 16 * fail**4 + 32 * fail**12 + 64 * fail**28
+    error = draws.num_drawn.double().std().item() / math.sqrt(5000)
+    assert abs(draws.num_drawn.double().mean().item() - expected) < 4 * error
 
 
 def test_exact_sampler_stops_at_its_budget():
-    def never_agree(rows, count):
+    def never_agree(rows, count, _):
         never_agree.last += count
         return torch.arange(never_agree.last, never_agree.last + count).expand(len(rows), -1)[..., None]
 
     never_agree.last = 0
-    _, accepted, num_draws = exact_temperature_sample(never_agree, 3, 0.5, max_draws=100, draws_per_round=64)
+    draws = Draws(never_agree, lambda states, start, stop: states[:, start:stop], 3, 1)
+    _, accepted = sample_exact(draws, 0.5, max_draws=100)
     assert not accepted.any()
-    assert num_draws.tolist() == [100, 100, 100]
+    assert draws.num_drawn.tolist() == [56, 56, 56]  # 8 + 16 + 32; another 64 would be too many
+
+
+def batch_law(temperature, num_candidates):
+    """The batch sampler's law by enumeration of all counts of the chunks among N draws."""
+    counts = torch.tensor(
+        [c for c in itertools.product(range(num_candidates + 1), repeat=4) if sum(c) == num_candidates]
+    ).double()
+    log_probability = math.lgamma(num_candidates + 1) - torch.lgamma(counts + 1).sum(1)
+    log_probability = log_probability + (counts * PROBABILITY.log()).sum(1)
+    exponent = 1 / temperature
+    while True:
+        reached = (counts >= exponent - 1e-9).any(1)
+        weight = torch.where(
+            counts >= exponent - 1e-9,
+            (torch.lgamma(counts + 1) - torch.lgamma((counts - exponent + 1).clamp(min=1e-9))).exp(),
+            0.0,
+        )
+        assert reached.all()  # with four chunks and so many draws, some are alike
+        return (log_probability.exp()[:, None] * weight / weight.sum(1, keepdim=True)).sum(0)
+
+
+@pytest.mark.parametrize("num_candidates", [10, 20])
+@pytest.mark.parametrize("temperature", [0.8, 0.7, 0.5, 0.4, 1 / 3])
+def test_the_urn_gives_the_law_of_counting_everything(temperature, num_candidates):
+    """At N = 20 most contexts are settled with 8 draws; the law is that of all 20, by enumeration."""
+    expected = batch_law(temperature, num_candidates)
+    rows = 40000
+    draws = categorical(rows, torch.Generator().manual_seed(11))
+    lazy = values(sample_batch(draws, temperature, num_candidates))
+    candidates = CHUNKS[torch.multinomial(PROBABILITY, rows * num_candidates, True)].view(rows, num_candidates, 2)
+    eager = values(batch_temperature_sample(candidates, temperature, torch.Generator().manual_seed(12)))
+    assert chi_square(lazy, expected) < CRITICAL
+    assert chi_square(eager, expected) < CRITICAL
+    if num_candidates == 10:  # the test can fail: the bias of so few candidates is seen
+        assert chi_square(lazy, sharpened(temperature)) > 50
+    assert (draws.num_drawn.double().mean() < 0.9 * num_candidates) == (num_candidates == 20)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 0.5, 0.15])
+def test_the_urn_is_opened_step_by_step(temperature):
+    draws = categorical(2000, torch.Generator().manual_seed(13))
+    chosen = values(sample_batch(draws, temperature, 200))
+    frequency = torch.bincount(chosen, minlength=4).double() / 2000
+    torch.testing.assert_close(frequency, sharpened(temperature), atol=0.05, rtol=0)
+    assert set(draws.num_drawn.tolist()) >= {32, 200} if temperature == 0.15 else {8, 32}
+    assert (draws.num_decoded <= 2 * draws.num_drawn).all()
+    assert draws.num_decoded.sum() < 2 * draws.num_drawn.sum()
+
+
+def test_rows_with_their_own_generators_do_not_depend_on_their_neighbours():
+    """Of each other's number, order and difficulty, at every kind of temperature."""
+    sharp = torch.tensor([0.97, 0.01, 0.01, 0.01], dtype=torch.float64)
+
+    def sample(seeds, temperature, sampler):
+        def draw(rows, count, generators):
+            tables = [sharp if seeds[row] % 2 else PROBABILITY for row in rows.tolist()]
+            drawn = [
+                torch.multinomial(table, count, True, generator=generator)
+                for table, generator in zip(tables, generators, strict=True)
+            ]
+            return CHUNKS[torch.stack(drawn)]
+
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        draws = Draws(draw, lambda states, start, stop: states[:, start:stop], len(seeds), 2, generators)
+        if sampler == "exact":
+            return sample_exact(draws, temperature)[0].tolist()
+        return sample_batch(draws, temperature, 60).tolist()
+
+    for sampler in ("batch", "exact"):
+        for temperature in (0.8, 0.5, 0.3):
+            together = sample(range(20), temperature, sampler)
+            for seed in (0, 1, 7):
+                assert sample([seed], temperature, sampler)[0] == together[seed]
+            assert sample([3, 19, 2], temperature, sampler) == [together[3], together[19], together[2]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 1 / 3])
 def test_batch_sampler_approaches_the_sharpened_law(temperature):
     generator = torch.Generator().manual_seed(6)
-    chosen = torch.cat(
-        [batch_temperature_sample(draws((1000, 200), generator), temperature, generator) for _ in range(20)]
-    )
-    frequency = torch.bincount(chosen[:, 0], minlength=4).double() / len(chosen)
+    candidates = CHUNKS[torch.multinomial(PROBABILITY, 20000 * 200, True, generator=generator)].view(20000, 200, 2)
+    chosen = torch.cat([batch_temperature_sample(some, temperature, generator) for some in candidates.split(1000)])
+    frequency = torch.bincount(values(chosen), minlength=4).double() / len(chosen)
     torch.testing.assert_close(frequency, sharpened(temperature), atol=0.015, rtol=0)
 
 
@@ -105,5 +182,5 @@ def test_temperature_outside_the_range_is_refused(temperature):
 
 
 def test_too_few_candidates_are_refused():
-    with pytest.raises(ValueError, match=r"at least 4 candidates.*num_candidates=3"):
+    with pytest.raises(ValueError, match=r"num_candidates must be at least 4 at temperature 0.25.*got 3"):
         batch_temperature_sample(torch.zeros(1, 3, 2, dtype=torch.long), 0.25)

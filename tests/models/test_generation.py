@@ -1,8 +1,12 @@
 import pytest
 import tiny
 import torch
-from transformers import StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
+
+from calm.data.tokenizer import train_tokenizer
+from calm.functional import batch_temperature_sample
+from calm.models.generation import NextChunk
 
 PATCH_SIZES = [1, 2, 3, 4, 8]
 
@@ -69,14 +73,15 @@ def test_a_seed_fixes_the_text_and_another_changes_it(sampler, temperature):
 def end_after(model, tokens):
     """Make a model emit fixed tokens."""
     chunks = iter(torch.tensor(tokens).view(-1, 1, model.config.patch_size))
-    model.next_chunk = lambda hidden, *_: next(chunks).expand(len(hidden), -1)
+    ones = torch.ones(1, dtype=torch.long)
+    model.next_chunk = lambda hidden, *_: NextChunk(next(chunks).expand(len(hidden), -1), ones, ones)
 
 
 def test_nothing_follows_the_end_of_text_inside_its_chunk():
     model = tiny.calm()
     end_after(model, [5, 6, 7, 8, 9, tiny.EOS, 10, 11])
     out = model.generate(tiny.tokens(1, 4), max_new_tokens=100)
-    assert out[0, 4:].tolist() == [5, 6, 7, 8, 9, tiny.EOS, tiny.PAD, tiny.PAD]
+    assert out[0, 4:].tolist() == [5, 6, 7, 8, 9, tiny.EOS]
 
 
 def test_the_limit_need_not_be_a_multiple_of_the_patch():
@@ -105,11 +110,139 @@ def test_streamer_gets_the_prompt_then_every_chunk():
     assert recorder.ended
 
 
-def test_stopping_criteria_are_asked_after_every_chunk():
-    model = tiny.calm()
+def test_stopping_criteria_are_asked_for_every_token():
+    model, seen = tiny.calm(), []
     model.generation_config.eos_token_id = None
-    stop = StoppingCriteriaList([lambda ids, _: torch.tensor([ids.shape[1] >= 12])])
-    assert model.generate(tiny.tokens(1, 4), max_new_tokens=40, stopping_criteria=stop).shape[1] == 12
+
+    def stop(ids, _):
+        seen.append(ids.shape[1])
+        return ids[:, -1] == 9
+
+    end_after(model, [5, 6, 7, 8, 9, 10, 11, 12])
+    out = model.generate(tiny.tokens(1, 4), max_new_tokens=40, stopping_criteria=StoppingCriteriaList([stop]))
+    assert out[0, 4:].tolist() == [5, 6, 7, 8, 9]
+    assert seen[:5] == [5, 6, 7, 8, 9]
+
+
+def test_rows_end_alone_and_hold_padding_behind():
+    model = tiny.calm()
+    stop = StoppingCriteriaList([lambda ids, _: torch.tensor([ids.shape[1] >= 6, ids.shape[1] >= 9])])
+    model.generation_config.eos_token_id = None
+    out = model.generate(
+        tiny.tokens(2, 4), max_new_tokens=40, stopping_criteria=stop, return_dict_in_generate=True, temperature=0.5
+    )
+    assert out.sequences.shape == (2, 9)
+    assert (out.sequences[0, 6:] == tiny.PAD).all()
+    assert out.num_drawn.shape == (2, 2)
+    assert out.num_drawn[0, 1] == 0  # what has ended costs nothing
+    assert out.num_drawn[1, 1] > 0
+
+
+def test_stop_strings_end_a_row_inside_a_chunk():
+    tokenizer = train_tokenizer(["the cat sat on the mat. the dog did not."] * 5, 270)
+    model = tiny.calm()
+    model.config.autoencoder_config.vocab_size = 270
+    ids = tokenizer("sat. the dog", add_special_tokens=False)["input_ids"]
+    end_after(model, [*ids, *ids][: (2 * len(ids)) // 4 * 4])
+    out = model.generate(tiny.tokens(1, 4), max_new_tokens=40, stop_strings=["at."], tokenizer=tokenizer)
+    assert tokenizer.decode(out[0, 4:]) == "sat."
+    with pytest.raises(ValueError, match="pass tokenizer="):
+        model.generate(tiny.tokens(1, 4), stop_strings=["at."])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_several_sequences_of_a_prompt(padded):
+    model, ids = tiny.calm(), tiny.tokens(2, 8)
+    model.generation_config.eos_token_id = None
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :5] = 0
+    out = model.generate(ids, mask, max_new_tokens=8, num_return_sequences=3, generator=seeded())
+    assert out.shape == (6, 16)
+    assert torch.equal(out[:, :8], ids.repeat_interleave(3, dim=0))
+    assert len({tuple(row.tolist()) for row in out}) == 6
+    wide = model.generate(
+        ids.repeat_interleave(3, 0), mask.repeat_interleave(3, 0), max_new_tokens=8, generator=seeded()
+    )
+    assert torch.equal(out, wide)
+
+
+@pytest.mark.parametrize("type", ["energy", "flow", "diffusion"])
+@pytest.mark.parametrize(("sampler", "temperature"), [("batch", 1.0), ("batch", 0.5), ("batch", 0.7), ("exact", 0.7)])
+def test_rows_with_their_own_generators_equal_their_own_runs(type, sampler, temperature):
+    model = tiny.calm(2, type)
+    model.generation_config.eos_token_id = None
+    prompts = [tiny.tokens(1, length) for length in (3, 8, 5)]
+    batch = torch.cat([torch.nn.functional.pad(ids, (8 - ids.shape[1], 0), value=tiny.PAD) for ids in prompts])
+    mask = torch.stack([(torch.arange(8) >= 8 - ids.shape[1]).long() for ids in prompts])
+    arguments = {"max_new_tokens": 6, "temperature": temperature, "sampler": sampler, "num_candidates": 40}
+    together = model.generate(batch, mask, generator=[seeded(row) for row in range(3)], **arguments)
+    for row, ids in enumerate(prompts):
+        alone = model.generate(ids, generator=[seeded(row)], **arguments)
+        assert torch.equal(alone[0, ids.shape[1] :], together[row, 8:])
+    with pytest.raises(ValueError, match="2 generators were given for 3 rows"):
+        model.generate(batch, mask, generator=[seeded(0), seeded(1)], **arguments)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.5, 0.7, 1 / 3])
+def test_decoding_as_needed_keeps_the_law(temperature):
+    """Over several contexts, the chunks of `next_chunk` and of deciding from all draws fully decoded: chi-square."""
+    model = tiny.calm(2)
+    torch.nn.init.normal_(model.head.output_layer.weight, std=0.15)  # some draws agree, some do not
+    hidden = model(tiny.tokens(6, 6)).last_hidden_state[:, -1]
+    rows = hidden.repeat_interleave(3000, 0)
+    fast = model.next_chunk(rows, temperature, "batch", 40, seeded(1))
+    generator = seeded(2)
+    latents = torch.cat([model.head.sample(rows, generator=generator, num_samples=10) for _ in range(4)])
+    naive = batch_temperature_sample(model.autoencoder.decode_tokens(latents).movedim(0, 1), temperature, generator)
+    assert fast.num_decoded.sum() < 0.95 * len(rows) * 80
+    for context in range(6):
+        one, other = (chunks.view(6, 3000, 2)[context] @ torch.tensor([100, 1]) for chunks in (fast.tokens, naive))
+        known, index = torch.cat([one, other]).unique(return_inverse=True)
+        counts = torch.stack([torch.bincount(half, minlength=len(known)) for half in index.view(2, 3000)]).double()
+        often = counts.sum(0) >= 20
+        statistic = ((counts[0] - counts[1]).square() / counts.sum(0))[often].sum()
+        freedom = int(often.sum())
+        assert freedom >= 2
+        assert statistic < freedom + 4.5 * (2 * freedom) ** 0.5, (context, freedom)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own
+def test_compiled_steps_change_nothing(tmp_path):
+    model, ids = tiny.calm(), tiny.tokens(2, 12)
+    model.generation_config.eos_token_id = None
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    for arguments in ({}, {"attention_mask": mask}, {"num_return_sequences": 2}):
+        plain = model.generate(ids, max_new_tokens=14, generator=seeded(), **arguments)
+        for _ in range(2):  # the second run reuses cache and code
+            compiled = model.generate(ids, max_new_tokens=14, generator=seeded(), compile=True, **arguments)
+            assert torch.equal(plain, compiled)
+    model.save_pretrained(tmp_path)  # the compiled step is no part of the model
+
+
+def test_transformers_streamers_work():
+    tokenizer = train_tokenizer(["the cat sat on the mat. the dog did not."] * 5, 270)
+    model, ids = tiny.calm(), tiny.tokens(1, 4)
+    words = tokenizer("the cat sat on the mat", add_special_tokens=False)["input_ids"]
+    words = words[: len(words) // 4 * 4]
+    for streamer in (TextStreamer(tokenizer, skip_prompt=True), TextIteratorStreamer(tokenizer, skip_prompt=True)):
+        end_after(model, words)
+        model.extend = lambda state, _: state  # these words are not the model's
+        model.generate(ids, max_new_tokens=len(words), streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(words)
+
+
+def test_what_changes_nothing_is_accepted():
+    model, ids = tiny.calm(), tiny.tokens(1, 4)
+    out = model.generate(
+        ids, max_length=9, do_sample=True, num_beams=1, top_p=1.0, top_k=None, use_cache=True, pad_token_id=3,
+        eos_token_id=[tiny.EOS, 2], repetition_penalty=1.0,
+    )  # fmt: skip
+    assert out.shape[1] <= 9
+    settings = GenerationConfig(temperature=0.5, max_new_tokens=3, eos_token_id=None)
+    assert model.generate(ids, generation_config=settings).shape == (1, 7)
 
 
 def test_an_empty_prompt_starts_a_document():
@@ -139,10 +272,15 @@ def test_exact_sampler_hands_over_to_the_batch_sampler_with_a_warning():
         ({"temperature": 0.0}, r"temperature must lie in \(0, 1\], got 0.0"),
         ({"temperature": 1.5}, r"temperature must lie in \(0, 1\], got 1.5"),
         ({"temperature": float("nan")}, r"temperature must lie in \(0, 1\], got nan"),
-        ({"temperature": 0.1, "num_candidates": 5}, "num_candidates must be at least 1/temperature = 10, got 5"),
+        ({"temperature": 0.1, "num_candidates": 5}, r"num_candidates must be at least 10 at temperature 0.1 .*got 5"),
         ({"sampler": "nucleus"}, "sampler must be one of batch, exact, got 'nucleus'"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"top_p": 0.9}, "does not take 'top_p'.*no use for top_p"),
+        ({"top_p": 0.9}, r"cannot follow top_p=0.9.*no use for"),
+        ({"do_sample": False}, r"cannot follow do_sample=False"),
+        ({"num_beams": 4, "penalty_alpha": 0.6}, r"cannot follow num_beams=4, penalty_alpha=0.6"),
+        ({"generation_config": GenerationConfig(top_k=50)}, r"cannot follow top_k=50"),
+        ({"max_length": 8}, r"max_length \(8\) must be more than the prompt's 8 tokens"),
+        ({"num_return_sequences": 0}, "num_return_sequences must be at least 1, got 0"),
         ({"max_new_tokens": 1000}, "need 251 patches of 4 tokens.*context holds 64.*at most 252 new tokens"),
     ],
 )

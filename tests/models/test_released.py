@@ -39,11 +39,17 @@ def test_greedy_text_for_zero_noise_is_the_references():
     model, io = CalmForCausalLM.from_pretrained(CHECKPOINT / "energy").eval(), golden.load("checkpoint_k4/io")
     expected = io["generate_T1_zero_noise"]
     sample = model.head.sample
-    model.head.sample = lambda hidden, num_samples=1, **_: sample(hidden, torch.zeros(num_samples, len(hidden), 8))
+    model.head.sample = lambda hidden, **_: sample(hidden, torch.zeros(len(hidden), 8))
     model.generation_config.eos_token_id = None
     ids = io["input_ids"]
     out = model.generate(ids, max_new_tokens=expected.shape[1] - ids.shape[1], temperature=1.0)
     assert torch.equal(out, expected)
+
+
+def test_prompts_of_released_models_begin_as_their_training_documents_do():
+    model = CalmForCausalLM.from_pretrained(CHECKPOINT / "energy")
+    aligned, _ = model.align_prompt(torch.tensor([[5, 6]]))
+    assert aligned.tolist() == [[model.config.bos_token_id] * 2 + [5, 6]]
 
 
 def test_a_released_autoencoder_loads_alone_and_from_the_language_model():

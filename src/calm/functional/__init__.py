@@ -3,7 +3,7 @@
 from calm.functional.brier import brier_estimate, brier_lm
 from calm.functional.energy_score import energy_score, energy_score_terms
 from calm.functional.gaussian import gaussian_kl, gaussian_sample
-from calm.functional.temperature import batch_temperature_sample, exact_temperature_sample
+from calm.functional.temperature import batch_temperature_sample
 
 __all__ = [
     "batch_temperature_sample",
@@ -11,7 +11,6 @@ __all__ = [
     "brier_lm",
     "energy_score",
     "energy_score_terms",
-    "exact_temperature_sample",
     "gaussian_kl",
     "gaussian_sample",
 ]

@@ -3,14 +3,31 @@
 A likelihood-free model gives draws x ~ P, never P(x). A power of P comes from agreement: n independent draws
 are all equal to x with probability P(x)^n.
 
-Shapes: B rows (contexts), N candidates of a row, K tokens of a chunk.
+With n = floor(1/T) and a = 1/T - n, an *attempt* draws n chunks and fails unless all agree on x; if a > 0, it looks
+for x once more in at most L further draws, where P(L >= i) = (1 - a/1) ... (1 - a/(i-1)), and fails if none is x. This
+Bernoulli factory succeeds with probability P(x)^a, so the x of the first attempt that succeeds has probability
+~ P(x)^(1/T).
+
+- The *exact* sampler makes every attempt with fresh draws.
+- The *batch* sampler makes its attempts with an urn of N draws, without replacement within an attempt. That gives a
+  chunk that is c times in the urn the weight c! / (c - 1/T)!: where 1/T is whole, the number of n-subsets of draws that
+  agree on it. It is consistent in N and costs at most N draws: when attempts keep failing, the whole urn is counted.
+
+Shapes: R rows (contexts), S draws of a row, A attempts, K tokens of a chunk.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from calm.functional.draws import Draws
+from calm.functional.noise import Generator
+
+# The urn is opened in steps: a few draws settle a context where the model is sure.
+_URN_STEPS = (8, 32, 96)
+_ROUND_LIMIT = 64  # draws of a row at once, exact sampler
+_TRIALS = 3  # further draws an attempt has at hand; more are needed rarely, and are drawn then
 
 
 def check_temperature(temperature: float) -> float:
@@ -25,113 +42,204 @@ def check_temperature(temperature: float) -> float:
     return float(round(exponent)) if abs(exponent - round(exponent)) < 1e-3 else exponent
 
 
-def batch_temperature_sample(
-    candidates_BNK: Tensor, temperature: float, generator: torch.Generator | None = None
-) -> Tensor:
+def check_candidates(num_candidates: int, temperature: float) -> None:
+    """Raises ValueError when so many candidates can never agree as often as the temperature asks."""
+    needed = math.ceil(check_temperature(temperature))
+    if num_candidates < needed:
+        raise ValueError(
+            f"num_candidates must be at least {needed} at temperature {temperature} (1/temperature draws have to "
+            f"agree), got {num_candidates}: raise num_candidates or the temperature."
+        )
+
+
+def batch_temperature_sample(candidates: Tensor, temperature: float, generator: Generator = None) -> Tensor:
     """Choose one chunk per row out of N independent draws, approximately with probability ~ P(x)^(1/T).
 
-    With n = 1/T, a chunk that occurs c >= n times is chosen with weight C(c, n), the number of n-subsets of draws
-    that agree on it. Where no chunk occurs n times, n - 1 is tried, and so on; the last resort n = 1 is a plain draw.
-    Consistent in N; for whole 1/T the expected weight is exactly proportional to P(x)^n. For other temperatures the
-    binomial coefficient is continued with the gamma function.
+    A chunk that occurs c >= 1/T times is chosen with weight c! / (c - 1/T)!. Where no chunk occurs often enough,
+    1/T - 1 is tried, and so on; the last resort is a plain draw.
 
     Args:
-        candidates_BNK: token ids ``[B, N, K]``.
+        candidates: token ids ``[R, N, K]``.
         temperature: in (0, 1].
 
     Returns:
-        token ids ``[B, K]``.
+        token ids ``[R, K]``.
     """
+    num_rows, num_candidates, patch_size = candidates.shape
+    check_candidates(num_candidates, temperature)
+    draws = Draws(
+        lambda rows, count, _: candidates[rows, :count],
+        lambda states, start, stop: states[:, start:stop],
+        num_rows, patch_size, generator, candidates.device,
+    )  # fmt: skip
+    draws.draw(num_candidates)
+    return _choose_by_counts(draws, check_temperature(temperature))
+
+
+def sample_batch(draws: Draws, temperature: float, num_candidates: int) -> Tensor:
+    """The law of :func:`batch_temperature_sample` for N new draws, decoded as far as needed: ``[R, K]``."""
+    check_candidates(num_candidates, temperature)
     exponent = check_temperature(temperature)
-    num_candidates = candidates_BNK.shape[1]
-    if num_candidates < exponent:
-        raise ValueError(
-            f"temperature {temperature} needs at least {math.ceil(exponent)} candidates to agree, got num_candidates="
-            f"{num_candidates}: raise num_candidates or the temperature."
-        )
-    if exponent == 1:
-        return candidates_BNK[:, 0]
+    whole = math.floor(exponent)
+    remainder = exponent - whole
+    width = whole + (_TRIALS if remainder else 0)
+    # Which draw stands for a member of the urn is settled when the member is first looked at.
+    place = torch.full((len(draws.rows), num_candidates), -1, device=draws.tokens.device)
+    result = draws.tokens.new_zeros(len(draws.rows), draws.tokens.shape[2])
+    attempted = 0
+    for size in _URN_STEPS:
+        attempts = size // width - attempted
+        if attempts < 1 or 2 * size > num_candidates:
+            continue
+        attempted += attempts
+        draws.draw(size - draws.count)
+        members = draws.uniform(attempts, num_candidates).topk(width).indices  # [R, A, width]
+        place = _give_places(place, members)
+        slots = place.gather(1, members.flatten(1)).view_as(members)
+        limit = _trial_limit(draws.uniform(1, attempts)[:, 0], remainder, num_candidates - whole)
+        success, open_end = _attempt(draws, slots, whole, limit, torch.ones_like(limit, dtype=torch.bool))
+        ended = success | open_end
+        earliest = ended.long().argmax(1, keepdim=True)  # [R, 1]
+        slot, limit = slots[:, :, 0].gather(1, earliest)[:, 0], limit.gather(1, earliest)[:, 0]
+        done = success.gather(1, earliest)[:, 0]
+        undecided = open_end.gather(1, earliest)[:, 0]
+        if done.any():
+            result[draws.rows[done]] = draws.part(done).chunks(slot[done])
+        if undecided.any():
+            rest = draws.part(undecided)
+            result[rest.rows] = _settle(rest, slot[undecided], limit[undecided], exponent, num_candidates)
+        going_on = ~(done | undecided)
+        draws, place = draws.part(going_on), place[going_on]
+        if len(draws.rows) == 0:
+            return result
+    draws.draw(num_candidates - draws.count)
+    result[draws.rows] = _choose_by_counts(draws, exponent)
+    return result
 
-    agree_BNN = (candidates_BNK[:, :, None] == candidates_BNK[:, None]).all(-1)
-    count_BN = agree_BNN.sum(-1).double()
-    # n, n - 1, ... down to 1, per row the first that some chunk reaches.
-    reachable = count_BN.amax(-1)
-    shortfall = (exponent - reachable).clamp(min=0).ceil()
-    n_B1 = (exponent - shortfall).clamp(min=1)[:, None]
-    log_weight = torch.lgamma(count_BN + 1) - torch.lgamma((count_BN - n_B1 + 1).clamp(min=1e-9))
-    # A chunk stands c times among the candidates, so each copy carries 1/c of the chunk's weight.
-    log_weight = torch.where(count_BN >= n_B1, log_weight - count_BN.log(), -math.inf)
-    chosen_B = torch.multinomial(log_weight.softmax(-1), 1, generator=generator)
-    return candidates_BNK.gather(1, chosen_B[:, :, None].expand(-1, 1, candidates_BNK.shape[2]))[:, 0]
 
-
-def exact_temperature_sample(
-    draw: Callable[[Tensor, int], Tensor],
-    num_rows: int,
-    temperature: float,
-    generator: torch.Generator | None = None,
-    draws_per_round: int = 64,
-    max_draws: int = 4096,
-    device: torch.device | str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def sample_exact(draws: Draws, temperature: float, max_draws: int = 4096) -> tuple[Tensor, Tensor]:
     """Draw one chunk per row with probability exactly ~ P(x)^(1/T), for any 0 < T <= 1.
 
-    With n = floor(1/T) and a = 1/T - n: draw n chunks, start again unless all agree on x*; accept x* if a = 0;
-    else, for i = 1, 2, ...: draw once more, accept x* if the draw equals it, otherwise start again with probability
-    a / i. (The second stage is a Bernoulli factory: it accepts with probability P(x*)^a.)
-
     Args:
-        draw: ``draw(rows, count)`` gives ``[len(rows), count, K]`` independent chunks of the rows (int64 indices).
-        num_rows: B.
-        temperature: in (0, 1].
-        draws_per_round: draws asked for at once and per row; changes the speed, not the law.
         max_draws: the budget of a row. A row whose draws hardly ever agree spends it and stays unaccepted.
 
     Returns:
-        ``(chunks [B, K], accepted [B] bool, num_draws [B])``; rows with ``accepted = False`` hold their last draw.
+        ``(chunks [R, K], accepted [R] bool)``; rows with ``accepted = False`` hold nothing.
     """
     exponent = check_temperature(temperature)
     whole = math.floor(exponent)
     remainder = exponent - whole
+    width = whole + (_TRIALS if remainder else 0)
+    result = draws.tokens.new_zeros(len(draws.rows), draws.tokens.shape[2])
+    accepted = torch.zeros(len(draws.rows), dtype=torch.bool, device=draws.tokens.device)
+    # A row in the middle of an attempt looks for this draw in so many further ones.
+    sought = torch.zeros_like(draws.rows)
+    to_go = torch.zeros_like(draws.rows)
+    attempts = max(1, 8 // width)
+    while draws.count + attempts * width <= max_draws and len(draws.rows) > 0:
+        start = draws.count
+        draws.draw(attempts * width)
+        new = torch.arange(start, draws.count, device=sought.device).expand(len(sought), 1, -1)
+        searching = to_go > 0
+        found = torch.zeros_like(searching)
+        if remainder:
+            within = (torch.arange(new.shape[2], device=new.device) < to_go[:, None])[:, None]
+            found = draws.equal(sought[:, None], new, within).any(-1)[:, 0]
+            to_go = torch.where(found, 0, (to_go - new.shape[2]).clamp(min=0))
 
-    rows = torch.arange(num_rows, device=device)
-    agreed = torch.zeros(num_rows, dtype=torch.long, device=device)  # draws that agree so far, at most `whole`
-    tries = torch.zeros(num_rows, dtype=torch.long, device=device)  # i of the second stage
-    accepted = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    num_draws = torch.zeros(num_rows, dtype=torch.long, device=device)
-    result: Tensor | None = None
+        slots = new.reshape(-1, attempts, width)
+        limit = _trial_limit(draws.uniform(1, attempts)[:, 0], remainder, max_draws)
+        success, open_end = _attempt(draws, slots, whole, limit, ~searching[:, None].expand_as(limit))
+        earliest = (success | open_end).long().argmax(1, keepdim=True)
+        slot, limit = slots[:, :, 0].gather(1, earliest)[:, 0], limit.gather(1, earliest)[:, 0]
+        opened = open_end.gather(1, earliest)[:, 0]
+        done = found | success.gather(1, earliest)[:, 0]
+        sought = torch.where(searching, sought, slot)
+        to_go = torch.where(opened, limit - _TRIALS, to_go)
+        if done.any():
+            accepted[draws.rows[done]] = True
+            result[draws.rows[done]] = draws.part(done).chunks(sought[done])
+            draws, sought, to_go = draws.part(~done), sought[~done], to_go[~done]
+        attempts = min(2 * attempts, max(1, _ROUND_LIMIT // width))
+    return result, accepted
 
-    drawn = 0
-    while drawn < max_draws and len(rows) > 0:
-        count = min(draws_per_round, max_draws - drawn)
-        chunks = draw(rows, count)
-        if result is None:
-            result = chunks.new_zeros(num_rows, chunks.shape[-1])
-        restart_luck = torch.rand(len(rows), count, generator=generator, device=device, dtype=torch.float64)
-        held, done = result[rows], accepted[rows]
-        agree, attempt, used = agreed[rows], tries[rows], num_draws[rows]
-        for step in range(count):
-            chunk = chunks[:, step]
-            same = (chunk == held).all(-1)
-            in_second_stage = agree == whole
-            used = torch.where(done, used, used + 1)
 
-            # First stage: a draw that disagrees starts the run of n anew. It is not kept as the first of the new
-            # run: the run before it would then have been ended by it, and the restart would not be independent.
-            first = agree == 0
-            held = torch.where((first & ~done)[:, None], chunk, held)
-            first_agree = torch.where(first, 1, torch.where(same, agree + 1, 0))
-            complete = first_agree == whole
-            # Second stage.
-            attempt = torch.where(in_second_stage & ~done, attempt + 1, attempt)
-            restart = in_second_stage & ~same & (restart_luck[:, step] * attempt < remainder)
-            agree = torch.where(done, agree, torch.where(in_second_stage, agree, first_agree))
-            agree = torch.where(restart & ~done, 0, agree)
-            attempt = torch.where(restart & ~done, 0, attempt)
-            done = done | (in_second_stage & same) | (~in_second_stage & complete & (remainder == 0))
-        result[rows], accepted[rows] = held, done
-        agreed[rows], tries[rows], num_draws[rows] = agree, attempt, used
-        rows = rows[~done]
-        drawn += count
-    assert result is not None
-    return result, accepted, num_draws
+def _attempt(draws: Draws, slots: Tensor, whole: int, limit: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Which attempts succeed, and which run out of draws at hand: draws ``[R, A, width]`` -> two masks ``[R, A]``."""
+    first, others, trials = slots[:, :, 0], slots[:, :, 1:whole], slots[:, :, whole:]
+    agree = asked
+    if whole > 1:
+        agree = draws.equal(first, others, asked[:, :, None].expand_as(others), all_of_them=True).all(-1)
+    if trials.shape[2] == 0:
+        return agree, torch.zeros_like(agree)
+    within = torch.arange(trials.shape[2], device=slots.device) < limit[:, :, None]
+    found = draws.equal(first, trials, agree[:, :, None] & within).any(-1)
+    return found, agree & ~found & (limit > trials.shape[2])
+
+
+def _trial_limit(luck: Tensor, remainder: float, most: int) -> Tensor:
+    """L of the Bernoulli factory, at most ``most``, from uniform random numbers."""
+    if remainder == 0:
+        return torch.zeros_like(luck, dtype=torch.long)
+    i = torch.arange(1, most + 1, dtype=torch.float64, device=luck.device)
+    log_survival = torch.lgamma(i - remainder) - torch.lgamma(i) - math.lgamma(1 - remainder)
+    return torch.searchsorted(-log_survival.exp(), -luck)
+
+
+def _give_places(place: Tensor, members: Tensor) -> Tensor:
+    """Draws for the members of the urn that have none yet: ``place [R, N]``, -1 where none; ``members [R, ...]``."""
+    wanted = torch.zeros_like(place, dtype=torch.bool).scatter(1, members.flatten(1), True)
+    new = wanted & (place < 0)
+    taken = (place >= 0).sum(1, keepdim=True)
+    return torch.where(new, taken + new.cumsum(1) - 1, place)
+
+
+def _settle(draws: Draws, slot: Tensor, limit: Tensor, exponent: float, num_candidates: int) -> Tensor:
+    """End attempts that found no copy of their chunk in the trials at hand, then sample: ``[R] -> [R, K]``."""
+    draws.draw(num_candidates - draws.count)
+    everything = torch.arange(num_candidates, device=slot.device).expand(len(slot), 1, -1)
+    whole = math.floor(exponent)
+    copies = draws.equal(slot[:, None], everything, torch.ones_like(everything, dtype=torch.bool)).sum((1, 2)) - whole
+    # Of the others, _TRIALS were looked at in vain; the copies lie in random places of the rest.
+    rest = num_candidates - whole - _TRIALS
+    blanks, left = (rest - copies).double(), (limit - _TRIALS).double()
+    log_miss = torch.lgamma(blanks + 1) - torch.lgamma((blanks - left + 1).clamp(min=1))
+    log_miss = log_miss - math.lgamma(rest + 1) + torch.lgamma(rest - left + 1)
+    miss = torch.where(blanks >= left, log_miss.exp(), 0.0)
+    found = draws.uniform(1)[:, 0] >= miss
+    result = draws.tokens.new_zeros(len(slot), draws.tokens.shape[2])
+    result[found] = draws.part(found).chunks(slot[found])
+    result[~found] = _choose_by_counts(draws.part(~found), exponent)
+    return result
+
+
+def _choose_by_counts(draws: Draws, exponent: float) -> Tensor:
+    """Choose among all draws, with weight c! / (c - exponent)! for a chunk that is there c times: ``[R, K]``."""
+    num_rows, count, patch_size = draws.tokens.shape
+    result = draws.tokens.new_zeros(num_rows, patch_size)
+    left = torch.arange(num_rows, device=result.device)
+    while len(left) > 0:
+        if exponent <= 1:
+            chosen = (draws.uniform(1)[:, 0] * count).long()
+            result[left] = draws.chunks(chosen)
+            break
+        alive = torch.ones(draws.tokens.shape[:2], dtype=torch.bool, device=result.device)
+        same = alive[:, :, None]
+        for position in range(patch_size):
+            token = draws.decode(alive, position)
+            same = same & (token[:, :, None] == token[:, None])
+            copies = same.sum(-1).double()
+            # What is too rare in its first tokens is too rare as a chunk.
+            alive = alive & (copies >= exponent)
+        # A chunk stands c times among the draws, so each copy carries 1/c of the chunk's weight.
+        log_weight = torch.lgamma(copies + 1) - torch.lgamma((copies - exponent + 1).clamp(min=1e-9)) - copies.log()
+        weight = (log_weight.masked_fill(~alive, -math.inf) - log_weight.masked_fill(~alive, 0).amax(1, True)).exp()
+        cumulative = weight.cumsum(1)
+        luck = draws.uniform(1) * cumulative[:, -1:]
+        some = alive.any(1)
+        if some.any():
+            chosen = torch.searchsorted(cumulative[some], luck[some], right=True)[:, 0].clamp(max=count - 1)
+            result[left[some]] = draws.part(some).chunks(chosen)
+        draws, left = draws.part(~some), left[~some]
+        exponent -= 1
+    return result

@@ -18,6 +18,8 @@ class CalmConfig(PreTrainedConfig):
         backbone_config: any decoder-only transformers configuration (default Llama), as an object or a dict.
         autoencoder_config: [`CalmAutoencoderConfig`] or a dict of its fields; it fixes the patch size and vocabulary.
         head_config: a head configuration or a dict of its fields; ``type`` says which.
+        document_separator_id: the token between the documents of the training text, put in front of prompts;
+            default the end-of-text token. The paper's models have the begin-of-text token instead.
     """
 
     model_type = "calm"
@@ -27,6 +29,7 @@ class CalmConfig(PreTrainedConfig):
     backbone_config: Any = None
     autoencoder_config: Any = None
     head_config: Any = None
+    document_separator_id: int | None = None
     initializer_range: float = 0.02
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -67,6 +70,13 @@ class CalmConfig(PreTrainedConfig):
     def patch_size(self) -> int:
         """K, tokens per latent vector; the autoencoder's."""
         return self.autoencoder_config.patch_size
+
+    @property
+    def separator_id(self) -> int:
+        """The token in front of a document."""
+        eos = self.eos_token_id[0] if isinstance(self.eos_token_id, list) else self.eos_token_id
+        known = (token for token in (self.document_separator_id, eos, self.bos_token_id) if token is not None)
+        return next(known, 0)
 
     @property
     def vocab_size(self) -> int:

@@ -3,7 +3,7 @@
 ``prefill`` reads the prompt, ``next_chunk`` draws K tokens from the last hidden state, ``extend`` feeds them back;
 ``generate`` is the loop around them, with the signature transformers users know.
 
-Shapes: B batch, T tokens, K tokens of a patch, L patches, D hidden, N candidates, Z latent.
+Shapes: B batch, T tokens, K tokens of a patch, L patches, D hidden.
 """
 
 import warnings
@@ -15,20 +15,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.generation import StoppingCriteriaList
+from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
 
-from calm.functional.temperature import batch_temperature_sample, check_temperature, exact_temperature_sample
-
-SAMPLERS = ("batch", "exact")
-# What a model's generation_config.json says beside its end-of-text and padding tokens.
-GENERATION_DEFAULTS = {
-    "do_sample": True,
-    "temperature": 1.0,
-    "sampler": "batch",
-    "num_candidates": 200,
-    "max_new_tokens": 128,
-}
+from calm.functional.draws import Draws
+from calm.functional.noise import Generator, of_rows
+from calm.functional.temperature import check_temperature, sample_batch, sample_exact
+from calm.models.generation_settings import GenerationSettings, resolve_settings
+from calm.models.prompts import align_prompt
+from calm.models.static_step import StaticStep
 
 
 @dataclass
@@ -37,7 +33,31 @@ class GenerationState:
 
     hidden: Tensor  # [B, D]
     past_key_values: Cache
-    patch_mask: Tensor  # [B, L], 0 for padding in front
+    position: Tensor  # [B, 1], of the next patch
+    patch_mask: Tensor | None  # [B, L], 0 for padding in front; None without padding
+
+
+@dataclass
+class NextChunk:
+    """K tokens of every row, and what they took: draws and products with the vocabulary."""
+
+    tokens: Tensor  # [B, K]
+    num_drawn: Tensor  # [B]
+    num_decoded: Tensor  # [B]
+
+
+@dataclass
+class CalmGenerateOutput(ModelOutput):
+    """
+    Args:
+        sequences: ``[B, T + new]``, prompt and continuation.
+        num_drawn: draws of every chunk, ``[B, chunks]``; 0 for rows that had ended.
+        num_decoded: tokens decoded for every chunk (products with the vocabulary), ``[B, chunks]``.
+    """
+
+    sequences: Tensor | None = None
+    num_drawn: Tensor | None = None
+    num_decoded: Tensor | None = None
 
 
 class CalmGenerationMixin:
@@ -63,12 +83,16 @@ class CalmGenerationMixin:
         temperature: float | None = None,
         sampler: str | None = None,
         num_candidates: int | None = None,
-        generator: torch.Generator | None = None,
+        num_return_sequences: int | None = None,
+        generator: Generator = None,
         streamer: BaseStreamer | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
+        stop_strings: str | list[str] | None = None,
+        tokenizer: Any = None,
         generation_config: GenerationConfig | None = None,
+        compile: bool = False,
         **kwargs,
-    ) -> Tensor:
+    ) -> Tensor | CalmGenerateOutput:
         """Continue prompts of any length.
 
         Args:
@@ -79,123 +103,123 @@ class CalmGenerationMixin:
             sampler: ``"batch"`` chooses among ``num_candidates`` draws (fast, approximate); ``"exact"`` draws until
                 enough of them agree (exact law, its cost grows fast as the temperature falls).
             num_candidates: N of the batch sampler, and of the exact sampler's fallback.
-            generator: source of all randomness; on one device, one seed gives one text.
-            streamer: receives the prompt, then every chunk (batch size 1).
-            stopping_criteria: called with all tokens so far after every chunk.
+            num_return_sequences: continuations of every prompt.
+            generator: source of all randomness; on one device, one seed gives one text. A list of one per sequence
+                makes the text of each independent of the others.
+            streamer: receives the prompt, then every chunk (one sequence only).
+            stopping_criteria: asked for every token in turn, with all tokens up to it.
+            stop_strings: a row ends with the token that completes one of them; needs ``tokenizer``.
             generation_config: replaces the model's; the arguments above come before either.
+            compile: a static key/value cache and a compiled step. Changes the speed alone; the first call with
+                new shapes compiles.
+            kwargs: further parameters of transformers' ``generate`` where they have a meaning here: ``max_length``,
+                ``eos_token_id``, ``pad_token_id``, ``return_dict_in_generate``. Others are refused by name.
 
         Returns:
-            ``[B, T + new]``: prompt and continuation. Behind its end-of-text token a row holds padding.
+            ``[B, T + new]``: prompt and continuation. Behind its end a row holds padding. With
+            ``return_dict_in_generate=True`` a :class:`CalmGenerateOutput`.
         """
-        if kwargs:
-            raise ValueError(
-                f"generate() does not take {', '.join(map(repr, kwargs))}: a model without token probabilities has no "
-                "use for top_p, beams or penalties. It takes max_new_tokens, temperature, sampler, num_candidates, "
-                "generator, streamer and stopping_criteria."
-            )
-        defaults = generation_config or self.generation_config
-
-        def setting(given: Any, name: str) -> Any:
-            saved = getattr(defaults, name, None)
-            return given if given is not None else saved if saved is not None else GENERATION_DEFAULTS[name]
-
-        temperature = setting(temperature, "temperature")
-        sampler = setting(sampler, "sampler")
-        num_candidates = setting(num_candidates, "num_candidates")
-        max_new_tokens = setting(max_new_tokens, "max_new_tokens")
-        _check_sampling(temperature, sampler, num_candidates, max_new_tokens)
+        device = self.get_input_embeddings().weight.device
         if input_ids is None:
-            input_ids = torch.empty((1, 0), dtype=torch.long, device=self.get_input_embeddings().weight.device)
-        end_ids = _end_ids(defaults.eos_token_id, input_ids.device)
-        pad_id = defaults.pad_token_id if defaults.pad_token_id is not None else int(end_ids[0]) if len(end_ids) else 0
+            input_ids = torch.empty((1, 0), dtype=torch.long, device=device)
+        given = kwargs | {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "sampler": sampler,
+            "num_candidates": num_candidates,
+            "num_return_sequences": num_return_sequences,
+            "stop_strings": stop_strings,
+        }
+        settings = resolve_settings(given, generation_config or self.generation_config, input_ids.shape[1])
         aligned_ids, patch_mask = self.align_prompt(input_ids, attention_mask)
-        self._check_context(patch_mask.shape[1], max_new_tokens)
-
+        self._check_context(patch_mask.shape[1], settings.max_new_tokens)
+        criteria = StoppingCriteriaList(stopping_criteria or [])
+        if settings.stop_strings:
+            if tokenizer is None:
+                raise ValueError("stop_strings are compared with text: pass tokenizer= as well.")
+            criteria.append(StopStringCriteria(tokenizer, settings.stop_strings))
+        tokens = input_ids.repeat_interleave(settings.num_return_sequences, dim=0)
+        if isinstance(generator, list) and len(generator) != len(tokens):
+            raise ValueError(
+                f"{len(generator)} generators were given for {len(tokens)} rows: give one, or one per row."
+            )
         if streamer is not None:
-            if len(input_ids) > 1:
-                raise ValueError(f"a streamer takes one sequence, got a batch of {len(input_ids)}.")
-            streamer.put(input_ids.cpu())
-        tokens = input_ids
-        finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            if len(tokens) > 1:
+                raise ValueError(f"a streamer takes one sequence, got {len(tokens)}.")
+            streamer.put(tokens.cpu())
+
         state = self.prefill(aligned_ids, patch_mask)
-        remaining = max_new_tokens
-        while remaining > 0:
-            chunk = self.next_chunk(state.hidden, temperature, sampler, num_candidates, generator)
-            new = chunk[:, :remaining]
-            is_end = torch.isin(new, end_ids)
-            # Behind the end-of-text token, also inside its own chunk, a row holds padding.
-            is_text = ~(finished[:, None] | (is_end.cumsum(1) - is_end.long()).bool())
-            tokens = torch.cat([tokens, new.masked_fill(~is_text, pad_id)], dim=1)
-            finished = finished | is_end.any(1)
-            remaining -= new.shape[1]
+        if settings.num_return_sequences > 1:
+            state = _repeat(state, settings.num_return_sequences)
+        step: Callable[[Any, Tensor], Any] = self.extend
+        if compile:
+            num_patches = patch_mask.shape[1] + -(-settings.max_new_tokens // self.config.patch_size) - 1
+            state, step = StaticStep.start(self, state, num_patches)
+        end_ids = torch.tensor(settings.end_ids, dtype=torch.long, device=device)
+        finished = torch.zeros(len(tokens), dtype=torch.bool, device=device)
+        going: list[Tensor] = []  # of every new token, the rows that had not ended before it
+        effort: list[NextChunk] = []
+        remaining = settings.max_new_tokens
+        while True:
+            chunk = self._next_of_unfinished(state.hidden, finished, settings, generator)
+            effort.append(chunk)
+            new = chunk.tokens[:, :remaining]
+            for token in new.unbind(1):
+                going.append(~finished)
+                tokens = torch.cat([tokens, token.masked_fill(finished, settings.pad_id)[:, None]], dim=1)
+                finished = finished | torch.isin(token, end_ids)
+                if criteria:
+                    finished = finished | criteria(tokens, None)
             if streamer is not None:
-                streamer.put(new[is_text].cpu())
-            if stopping_criteria is not None:
-                finished = finished | stopping_criteria(tokens, None)
+                streamer.put(new[torch.stack(going[-new.shape[1] :], dim=1)].cpu())
+            remaining -= new.shape[1]
             if remaining <= 0 or bool(finished.all()):
                 break
-            state = self.extend(state, chunk)
+            state = step(state, chunk.tokens)
         if streamer is not None:
             streamer.end()
-        return tokens
+        # All rows may have ended inside the last chunk.
+        tokens = tokens[:, : tokens.shape[1] - len(going) + int(torch.stack(going).any(1).sum())]
+        if not settings.return_dict_in_generate:
+            return tokens
+        return CalmGenerateOutput(
+            tokens,
+            torch.stack([chunk.num_drawn for chunk in effort], dim=1),
+            torch.stack([chunk.num_decoded for chunk in effort], dim=1),
+        )
 
     def align_prompt(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Make prompts end on a patch boundary: ``[B, T] -> [B, L * K], patch mask [B, L]``.
-
-        Left-over places in front of a prompt are filled with the end-of-text token: in packed training text documents
-        follow it at every offset, so the model has seen this.
-        """
-        batch_size, length = input_ids.shape
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}."
-            )
-        if length and (attention_mask.diff(dim=1) < 0).any():
-            raise ValueError(
-                "attention_mask must be 0 for padding on the left and 1 from the first to the last token of the "
-                'prompt; tokenise with padding_side="left".'
-            )
-        vocab_size = self.config.vocab_size
-        if length and not (int(input_ids.min()) >= 0 and int(input_ids.max()) < vocab_size):
-            raise ValueError(
-                f"input_ids must lie in 0 to {vocab_size - 1} (the model's vocabulary), got "
-                f"{int(input_ids.min())} to {int(input_ids.max())}: is it this model's tokenizer?"
-            )
-        eos = self.config.eos_token_id
-        separator = (eos if isinstance(eos, int) else eos[0]) if eos is not None else 0
-        patch_size = self.config.patch_size
-        fill = -length % patch_size if length else patch_size
-        real = torch.cat([attention_mask.new_zeros(batch_size, fill), attention_mask], dim=1).bool()
-        front = input_ids.new_full((batch_size, fill), separator)
-        aligned = torch.cat([front, input_ids], dim=1).masked_fill(~real, separator)
-        patch_mask = real.unflatten(1, (-1, patch_size)).any(-1)
-        patch_mask[:, -1] = True  # an empty prompt is one patch of separators
-        return aligned, patch_mask.long()
+        """Whole patches with document separators in front: ``[B, T] -> [B, L * K], patch mask [B, L]``."""
+        return align_prompt(
+            input_ids, attention_mask, self.config.patch_size, self.config.vocab_size, self.config.separator_id
+        )
 
     def prefill(self, aligned_ids: Tensor, patch_mask: Tensor) -> GenerationState:
         """Read whole patches, as :meth:`align_prompt` gives them: ``[B, L * K], [B, L]``."""
+        # Without padding no mask at all: the backbone would look through it, and wait for the device, at every step.
+        mask = None if bool(patch_mask.all()) else patch_mask
         outputs = self(
             aligned_ids,
-            attention_mask=patch_mask,
+            attention_mask=mask,
             position_ids=(patch_mask.cumsum(1) - 1).clamp(min=0),
             use_cache=True,
         )
-        return GenerationState(outputs.last_hidden_state[:, -1], outputs.past_key_values, patch_mask)
+        position = patch_mask.sum(1, keepdim=True)
+        return GenerationState(outputs.last_hidden_state[:, -1], outputs.past_key_values, position, mask)
 
     def extend(self, state: GenerationState, chunk: Tensor) -> GenerationState:
         """Feed a chunk ``[B, K]`` back: one step of the backbone."""
-        patch_mask = torch.cat([state.patch_mask, state.patch_mask.new_ones(len(chunk), 1)], dim=1)
+        mask = state.patch_mask
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(chunk), 1)], dim=1)
         outputs = self(
             chunk,
-            attention_mask=patch_mask,
-            position_ids=patch_mask.sum(1, keepdim=True) - 1,
+            attention_mask=mask,
+            position_ids=state.position,
             past_key_values=state.past_key_values,
             use_cache=True,
         )
-        return GenerationState(outputs.last_hidden_state[:, -1], outputs.past_key_values, patch_mask)
+        return GenerationState(outputs.last_hidden_state[:, -1], outputs.past_key_values, state.position + 1, mask)
 
     def next_chunk(
         self,
@@ -203,35 +227,64 @@ class CalmGenerationMixin:
         temperature: float = 1.0,
         sampler: str = "batch",
         num_candidates: int = 200,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draw the K tokens that follow: ``[B, D] -> [B, K]``."""
+        generator: Generator = None,
+    ) -> NextChunk:
+        """Draw the K tokens that follow hidden states ``[B, D]``."""
         if check_temperature(temperature) == 1:
-            return self.draw_chunks(hidden, 1, generator)[:, 0]
-        if sampler == "exact":
-            chunk, accepted, _ = exact_temperature_sample(
-                lambda rows, count: self.draw_chunks(hidden[rows], count, generator),
-                len(hidden),
-                temperature,
-                generator,
-                device=hidden.device,
-            )
-            if accepted.all():
-                return chunk
+            tokens = self.autoencoder.decode_tokens(self.head.sample(hidden, generator=generator))
+            ones = torch.ones(len(hidden), dtype=torch.long, device=hidden.device)
+            return NextChunk(tokens, ones, ones * tokens.shape[1])
+        draws = self.draws(hidden, generator)
+        if sampler == "batch":
+            tokens = sample_batch(draws, temperature, num_candidates)
+            return NextChunk(tokens, draws.num_drawn, draws.num_decoded)
+        tokens, accepted = sample_exact(draws, temperature)
+        chunk = NextChunk(tokens, draws.num_drawn, draws.num_decoded)
+        if not accepted.all():
             warnings.warn(
                 f"the draws of {int((~accepted).sum())} chunk(s) agree too rarely for exact sampling at temperature "
                 f"{temperature}; the batch sampler took over there.",
                 stacklevel=2,
             )
-            chunk[~accepted] = self.next_chunk(hidden[~accepted], temperature, "batch", num_candidates, generator)
-            return chunk
-        candidates = self.draw_chunks(hidden, num_candidates, generator)
-        return batch_temperature_sample(candidates, temperature, generator)
+            rows = (~accepted).nonzero()[:, 0]
+            rest = self.next_chunk(hidden[rows], temperature, "batch", num_candidates, of_rows(generator, rows))
+            chunk.tokens[rows] = rest.tokens
+            chunk.num_drawn[rows] += rest.num_drawn
+            chunk.num_decoded[rows] += rest.num_decoded
+        return chunk
 
-    def draw_chunks(self, hidden: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Independent draws of the next chunk at temperature 1: ``[B, D] -> [B, count, K]``."""
-        latents = self.head.sample(hidden, generator=generator, num_samples=count)
-        return self.autoencoder.decode_tokens(latents).movedim(0, 1)
+    def draws(self, hidden: Tensor, generator: Generator = None) -> Draws:
+        """The next chunk of hidden states ``[B, D]`` as a source of draws at temperature 1."""
+        decoder = self.autoencoder.decoder
+
+        def draw(rows: Tensor, count: int, generator: Generator) -> Tensor:
+            latents = self.head.sample(hidden[rows], generator=generator, num_samples=count)  # [count, R, Z]
+            return decoder.patch_states(latents).movedim(0, 1)
+
+        def decode(states: Tensor, start: int, stop: int) -> Tensor:
+            return self.autoencoder.best_tokens(decoder.token_states(states, start, stop))
+
+        return Draws(draw, decode, len(hidden), self.config.patch_size, generator, hidden.device)
+
+    def _next_of_unfinished(
+        self, hidden: Tensor, finished: Tensor, settings: GenerationSettings, generator: Generator
+    ) -> NextChunk:
+        """The next chunk; rows that have ended get padding and cost nothing."""
+        rows = (~finished).nonzero()[:, 0]
+        some = self.next_chunk(
+            hidden[rows], settings.temperature, settings.sampler, settings.num_candidates, of_rows(generator, rows)
+        )
+        if len(rows) == len(hidden):
+            return some
+        chunk = NextChunk(
+            some.tokens.new_full((len(hidden), self.config.patch_size), settings.pad_id),
+            torch.zeros_like(finished, dtype=torch.long),
+            torch.zeros_like(finished, dtype=torch.long),
+        )
+        chunk.tokens[rows], chunk.num_drawn[rows], chunk.num_decoded[rows] = (
+            some.tokens, some.num_drawn, some.num_decoded,
+        )  # fmt: skip
+        return chunk
 
     def _check_context(self, num_patches: int, max_new_tokens: int) -> None:
         limit = getattr(self.config.backbone_config, "max_position_embeddings", None)
@@ -245,19 +298,13 @@ class CalmGenerationMixin:
             )
 
 
-def _check_sampling(temperature: float, sampler: str, num_candidates: int, max_new_tokens: int) -> None:
-    exponent = check_temperature(temperature)
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
-    if num_candidates < exponent:
-        raise ValueError(
-            f"num_candidates must be at least 1/temperature = {exponent:g}, got {num_candidates}: so many draws have "
-            "to agree."
-        )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-
-
-def _end_ids(eos_token_id: int | list[int] | None, device: torch.device) -> Tensor:
-    ids = [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    return torch.tensor(ids, dtype=torch.long, device=device)
+def _repeat(state: GenerationState, times: int) -> GenerationState:
+    """Every row so many times."""
+    state.past_key_values.batch_repeat_interleave(times)
+    mask = state.patch_mask
+    return GenerationState(
+        state.hidden.repeat_interleave(times, dim=0),
+        state.past_key_values,
+        state.position.repeat_interleave(times, dim=0),
+        None if mask is None else mask.repeat_interleave(times, dim=0),
+    )

@@ -97,8 +97,18 @@ class Decoder(nn.Module):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, latents: Tensor) -> Tensor:
-        hidden = self.expand(self.patch_blocks(self.from_latent(latents)))
-        return self.norm(self.token_blocks(hidden.unflatten(-1, (self.patch_size, -1))))
+        return self.token_states(self.patch_states(latents), 0, self.patch_size)
+
+    def patch_states(self, latents: Tensor) -> Tensor:
+        """What all K tokens of a latent have in common: ``[..., Z] -> [..., H]``."""
+        return self.patch_blocks(self.from_latent(latents))
+
+    def token_states(self, patch_states: Tensor, start: int, stop: int) -> Tensor:
+        """Tokens start to stop of a patch, each decoded by itself: ``[..., H] -> [..., stop - start, H]``."""
+        weight = self.expand.weight.unflatten(0, (self.patch_size, -1))[start:stop].flatten(0, 1)
+        bias = self.expand.bias.unflatten(0, (self.patch_size, -1))[start:stop].flatten()
+        hidden = F.linear(patch_states, weight, bias).unflatten(-1, (stop - start, -1))
+        return self.norm(self.token_blocks(hidden))
 
 
 class CalmAutoencoder(PreTrainedModel):
@@ -140,10 +150,13 @@ class CalmAutoencoder(PreTrainedModel):
 
     def decode_tokens(self, latents: Tensor) -> Tensor:
         """Most likely tokens of every latent: ``[..., Z] -> [..., K]``, without holding all logits at once."""
-        hidden = self.decoder(latents)
-        tiles = hidden.flatten(0, -2).split(max(1, _TILE_ELEMENTS // self.config.vocab_size))
+        return self.best_tokens(self.decoder(latents))
+
+    def best_tokens(self, token_states: Tensor) -> Tensor:
+        """Most likely token of every state of the decoder: ``[..., H] -> [...]``."""
+        tiles = token_states.flatten(0, -2).split(max(1, _TILE_ELEMENTS // self.config.vocab_size))
         tokens = [F.linear(tile, self.embed_tokens.weight).argmax(-1) for tile in tiles]
-        return torch.cat(tokens).view(hidden.shape[:-1])
+        return torch.cat(tokens).view(token_states.shape[:-1])
 
     def forward(
         self,

@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from calm.models.configuration_calm import CalmConfig
-from calm.models.generation import GENERATION_DEFAULTS, CalmGenerationMixin
+from calm.models.generation import CalmGenerationMixin
+from calm.models.generation_settings import GENERATION_DEFAULTS
 from calm.models.heads import HEADS
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.released import from_pretrained

@@ -163,6 +163,8 @@ def language_model_config(config: dict, autoencoder: CalmAutoencoderConfig) -> C
         autoencoder_config=autoencoder,
         head_config=head,
         initializer_range=config.get("initializer_range", 0.02),
+        # Its training text has the begin-of-text token in front of every document, and nothing behind.
+        document_separator_id=_token_ids(config)["bos_token_id"],
         **_token_ids(config),
     )
 

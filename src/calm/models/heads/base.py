@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from calm.functional.noise import Generator
 from calm.models.modeling_autoencoder import Posterior
 
 
@@ -23,12 +24,13 @@ class Head(nn.Module):
         self,
         hidden: Tensor,
         noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator = None,
         num_samples: int | None = None,
     ) -> Tensor:
         """One latent per hidden state, ``[..., D] -> [..., Z]``; given ``noise``, deterministic.
 
         Args:
+            generator: one, or a list of one per hidden state (their last dimension but one).
             num_samples: draw so many independent latents per state instead, ``[..., D] -> [num_samples, ..., Z]``;
                 what does not depend on the noise is computed once per state.
         """

@@ -17,6 +17,7 @@ from calm.functional.diffusion import (
     diffusion_loss,
     respace,
 )
+from calm.functional.noise import Generator, normal
 from calm.models.configuration_heads import DiffusionHeadConfig
 from calm.models.heads.adaln import AdaptiveNormMLP
 from calm.models.heads.base import Head, HeadLoss, leading_shape
@@ -38,7 +39,7 @@ class DiffusionHead(Head):
         self,
         hidden: Tensor,
         noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator = None,
         num_samples: int | None = None,
     ) -> Tensor:
         """One latent per hidden state, or ``num_samples``.
@@ -53,7 +54,7 @@ class DiffusionHead(Head):
 
         def draw(index: int) -> Tensor:
             # Step by step: all at once, the noise of a hundred steps would outweigh everything else.
-            return noise[index] if noise is not None else torch.randn(shape, generator=generator, device=hidden.device)
+            return noise[index] if noise is not None else normal(shape, generator, hidden.device)
 
         x = draw(0)
         for count, index in enumerate(reversed(range(len(schedule))), start=1):

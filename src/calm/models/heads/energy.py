@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from calm.functional.energy_score import energy_score_terms
+from calm.functional.noise import Generator, uniform
 from calm.models.configuration_heads import EnergyHeadConfig
 from calm.models.heads.base import Head, HeadLoss, leading_shape
 from calm.models.modeling_autoencoder import Posterior
@@ -56,7 +57,7 @@ class EnergyHead(Head):
         self,
         hidden: Tensor,
         noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator = None,
         num_samples: int | None = None,
     ) -> Tensor:
         """One latent per hidden state, or ``num_samples``.
@@ -74,12 +75,10 @@ class EnergyHead(Head):
             x = block(x, condition)
         return self.output_layer(self.final_mlp(self.final_norm(x)))
 
-    def draw_noise(
-        self, hidden: Tensor, num_samples: int | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def draw_noise(self, hidden: Tensor, num_samples: int | None = None, generator: Generator = None) -> Tensor:
         """Uniform noise in [-0.5, 0.5]: ``[(num_samples,) ..., U]`` for hidden states ``[..., D]``."""
         shape = (*leading_shape(hidden, num_samples), self.config.noise_size)
-        return torch.rand(shape, generator=generator, device=hidden.device, dtype=hidden.dtype) - 0.5
+        return uniform(shape, generator, hidden.device, hidden.dtype) - 0.5
 
     def loss(
         self,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from calm.functional.flow import flow_matching_loss, integrate_flow, straight_path
+from calm.functional.noise import Generator, normal
 from calm.models.configuration_heads import FlowHeadConfig
 from calm.models.heads.adaln import AdaptiveNormMLP
 from calm.models.heads.base import Head, HeadLoss, leading_shape
@@ -34,13 +35,13 @@ class FlowHead(Head):
         self,
         hidden: Tensor,
         noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator = None,
         num_samples: int | None = None,
     ) -> Tensor:
         """One latent per hidden state, or ``num_samples``; standard normal ``noise`` has the shape of the result."""
         if noise is None:
             shape = (*leading_shape(hidden, num_samples), self.latent_size)
-            noise = torch.randn(shape, generator=generator, device=hidden.device)
+            noise = normal(shape, generator, hidden.device)
         config = self.config
         latents = integrate_flow(
             lambda x, time: self.velocity(x, time, hidden), noise, config.num_sampling_steps, config.solver

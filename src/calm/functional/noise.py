@@ -1,0 +1,52 @@
+"""Random numbers from one generator, or from one per row.
+
+A list of generators gives every row of a batch its own stream: what a row gets does not depend on its neighbours.
+The rows are the last dimension but one.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Generator = torch.Generator | Sequence[torch.Generator] | None
+
+
+def uniform(
+    shape: Sequence[int],
+    generator: Generator = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Uniform in [0, 1), ``[..., rows, X]``."""
+    return _draw(torch.rand, shape, generator, device, dtype)
+
+
+def normal(
+    shape: Sequence[int],
+    generator: Generator = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Standard normal, ``[..., rows, X]``."""
+    return _draw(torch.randn, shape, generator, device, dtype)
+
+
+def of_rows(generator: Generator, rows: Tensor) -> Generator:
+    """The generators of some rows; one generator serves all of them."""
+    return [generator[row] for row in rows.tolist()] if isinstance(generator, Sequence) else generator
+
+
+def _draw(
+    function: Callable[..., Tensor],
+    shape: Sequence[int],
+    generator: Generator,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    if not isinstance(generator, Sequence):
+        return function(*shape, generator=generator, device=device, dtype=dtype)
+    if len(generator) != shape[-2]:
+        raise ValueError(f"{len(generator)} generators were given for {shape[-2]} rows: give one, or one per row.")
+    one = (*shape[:-2], shape[-1])
+    return torch.stack([function(*one, generator=each, device=device, dtype=dtype) for each in generator], dim=-2)

@@ -1,0 +1,102 @@
+"""What ``generate`` was asked for: arguments, the model's saved settings, defaults; and what cannot be asked for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GenerationConfig
+
+from calm.functional.temperature import check_candidates
+
+SAMPLERS = ("batch", "exact")
+# What a model's generation_config.json says beside its end-of-text and padding tokens.
+GENERATION_DEFAULTS: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 1.0,
+    "sampler": "batch",
+    "num_candidates": 200,
+    "max_new_tokens": 128,
+}
+# Of transformers' other parameters those that mean something here, with what they are when nobody says.
+_OTHERS: dict[str, Any] = {
+    "max_length": None,
+    "num_return_sequences": 1,
+    "stop_strings": None,
+    "return_dict_in_generate": False,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+# Values of parameters without a meaning here that change nothing for a token model either.
+_NEUTRAL = {
+    "do_sample": True, "use_cache": True, "num_beams": 1, "num_beam_groups": 1, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+    "typical_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "synced_gpus": False,
+    "bos_token_id": ..., "transformers_version": ..., "_from_model_config": ...,
+}  # fmt: skip
+
+
+@dataclass
+class GenerationSettings:
+    """Checked settings of one call; names and meanings as in :meth:`CalmGenerationMixin.generate`."""
+
+    temperature: float
+    sampler: str
+    num_candidates: int
+    max_new_tokens: int
+    num_return_sequences: int
+    return_dict_in_generate: bool
+    stop_strings: list[str]
+    end_ids: list[int]
+    pad_id: int
+
+
+def resolve_settings(given: dict[str, Any], saved: GenerationConfig, prompt_length: int) -> GenerationSettings:
+    """Arguments before saved settings before defaults.
+
+    Raises:
+        ValueError: for parameters that a model without token probabilities cannot follow, and for impossible values.
+    """
+    saved_fields = {name: value for name, value in saved.to_dict().items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    known = GENERATION_DEFAULTS | _OTHERS
+    senseless = [
+        f"{name}={value!r}"
+        for name, value in (saved_fields | given).items()
+        if (name not in known or name == "do_sample") and _NEUTRAL.get(name) not in (value, ...)
+    ]
+    if senseless:
+        raise ValueError(
+            f"generate() cannot follow {', '.join(senseless)}: a model without token probabilities has no use for "
+            "greedy search, top_p, beams or penalties; a low temperature makes text safer. It takes max_new_tokens, "
+            "temperature, sampler, num_candidates, num_return_sequences, stop_strings, stopping_criteria, streamer, "
+            "generator and compile."
+        )
+    values: dict[str, Any] = known | saved_fields | given
+    if "max_length" in given and "max_new_tokens" not in given:
+        values["max_new_tokens"] = values["max_length"] - prompt_length
+        if values["max_new_tokens"] < 1:
+            raise ValueError(
+                f"max_length ({values['max_length']}) must be more than the prompt's {prompt_length} tokens; or say "
+                "max_new_tokens."
+            )
+    if values["sampler"] not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {values['sampler']!r}.")
+    check_candidates(values["num_candidates"], values["temperature"])
+    for name in ("max_new_tokens", "num_return_sequences"):
+        if values[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {values[name]}.")
+    end_ids = _as_list(values["eos_token_id"])
+    pad_id = values["pad_token_id"]
+    return GenerationSettings(
+        temperature=values["temperature"],
+        sampler=values["sampler"],
+        num_candidates=values["num_candidates"],
+        max_new_tokens=values["max_new_tokens"],
+        num_return_sequences=values["num_return_sequences"],
+        return_dict_in_generate=values["return_dict_in_generate"],
+        stop_strings=_as_list(values["stop_strings"]),
+        end_ids=end_ids,
+        pad_id=pad_id if pad_id is not None else end_ids[0] if end_ids else 0,
+    )
+
+
+def _as_list(value: Any) -> list:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,47 @@
+"""Prompts as the model reads them: whole patches, unbroken text up to the end.
+
+Shapes: B batch, T tokens, K tokens of a patch, L patches.
+"""
+
+import torch
+from torch import Tensor
+
+
+def align_prompt(
+    input_ids: Tensor, attention_mask: Tensor | None, patch_size: int, vocab_size: int, separator: int
+) -> tuple[Tensor, Tensor]:
+    """Make prompts end on a patch boundary: ``[B, T] -> [B, L * K], patch mask [B, L]``.
+
+    Left-over places in front of a prompt are filled with the token that separates documents: in packed training text
+    documents follow it at every offset, so the model has seen this. An empty prompt is one patch of separators.
+
+    Raises:
+        ValueError: for masks with holes and for tokens outside the vocabulary.
+    """
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be [batch, tokens], got {tuple(input_ids.shape)}.")
+    batch_size, length = input_ids.shape
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, got "
+            f"{tuple(attention_mask.shape)}."
+        )
+    if length and (attention_mask.long().diff(dim=1) < 0).any():
+        raise ValueError(
+            "attention_mask must be 0 for padding on the left and 1 from the first to the last token of the "
+            'prompt; tokenise with padding_side="left".'
+        )
+    if length and not (int(input_ids.min()) >= 0 and int(input_ids.max()) < vocab_size):
+        raise ValueError(
+            f"input_ids must lie in 0 to {vocab_size - 1} (the model's vocabulary), got "
+            f"{int(input_ids.min())} to {int(input_ids.max())}: is it this model's tokenizer?"
+        )
+    fill = -length % patch_size if length else patch_size
+    real = torch.cat([attention_mask.new_zeros(batch_size, fill), attention_mask], dim=1).bool()
+    front = input_ids.new_full((batch_size, fill), separator)
+    aligned = torch.cat([front, input_ids], dim=1).masked_fill(~real, separator)
+    patch_mask = real.unflatten(1, (-1, patch_size)).any(-1)
+    patch_mask[:, -1] = True
+    return aligned, patch_mask.long()

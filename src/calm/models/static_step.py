@@ -1,0 +1,57 @@
+"""The step of the backbone with a static key/value cache, compiled.
+
+A step of generation has one position per row: on a GPU the time goes into starting small kernels, which a CUDA graph
+saves. The cache and the mask have their final size from the start, so that every step has the same shapes.
+
+Shapes: B batch, K tokens of a patch, L patches, D hidden.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticCache
+
+_SIZES = 256  # caches come in multiples of so many patches, so that other lengths do not compile anew
+
+
+class StaticStep:
+    """Compiled step and cache for one batch size and one greatest length."""
+
+    def __init__(self, model: Any, batch_size: int, num_patches: int):
+        self.batch_size, self.num_patches = batch_size, num_patches
+        self.cache = StaticCache(config=model.config.backbone_config, max_cache_len=num_patches)
+        mode = "reduce-overhead" if model.device.type == "cuda" else "default"
+        self.run: Callable[..., Tensor] = torch.compile(self._run, mode=mode, dynamic=False)
+        self.model = model
+
+    @classmethod
+    def start(cls, model: Any, state: Any, num_patches: int) -> tuple[Any, Callable[[Any, Tensor], Any]]:
+        """A state whose cache is static, and the function that extends it."""
+        limit = -(-num_patches // _SIZES) * _SIZES
+        step = model.__dict__.get("_static_step")
+        if step is None or (step.batch_size, step.num_patches) != (len(state.hidden), limit):
+            step = model.__dict__["_static_step"] = cls(model, len(state.hidden), limit)
+        return step.take_over(state), step.extend
+
+    def take_over(self, state: Any) -> Any:
+        """Move a prompt's keys and values into the static cache."""
+        self.cache.reset()
+        for index, layer in enumerate(state.past_key_values.layers):
+            self.cache.update(layer.keys, layer.values, index)
+        mask = state.patch_mask
+        if mask is not None:  # places to come count as text: causality hides them until they are filled
+            mask = torch.cat([mask, mask.new_ones(len(mask), self.num_patches - mask.shape[1])], dim=1)
+        return type(state)(state.hidden, self.cache, state.position, mask)
+
+    def extend(self, state: Any, chunk: Tensor) -> Any:
+        """As the model's ``extend``: a chunk ``[B, K]`` more."""
+        hidden = self.run(chunk, state.position, state.patch_mask).clone()  # the graph will write there again
+        return type(state)(hidden, self.cache, state.position + 1, state.patch_mask)
+
+    def _run(self, chunk: Tensor, position: Tensor, patch_mask: Tensor | None) -> Tensor:
+        outputs = self.model(
+            chunk, attention_mask=patch_mask, position_ids=position, past_key_values=self.cache, use_cache=True
+        )
+        return outputs.last_hidden_state[:, -1]
