@@ -214,7 +214,7 @@ def test_compiled_steps_change_nothing(tmp_path):
     model.generation_config.eos_token_id = None
     mask = torch.ones_like(ids)
     mask[1, :6] = 0
-    for arguments in ({}, {"attention_mask": mask}, {"num_return_sequences": 2}):
+    for arguments in ({}, {"attention_mask": mask}):
         plain = model.generate(ids, max_new_tokens=14, generator=seeded(), **arguments)
         for _ in range(2):  # the second run reuses cache and code
             compiled = model.generate(ids, max_new_tokens=14, generator=seeded(), compile=True, **arguments)

@@ -37,6 +37,12 @@ def of_rows(generator: Generator, rows: Tensor) -> Generator:
     return [generator[row] for row in rows.tolist()] if isinstance(generator, Sequence) else generator
 
 
+def check_rows(generator: Generator, num_rows: int) -> None:
+    """Raises ValueError when a list of generators has not one for every row."""
+    if isinstance(generator, Sequence) and len(generator) != num_rows:
+        raise ValueError(f"{len(generator)} generators were given for {num_rows} rows: give one, or one per row.")
+
+
 def _draw(
     function: Callable[..., Tensor],
     shape: Sequence[int],
@@ -46,7 +52,6 @@ def _draw(
 ) -> Tensor:
     if not isinstance(generator, Sequence):
         return function(*shape, generator=generator, device=device, dtype=dtype)
-    if len(generator) != shape[-2]:
-        raise ValueError(f"{len(generator)} generators were given for {shape[-2]} rows: give one, or one per row.")
+    check_rows(generator, shape[-2])
     one = (*shape[:-2], shape[-1])
     return torch.stack([function(*one, generator=each, device=device, dtype=dtype) for each in generator], dim=-2)

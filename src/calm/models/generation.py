@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from calm.functional.draws import Draws
-from calm.functional.noise import Generator, of_rows
+from calm.functional.noise import Generator, check_rows, of_rows
 from calm.functional.temperature import check_temperature, sample_batch, sample_exact
 from calm.models.generation_settings import GenerationSettings, resolve_settings
 from calm.models.prompts import align_prompt
@@ -139,10 +139,7 @@ class CalmGenerationMixin:
                 raise ValueError("stop_strings are compared with text: pass tokenizer= as well.")
             criteria.append(StopStringCriteria(tokenizer, settings.stop_strings))
         tokens = input_ids.repeat_interleave(settings.num_return_sequences, dim=0)
-        if isinstance(generator, list) and len(generator) != len(tokens):
-            raise ValueError(
-                f"{len(generator)} generators were given for {len(tokens)} rows: give one, or one per row."
-            )
+        check_rows(generator, len(tokens))
         if streamer is not None:
             if len(tokens) > 1:
                 raise ValueError(f"a streamer takes one sequence, got {len(tokens)}.")
