@@ -80,6 +80,59 @@ def test_generate_continues_a_prompt(quickstart, monkeypatch, capsys):
     assert code == 0
 
 
+def test_generate_continues_a_file_of_prompts_and_resumes(quickstart, monkeypatch, capsys, tmp_path):
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    lines = [{"prompt": "import os\n", "id": 7}, {"prompt": ""}, {"prompt": "def f(x):"}]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ("generate", quickstart / "calm", "--prompts", prompts, "--max-new-tokens", "9")
+    arguments = (*arguments, "--temperature", "0.5", "--num-candidates", "30", "--seed", "5")
+    assert run(monkeypatch, capsys, *arguments, "-o", output, "--batch-size", "2")[0] == 0
+    texts = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [text["prompt"] for text in texts] == [line["prompt"] for line in lines]
+    assert texts[0]["id"] == 7
+    assert texts[2]["settings"]["seed"] == 7
+    for text in texts:
+        assert 0 < text["tokens"] <= 9
+        assert 8 <= text["draws_per_chunk"] <= 30
+        assert text["tokens_per_second"] > 0
+    # Killed while the second line was written, and started again: the same texts, whatever the batches.
+    draft = tmp_path / ".again.jsonl.partial"
+    draft.write_bytes(output.read_bytes().splitlines(keepends=True)[0] + b'{"prompt": "", "te')
+    assert run(monkeypatch, capsys, *arguments, "-o", tmp_path / "again.jsonl", "--batch-size", "1")[0] == 0
+    again = [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()]
+    assert [text["text"] for text in again] == [text["text"] for text in texts]
+    assert not draft.exists()
+    # With other settings, the unfinished output is not mixed with new lines.
+    draft.write_bytes(output.read_bytes().splitlines(keepends=True)[0])
+    (tmp_path / "again.jsonl").unlink()
+    code, _, error = run(monkeypatch, capsys, *arguments, "-o", tmp_path / "again.jsonl", "--seed", "6")
+    assert code == 2
+    assert "unfinished output of other prompts or settings" in error
+    # The baseline takes the same file.
+    arguments = ("generate", quickstart / "baseline", "--prompts", prompts, "-o", tmp_path / "baseline.jsonl")
+    assert run(monkeypatch, capsys, *arguments, "--max-new-tokens", "5")[0] == 0
+    assert len((tmp_path / "baseline.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ('{"prompt": "a"}\n{"text": "b"}\n', (), 'line 2 has no "prompt"'),
+        ("import os\n", (), "line 1 is not JSON"),
+        ('{"prompt": "a"}\n', ("--prompt", "b"), "takes the place of --prompt"),
+        ('{"prompt": "a"}\n', ("--temperature", "nan"), "temperature must lie in (0, 1], got nan"),
+    ],
+)
+def test_generate_refuses_files_it_cannot_read(quickstart, monkeypatch, capsys, tmp_path, content, arguments, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    arguments = ("generate", quickstart / "calm", "--prompts", path, "-o", tmp_path / "out.jsonl", *arguments)
+    code, _, error = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert message in error.strip().splitlines()[-1]  # above it at most a progress bar
+    assert [file.name for file in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
 def test_evaluate_scores_models_side_by_side(quickstart, monkeypatch, capsys, tmp_path):
     code, out, _ = run(
         monkeypatch, capsys, "evaluate", quickstart / "calm", quickstart / "baseline", quickstart / "autoencoder",

@@ -1,5 +1,6 @@
 import sys
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -9,57 +10,57 @@ def generate(
     prompt: Annotated[
         str | None, typer.Option(help="text to continue; `-` reads stdin; none starts a document")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="in (0, 1]; lower is safer text")] = 0.5,
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSONL file, `{"prompt": ...}` in every line; needs --output')
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSONL file: the lines of --prompts with their texts")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="prompts of the file at a time")] = 8,
+    temperature: Annotated[
+        float | None, typer.Option(help="in (0, 1]; lower is safer text. Default: what the model's files say")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to add at most")] = 128,
-    sampler: Annotated[str, typer.Option(help="batch (fast, approximate) or exact")] = "batch",
-    num_candidates: Annotated[int, typer.Option(help="draws the batch sampler chooses from")] = 200,
-    seed: Annotated[int, typer.Option(help="the same seed gives the same text")] = 0,
+    sampler: Annotated[str | None, typer.Option(help="batch (fast, approximate) or exact")] = None,
+    num_candidates: Annotated[int | None, typer.Option(help="draws the batch sampler chooses from")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="end behind this text; may be given several times")] = None,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same text on the same device")] = 0,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer, where the model has none beside it")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; auto is float32 on a CPU")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="compile the step: slow to start, then faster")] = False,
 ) -> None:
-    """Continue a prompt, printing as it goes.
+    """Continue a prompt, printing as it goes, or all prompts of a file.
 
     Example: `calm generate runs/calm --prompt "def main(" --temperature 0.5`
+
+    Example: `calm generate runs/calm --prompts prompts.jsonl -o texts.jsonl`
     """
-    import torch
     from transformers import TextStreamer
 
+    from calm.completions import SamplingSettings, complete, complete_file
     from calm.data.tokenizer import load_tokenizer
     from calm.device import resolve_device, resolve_dtype
     from calm.models.loading import load_language_model
-    from calm.models.modeling_calm import CalmForCausalLM
+    from calm.training.progress import make_progress
 
+    if prompts is not None and (output is None or prompt is not None):
+        raise ValueError("--prompts needs --output for its texts, and takes the place of --prompt.")
+    if output is not None and prompts is None:
+        raise ValueError("--output is for the texts of --prompts; the text of one --prompt is printed.")
+    if prompts is not None and not prompts.is_file():
+        raise ValueError(f"no such file: {prompts}.")
     target = resolve_device(device)
-    language_model: Any = load_language_model(model, resolve_dtype(dtype, target))
-    language_model.to(target)
+    language_model = load_language_model(model, resolve_dtype(dtype, target))
+    language_model.to(target)  # type: ignore[arg-type]
     words = load_tokenizer(tokenizer or model)
-    text = sys.stdin.read() if prompt == "-" else prompt or ""
-    ids = words(text, return_tensors="pt", add_special_tokens=False)["input_ids"].long().to(language_model.device)
-    streamer = TextStreamer(words, skip_special_tokens=True)
-    if isinstance(language_model, CalmForCausalLM):
-        generator = torch.Generator(language_model.device).manual_seed(seed)
-        language_model.generate(
-            ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            sampler=sampler,
-            num_candidates=num_candidates,
-            generator=generator,
-            streamer=streamer,
-        )
+    settings = SamplingSettings(max_new_tokens, temperature, sampler, num_candidates, seed, stop or None, compile)
+    if prompts is None or output is None:
+        text = sys.stdin.read() if prompt == "-" else prompt or ""
+        complete(language_model, words, [text], settings, TextStreamer(words, skip_special_tokens=True))
         return
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}.")
-    if ids.shape[1] == 0:
-        ids = torch.tensor([[words.eos_token_id]], device=language_model.device)
-    torch.manual_seed(seed)  # transformers' generate takes no generator
-    language_model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        streamer=streamer,
-    )
+    with make_progress() as progress:
+        task = progress.add_task("generate", total=None, note="")
+        advance = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
+        count = complete_file(language_model, words, prompts, output, settings, batch_size, advance)
+    print(f"{count} texts: {output}")

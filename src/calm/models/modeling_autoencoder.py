@@ -14,10 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils import ModelOutput
 
 from calm.functional.gaussian import gaussian_kl, gaussian_sample
+from calm.models.best_token import best_token
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.released import from_pretrained
-
-_TILE_ELEMENTS = 2**24  # of a (tokens x vocabulary) tensor: 64 MiB in float32
 
 
 @dataclass
@@ -154,9 +153,7 @@ class CalmAutoencoder(PreTrainedModel):
 
     def best_tokens(self, token_states: Tensor) -> Tensor:
         """Most likely token of every state of the decoder: ``[..., H] -> [...]``."""
-        tiles = token_states.flatten(0, -2).split(max(1, _TILE_ELEMENTS // self.config.vocab_size))
-        tokens = [F.linear(tile, self.embed_tokens.weight).argmax(-1) for tile in tiles]
-        return torch.cat(tokens).view(token_states.shape[:-1])
+        return best_token(token_states.flatten(0, -2), self.embed_tokens.weight).view(token_states.shape[:-1])
 
     def forward(
         self,

@@ -1,0 +1,209 @@
+"""Continuing prompts of text: one, printed as it comes, or a file of them in batches."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from calm.models.modeling_calm import CalmForCausalLM
+
+
+@dataclass
+class SamplingSettings:
+    """How to continue prompts; ``None`` leaves a setting to the model."""
+
+    max_new_tokens: int = 128
+    temperature: float | None = None
+    sampler: str | None = None
+    num_candidates: int | None = None
+    seed: int = 0
+    stop_strings: list[str] | None = None
+    compile: bool = False
+
+    def of_calm(self) -> dict[str, Any]:
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "sampler": self.sampler,
+            "num_candidates": self.num_candidates,
+            "stop_strings": self.stop_strings,
+            "compile": self.compile,
+        }
+
+    def of_token_model(self) -> dict[str, Any]:
+        """For transformers' ``generate``: plain sampling, as CALM's."""
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}.")
+        if self.sampler is not None or self.num_candidates is not None:
+            raise ValueError(
+                "sampler and num_candidates are settings of CALM, and this is a token model: leave them out."
+            )
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": True,
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_k": 0,
+            "stop_strings": self.stop_strings,
+        }
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    settings: SamplingSettings,
+    streamer: BaseStreamer | None = None,
+    first: int = 0,
+) -> list[dict]:
+    """Continue prompts together.
+
+    Args:
+        first: number of the first prompt. With CALM, prompt i has the random numbers of seed + i, whatever it is
+            batched with.
+
+    Returns:
+        for every prompt its ``text`` and ``tokens`` (without what follows the end of text), the ``tokens_per_second``
+        of them all and, for CALM, ``draws_per_chunk`` and ``products_per_token``.
+    """
+    ids, mask = _encode(tokenizer, prompts, model)
+    started = time.perf_counter()
+    model_: Any = model
+    if isinstance(model, CalmForCausalLM):
+        generators = [
+            torch.Generator(model.device).manual_seed(settings.seed + first + row) for row in range(len(prompts))
+        ]
+        out = model_.generate(
+            ids, mask, generator=generators, streamer=streamer, tokenizer=tokenizer, return_dict_in_generate=True,
+            **settings.of_calm(),
+        )  # fmt: skip
+        sequences = out.sequences
+    else:
+        torch.manual_seed(settings.seed + first)  # transformers' generate takes no generator
+        sequences = model_.generate(
+            ids, attention_mask=mask, streamer=streamer, tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id,
+            **settings.of_token_model(),
+        )  # fmt: skip
+    seconds = time.perf_counter() - started
+    new = [_until_end(row, tokenizer) for row in sequences[:, ids.shape[1] :].tolist()]
+    results = [
+        {
+            "text": tokenizer.decode(tokens, skip_special_tokens=True),
+            "tokens": len(tokens),
+            "tokens_per_second": round(sum(map(len, new)) / seconds, 1),
+        }
+        for tokens in new
+    ]
+    if isinstance(model, CalmForCausalLM):
+        for result, drawn, decoded in zip(results, out.num_drawn, out.num_decoded, strict=True):
+            chunks = int((drawn > 0).sum())
+            result["draws_per_chunk"] = round(int(drawn.sum()) / chunks, 2)
+            result["products_per_token"] = round(int(decoded.sum()) / (chunks * model.config.patch_size), 2)
+    return results
+
+
+def complete_file(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    settings: SamplingSettings,
+    batch_size: int = 8,
+    advance: Callable[[int, int], None] | None = None,
+) -> int:
+    """Continue the ``prompt`` of every line of a JSONL file; a run that was killed goes on where it was.
+
+    Args:
+        output: gets the lines in order, with what :func:`complete` returns and the settings added.
+        advance: called with the number of finished lines and of all lines.
+
+    Returns:
+        number of lines.
+    """
+    records, output = _read_prompts(source), Path(output)
+    if output.exists():
+        raise ValueError(f"{output} is there already: choose another file, or remove it.")
+    draft = output.with_name(f".{output.name}.partial")
+    said = {
+        name: value for name, value in vars(settings).items() if name not in ("seed", "compile") and value is not None
+    }
+    done = _finished_lines(draft, records, said, settings.seed)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for start in range(done, len(records), batch_size):
+        if advance is not None:
+            advance(start, len(records))
+        batch = records[start : start + batch_size]
+        results = complete(model, tokenizer, [record["prompt"] for record in batch], settings, first=start)
+        with draft.open("a", encoding="utf-8") as file:
+            for number, (record, result) in enumerate(zip(batch, results, strict=True), start=start):
+                line = record | result | {"settings": said | {"seed": settings.seed + number}}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if not records:
+        draft.touch()
+    draft.replace(output)
+    if advance is not None:
+        advance(len(records), len(records))
+    return len(records)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], model: PreTrainedModel
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded ids and mask; an empty prompt of a token model is its end-of-text token."""
+    rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    if not isinstance(model, CalmForCausalLM):
+        rows = [row or [tokenizer.eos_token_id] for row in rows]
+    length = max(map(len, rows))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], dtype=torch.long, device=model.device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    return ids.view(len(rows), length), mask.long().view(len(rows), length)
+
+
+def _until_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]
+
+
+def _read_prompts(source: str | os.PathLike) -> list[dict]:
+    records = []
+    for number, line in _lines(Path(source)):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{source} line {number} is not JSON: {error}.") from error
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise ValueError(f'{source} line {number} has no "prompt": every line must be like {{"prompt": "Once"}}.')
+        records.append(record)
+    return records
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line
+
+
+def _finished_lines(draft: Path, records: list[dict], said: dict, seed: int) -> int:
+    """Whole lines of an unfinished output; a line cut short is removed from it."""
+    if not draft.exists():
+        return 0
+    lines = draft.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    for number, line in enumerate(whole):
+        record = json.loads(line)
+        same = number < len(records) and records[number].items() <= record.items()
+        if not same or record["settings"] != said | {"seed": seed + number}:
+            raise ValueError(
+                f"{draft} is the unfinished output of other prompts or settings: go on with those, or remove it."
+            )
+    draft.write_bytes(b"".join(whole))
+    return len(whole)
