@@ -99,6 +99,17 @@ def test_counting_multiplies_what_a_forward_pass_does():
     assert matrices <= counter.get_total_flops() <= cost["total"] * 24
 
 
+@pytest.mark.parametrize("embedding_size", [None, 4])
+def test_counting_knows_the_autoencoders_parts(embedding_size):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny.autoencoder(3, embedding_size=embedding_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.decode(torch.randn(5, 8))
+    cost = compute(model, 1).inference_flops_per_token["total"] * 15
+    assert counter.get_total_flops() == pytest.approx(cost)
+
+
 def run(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["calm", "info", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:

@@ -4,6 +4,7 @@ import torch
 from transformers import AutoModel
 
 from calm import CalmAutoencoder
+from calm.models.released import save_reference
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):
@@ -40,6 +41,28 @@ def test_masked_labels_do_not_count():
     logits = model(ids, noise=noise).logits.flatten(1, 2)
     expected = torch.nn.functional.cross_entropy(logits[labels != -100], ids[labels != -100])
     torch.testing.assert_close(model(ids, labels=labels, noise=noise).reconstruction_loss, expected)
+
+
+def test_narrow_embeddings_make_the_vocabulary_product_cheaper(tmp_path):
+    model, ids = tiny.autoencoder(embedding_size=4), tiny.tokens(2, 8)
+    assert model.embed_tokens.weight.shape == (tiny.VOCAB_SIZE, 4)
+    latents = model.encode(ids).mean
+    logits = model.decode(latents)
+    assert logits.shape == (2, 2, 4, tiny.VOCAB_SIZE)
+    assert torch.equal(model.decode_tokens(latents), logits.argmax(-1))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(CalmAutoencoder.from_pretrained(tmp_path).decode(latents), logits)
+    with pytest.raises(ValueError, match="has no embedding_size of its own"):
+        save_reference(model, tmp_path / "reference")
+
+
+def test_tokens_are_decoded_alone_as_together():
+    model = tiny.autoencoder()
+    latents = torch.randn(5, 8)
+    whole, decoder = model.decoder(latents), model.decoder
+    for start, stop in ((0, 1), (1, 3), (3, 4)):
+        part = decoder.token_states(decoder.patch_states(latents), start, stop)
+        torch.testing.assert_close(part, whole[:, start:stop])
 
 
 def test_tokens_that_fill_no_patch_are_refused():

@@ -137,8 +137,8 @@ def _autoencoder_parts(model: CalmAutoencoder) -> dict[str, int]:
 
 def _per_patch_flops(part: Any, patch_size: int) -> int:
     """Of encoder or decoder, whose token blocks run once for every token of a patch."""
-    token_blocks = _matrices(part.token_blocks)
-    return 2 * (_matrices(part) - token_blocks + patch_size * token_blocks)
+    of_tokens = _matrices(part.token_blocks) + _matrices(part.embedding_proj)
+    return 2 * (_matrices(part) - of_tokens + patch_size * of_tokens)
 
 
 def _encode_flops(model: CalmAutoencoder) -> int:

@@ -12,7 +12,9 @@ class CalmAutoencoderConfig(PreTrainedConfig):
     Args:
         vocab_size: V, number of token ids.
         patch_size: K, tokens per latent vector.
-        hidden_size: width of the token embeddings and of every block.
+        hidden_size: width of every block.
+        embedding_size: width of the token embeddings; default ``hidden_size``, as in the paper. A smaller one makes
+            decoding cheaper by the same factor: nearly all of its cost is the product with the vocabulary.
         intermediate_size: width inside the SwiGLU blocks.
         latent_size: Z, dimensions of the latent vector.
         num_encoder_layers: blocks of the encoder, an even number: one half per token, one half per patch.
@@ -30,6 +32,7 @@ class CalmAutoencoderConfig(PreTrainedConfig):
     vocab_size: int = 128257
     patch_size: int = 4
     hidden_size: int = 512
+    embedding_size: int | None = None
     intermediate_size: int = 1280
     latent_size: int = 128
     num_encoder_layers: int = 2
@@ -50,7 +53,9 @@ class CalmAutoencoderConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for name in ("vocab_size", "patch_size", "hidden_size", "intermediate_size", "latent_size"):
+        if self.embedding_size is None:
+            self.embedding_size = self.hidden_size
+        for name in ("vocab_size", "patch_size", "hidden_size", "embedding_size", "intermediate_size", "latent_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("num_encoder_layers", "num_decoder_layers"):

@@ -1,7 +1,7 @@
 """The autoencoder: K tokens to one latent vector and back.
 
 It is context-free: every patch of K tokens is encoded alone. Shapes: B batch, T = L * K tokens, L patches, K tokens of
-a patch, H hidden, Z latent, V vocabulary.
+a patch, H hidden, E embedding, Z latent, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -66,11 +66,19 @@ def _residual_blocks(config: CalmAutoencoderConfig, num_layers: int) -> nn.Seque
     return nn.Sequential(*(ResidualBlock(config) for _ in range(num_layers)))
 
 
+def _embedding_proj(size_in: int | None, size_out: int | None) -> nn.Module:
+    """Between the width of the embeddings and that of the blocks, where they differ."""
+    assert size_in
+    assert size_out
+    return nn.Identity() if size_in == size_out else nn.Linear(size_in, size_out, bias=False)
+
+
 class Encoder(nn.Module):
-    """Token embeddings of a patch to its posterior: ``[..., K, H] -> [..., Z], [..., Z]``."""
+    """Token embeddings of a patch to its posterior: ``[..., K, E] -> [..., Z], [..., Z]``."""
 
     def __init__(self, config: CalmAutoencoderConfig):
         super().__init__()
+        self.embedding_proj = _embedding_proj(config.embedding_size, config.hidden_size)
         self.token_blocks = _residual_blocks(config, config.num_encoder_layers // 2)
         self.squeeze = nn.Linear(config.patch_size * config.hidden_size, config.hidden_size)
         self.patch_blocks = _residual_blocks(config, config.num_encoder_layers // 2)
@@ -78,13 +86,13 @@ class Encoder(nn.Module):
         self.to_posterior = nn.Linear(config.hidden_size, 2 * config.latent_size)
 
     def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.squeeze(self.token_blocks(embeddings).flatten(-2))
+        hidden = self.squeeze(self.token_blocks(self.embedding_proj(embeddings)).flatten(-2))
         mean, log_std = self.to_posterior(self.norm(self.patch_blocks(hidden))).chunk(2, dim=-1)
         return mean, log_std
 
 
 class Decoder(nn.Module):
-    """Latent vector to a hidden state per token, ready for the output embedding: ``[..., Z] -> [..., K, H]``."""
+    """Latent vector to a state per token, ready for the output embedding: ``[..., Z] -> [..., K, E]``."""
 
     def __init__(self, config: CalmAutoencoderConfig):
         super().__init__()
@@ -94,6 +102,7 @@ class Decoder(nn.Module):
         self.expand = nn.Linear(config.hidden_size, config.patch_size * config.hidden_size)
         self.token_blocks = _residual_blocks(config, config.num_decoder_layers // 2)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.embedding_proj = _embedding_proj(config.hidden_size, config.embedding_size)
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.token_states(self.patch_states(latents), 0, self.patch_size)
@@ -103,11 +112,11 @@ class Decoder(nn.Module):
         return self.patch_blocks(self.from_latent(latents))
 
     def token_states(self, patch_states: Tensor, start: int, stop: int) -> Tensor:
-        """Tokens start to stop of a patch, each decoded by itself: ``[..., H] -> [..., stop - start, H]``."""
+        """Tokens start to stop of a patch, each decoded by itself: ``[..., H] -> [..., stop - start, E]``."""
         weight = self.expand.weight.unflatten(0, (self.patch_size, -1))[start:stop].flatten(0, 1)
         bias = self.expand.bias.unflatten(0, (self.patch_size, -1))[start:stop].flatten()
         hidden = F.linear(patch_states, weight, bias).unflatten(-1, (stop - start, -1))
-        return self.norm(self.token_blocks(hidden))
+        return self.embedding_proj(self.norm(self.token_blocks(hidden)))
 
 
 class CalmAutoencoder(PreTrainedModel):
@@ -121,7 +130,8 @@ class CalmAutoencoder(PreTrainedModel):
     def __init__(self, config: CalmAutoencoderConfig):
         super().__init__(config)
         # One parameter is the input embedding and, transposed, the output embedding: nothing to tie, nothing to lose.
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        assert config.embedding_size is not None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.post_init()
@@ -152,7 +162,7 @@ class CalmAutoencoder(PreTrainedModel):
         return self.best_tokens(self.decoder(latents))
 
     def best_tokens(self, token_states: Tensor) -> Tensor:
-        """Most likely token of every state of the decoder: ``[..., H] -> [...]``."""
+        """Most likely token of every state of the decoder: ``[..., E] -> [...]``."""
         return best_token(token_states.flatten(0, -2), self.embed_tokens.weight).view(token_states.shape[:-1])
 
     def forward(

@@ -181,6 +181,11 @@ def save_reference(model: Any, path: str | os.PathLike, final_path: str | os.Pat
     """
     path = Path(path)
     config: Any = model.config
+    inner = getattr(config, "autoencoder_config", config)
+    if inner.embedding_size != inner.hidden_size:
+        raise ValueError(
+            "the reference's autoencoder has no embedding_size of its own: this model cannot be converted."
+        )
     if isinstance(config, CalmAutoencoderConfig):
         _write(path, _reference_autoencoder_fields(config), _their_state(model))
         return
