@@ -1,5 +1,6 @@
 """BrierLM against exact enumeration, on models so small that every continuation can be listed."""
 
+import hashlib
 from itertools import product
 
 import golden
@@ -8,7 +9,9 @@ import tiny
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from calm.evaluation.brier_lm import NGRAM, _score_calm, _score_token_model, evaluate_brier
+from calm.evaluation import brier_scores
+from calm.evaluation.brier_lm import evaluate_brier
+from calm.evaluation.brier_scores import NGRAM, score_calm, score_token_model
 from calm.evaluation.count_models import _transition_table, evaluate_counts
 from calm.functional.brier import prefix_equal
 
@@ -25,12 +28,16 @@ class Blocks:
     def __getitem__(self, index):
         return {"input_ids": self.ids[index]}
 
-    def batches(self, num_blocks, batch_size):
+    def batches(self, num_blocks, batch_size, shuffle_seed=None):
         yield from self.ids[:num_blocks].split(batch_size)
 
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
+
+
+def plain_draws(model, generator):
+    return lambda hidden: model.next_chunk(hidden, generator=generator).tokens
 
 
 def token_model(vocab_size=5):
@@ -64,7 +71,7 @@ def test_token_model_scores_are_unbiased_by_enumeration():
     generator = torch.Generator().manual_seed(0)
     scores = []
     for _ in range(40):
-        hit, collision = _score_token_model(model, ids.expand(50, -1), starts, 3, generator)
+        hit, collision = score_token_model(model, ids.expand(50, -1), starts, 3, generator)
         scores.append(2 * hit - collision)
     scores = torch.cat(scores).double()
     error = scores.std(0) / len(scores) ** 0.5
@@ -73,9 +80,49 @@ def test_token_model_scores_are_unbiased_by_enumeration():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("patch_size", "head"), [(1, "energy"), (2, "energy"), (3, "energy"), (4, "energy"), (8, "energy"), (2, "flow")]
-)
+@pytest.mark.parametrize("num_samples", [2, 5])
+@pytest.mark.parametrize("patch_size", [1, 2, 3, 4, 8])
+def test_calm_scores_are_unbiased_by_enumeration(patch_size, num_samples):
+    """A real backbone and a head whose law is known: a softmax over all patches of three words."""
+    model, words = tiny.calm(patch_size), torch.tensor([5, 6, 7])
+    patches = words[torch.tensor(list(product(range(3), repeat=patch_size)))]  # [C, K]
+    readout = torch.randn(16, len(patches), generator=seeded(2)) * 0.8
+    starts = torch.tensor([patch_size, 2 * patch_size])
+    num_patches = -(-NGRAM // patch_size)
+    length = (2 + num_patches) * patch_size
+    ids = words[torch.randint(3, (1, length), generator=seeded(5))]
+
+    def law(hidden):
+        return (hidden @ readout).softmax(-1)
+
+    exact = []
+    for start in starts.tolist():
+        table = torch.zeros([3] * NGRAM, dtype=torch.float64)
+        every = torch.tensor(list(product(range(len(patches)), repeat=num_patches)))
+        text = torch.cat([ids[:, :start].expand(len(every), -1), patches[every].flatten(1)], dim=1)
+        hidden = model(text).last_hidden_state[:, start // patch_size - 1 : -1]
+        probability = law(hidden).gather(-1, every[..., None])[..., 0].prod(-1).double()
+        table.index_put_(tuple((text[:, start : start + NGRAM] - 5).T), probability, accumulate=True)
+        exact.append(exact_brier(table, ids[0, start : start + NGRAM] - 5))
+    exact = torch.stack(exact)
+
+    generator = seeded(0)
+
+    def draw(hidden):
+        return patches[torch.multinomial(law(hidden), 1, generator=generator)[:, 0]]
+
+    scores = []
+    for _ in range(30):
+        hit, collision = score_calm(model, ids.expand(100, -1), starts, num_samples, draw)
+        scores.append(2 * hit - collision)
+    scores = torch.cat(scores).double()
+    error = scores.std(0) / len(scores) ** 0.5
+    assert ((scores.mean(0) - exact).abs() <= 4.5 * error + 1e-6).all()
+    assert (exact.abs() > 5 * error).any(0).sum() >= 2  # the test can fail
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("patch_size", "head"), [(1, "energy"), (3, "energy"), (2, "flow")])
 def test_calm_scores_equal_those_of_continuations_drawn_one_by_one(patch_size, head):
     """The tree draws from the same law as the plain model: the two estimates agree within their errors."""
     model = tiny.calm(patch_size, head)
@@ -87,10 +134,10 @@ def test_calm_scores_equal_those_of_continuations_drawn_one_by_one(patch_size, h
     model.generation_config.eos_token_id = None
     ids = model.generate(tiny.tokens(1, patch_size), max_new_tokens=length - patch_size, generator=seeded(1))
 
-    generator = seeded(0)
+    generator, num_samples = seeded(0), 3
     tree = []
     for _ in range(30):
-        hit, collision = _score_calm(model, ids.expand(50, -1), starts, 2, generator)
+        hit, collision = score_calm(model, ids.expand(50, -1), starts, num_samples, plain_draws(model, generator))
         tree.append(2 * hit - collision)
     tree = torch.cat(tree).double()
 
@@ -119,7 +166,7 @@ def test_token_model_matches_the_reference_in_expectation():
     golden.close(model(ids).logits, recorded["logits"])
     # The accuracy term is exact in both; the reference scores the predictions of positions 0 to S - 5.
     starts = torch.arange(1, ids.shape[1] - NGRAM + 1)
-    hit, collision = _score_token_model(model, ids, starts, 2, torch.Generator().manual_seed(0))
+    hit, collision = score_token_model(model, ids, starts, 2, torch.Generator().manual_seed(0))
     probability = recorded["logits"].softmax(-1)
     steps = torch.stack(
         [probability[:, start - 1 : start + 3].gather(-1, ids[:, start : start + 4, None])[..., 0] for start in starts],
@@ -129,6 +176,91 @@ def test_token_model_matches_the_reference_in_expectation():
     golden.close(collision[..., 0], probability[:, starts - 1].square().sum(-1))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("patch_size", [1, 2, 3])
+def test_positions_scored_a_few_at_a_time_score_the_same(patch_size, monkeypatch):
+    """With a head that always gives the same patch every draw agrees: the most branches there can be."""
+    model, ids = tiny.calm(patch_size), tiny.tokens(2, 12)
+    starts = torch.arange(patch_size, 12 - NGRAM + 1, patch_size)
+    readout = torch.randn(16, 40, generator=seeded(1))
+
+    def draw(hidden):
+        return (hidden @ readout).argmax(-1, keepdim=True) + torch.arange(patch_size)
+
+    whole = score_calm(model, ids, starts, 4, draw)
+    assert (whole[1] == 1).all()
+    monkeypatch.setattr(brier_scores, "_NODES", 2)
+    for one, other in zip(whole, score_calm(model, ids, starts, 4, draw), strict=True):
+        torch.testing.assert_close(one, other)
+    token, ids = token_model(), ids % 5
+    monkeypatch.setattr(brier_scores, "_NODES", 512)
+    hit, collision = score_token_model(token, ids, starts, 1, seeded(0))
+    monkeypatch.setattr(brier_scores, "_NODES", 1)
+    pieces = score_token_model(token, ids, starts, 1, seeded(0))
+    torch.testing.assert_close(hit, pieces[0])
+    torch.testing.assert_close(collision[..., 0], pieces[1][..., 0])
+
+
+def draws_apart(patch_size):
+    """Of two draws of every state, one is all 5 and the other all 6: the states come draw by draw."""
+    return lambda hidden: (5 + torch.arange(len(hidden)) * 2 // len(hidden))[:, None].expand(-1, patch_size)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch_size", [1, 2, 3, 4, 8])
+def test_the_backbone_works_for_at_most_four_passes(patch_size):
+    """However often two draws agree: positions that go through the backbone, against those of a plain pass."""
+    model, ids = tiny.calm(patch_size), tiny.tokens(2, 48)
+    starts = torch.arange(patch_size, 48 - NGRAM + 1, patch_size)
+    positions = []
+
+    def count(_, __, kwargs):
+        positions.append(kwargs["inputs_embeds"].shape[1])
+
+    model.backbone.register_forward_pre_hook(count, with_kwargs=True)
+    score_calm(model, ids, starts, 2, lambda hidden: torch.full((len(hidden), patch_size), 7))
+    assert sum(positions) <= -(-NGRAM // patch_size) * 48 // patch_size
+    # Where draws never agree, only the block itself goes through.
+    positions.clear()
+    score_calm(model, ids, starts, 2, draws_apart(patch_size))
+    assert sum(positions) == 48 // patch_size
+
+
+def test_a_target_error_ends_the_evaluation():
+    model = token_model()
+    model.lm_head.weight.data *= 4  # a sure model, on text of its own
+    torch.manual_seed(0)
+    ids = model.generate(
+        torch.full((400, 1), 2), min_new_tokens=11, max_new_tokens=11, do_sample=True, top_k=0, eos_token_id=None
+    )
+    exact = evaluate_brier(model, Blocks(ids, 5), stride=2)
+    result = evaluate_brier(model, Blocks(ids, 5), stride=2, target_error=3 * exact.brier_lm_error)
+    assert exact.brier_lm > 5
+    assert 8 <= result.num_blocks < 200
+    assert result.brier_lm_error <= 3 * exact.brier_lm_error
+    assert abs(result.brier_lm - exact.brier_lm) < 5 * result.brier_lm_error
+
+
+def test_a_score_of_zero_is_not_taken_for_a_sure_one():
+    """Brier scores below 0 make BrierLM 0, whatever the blocks: the error of the scores themselves counts then."""
+    ids = torch.randint(2, 5, (64, 12))
+    result = evaluate_brier(token_model(), Blocks(ids, 5), stride=2, target_error=1e-3)
+    assert result.brier_lm == 0
+    assert result.num_blocks == 64
+
+
+def test_scores_at_a_temperature_are_those_of_the_sharpened_model():
+    model, blocks = token_model(), Blocks(torch.randint(2, 5, (4, 12)), 5)
+    cold = evaluate_brier(model, blocks, stride=2, temperature=0.5)
+    model.lm_head.weight.data *= 2
+    assert cold.accuracy == pytest.approx(evaluate_brier(model, blocks, stride=2).accuracy, rel=1e-5)
+    calm = tiny.calm(2)
+    torch.nn.init.normal_(calm.head.output_layer.weight, std=0.1)
+    blocks = Blocks(tiny.tokens(4, 12), tiny.VOCAB_SIZE)
+    warm, cold = (evaluate_brier(calm, blocks, stride=2, temperature=t, num_candidates=40) for t in (1.0, 0.5))
+    assert cold.collision[1] > 1.3 * warm.collision[1]
+
+
 def test_result_states_its_protocol_and_errors():
     blocks = Blocks(torch.randint(2, 5, (6, 12)), 5)
     result = evaluate_brier(token_model(), blocks, stride=2, num_samples=2, batch_size=4, seed=3)
@@ -136,6 +268,7 @@ def test_result_states_its_protocol_and_errors():
     assert result.brier_error[0] > 0
     again = evaluate_brier(token_model(), blocks, stride=2, num_samples=2, batch_size=4, seed=3)
     assert result.brier == again.brier
+    assert result.data_sha256 == hashlib.sha256(blocks.ids.numpy().tobytes()).hexdigest()
 
 
 def test_standard_error_shrinks_with_the_number_of_blocks():

@@ -1,3 +1,4 @@
+import copy
 import json
 import subprocess
 import sys
@@ -62,6 +63,20 @@ def test_prepared_tokens_are_the_documents_with_separators(tokenizer, source, tm
     assert texts.pop() == ""
     assert sorted(texts) == sorted(DOCUMENTS)
     assert texts != DOCUMENTS  # shuffled
+
+
+def test_documents_can_be_separated_as_the_papers_are(tokenizer, source, tmp_path):
+    with pytest.raises(ValueError, match="tokenizer has no bos token"):
+        prepare([source], tokenizer, tmp_path / "data", separator="bos")
+    with pytest.raises(ValueError, match="separator must be one of eos, bos, got 'newline'"):
+        prepare([source], tokenizer, tmp_path / "data", separator="newline")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    prepare([source], tokenizer, tmp_path / "bos", separator="bos")
+    eos = prepare([source], tokenizer, tmp_path / "eos")
+    ids = TokenBlocks(tmp_path / "bos", eos["num_tokens"])[0]["input_ids"]
+    expected = TokenBlocks(tmp_path / "eos", eos["num_tokens"])[0]["input_ids"]
+    assert torch.equal(ids, expected.masked_fill(expected == tokenizer.eos_token_id, tokenizer.bos_token_id))
 
 
 def test_preparing_twice_does_nothing_and_differently_is_refused(tokenizer, source, tmp_path):

@@ -5,18 +5,35 @@ from typing import Annotated, Any
 
 import typer
 
+PROTOCOLS = ("common", "paper")
+PAPER_BLOCKS = {"calm": 8192, "token model": 2048}
+
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="directories of trained models, or hub ids")],
     data: Annotated[Path, typer.Option(help="prepared validation data, see `calm prepare`")],
-    block_size: Annotated[int, typer.Option(help="tokens of a block: the longest context. Scores depend on it")] = 1024,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="common: all models on the same n-grams, with the same context in tokens; paper: blocks of 8192 "
+            "tokens for a CALM and 2048 for a token model, an n-gram at every patch and every token"
+        ),
+    ] = "common",
+    block_size: Annotated[
+        int | None, typer.Option(help="tokens of a block: the longest context. Scores depend on it  [default: 1024]")
+    ] = None,
     blocks: Annotated[
         int | None, typer.Option(min=1, help="so many blocks, evenly spread over the data; default all")
     ] = None,
-    samples: Annotated[int, typer.Option(min=2, help="continuations drawn per position, at least 2")] = 4,
+    samples: Annotated[int, typer.Option(min=2, help="draws per position, at least 2; all pairs are compared")] = 4,
     stride: Annotated[
         int | None, typer.Option(min=1, help="tokens between scored n-grams; default fits all models")
     ] = None,
+    target_error: Annotated[
+        float | None, typer.Option(help="stop a model when the standard error of its BrierLM is this low")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="of the draws, in (0, 1]; scores of the paper are at 1")] = 1.0,
+    candidates: Annotated[int, typer.Option(min=1, help="draws per chunk at temperatures below 1")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="blocks at a time")] = 8,
     seed: Annotated[int, typer.Option(help="of all draws")] = 0,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer of models that have none beside them")] = None,
@@ -26,49 +43,56 @@ def evaluate(
 ) -> None:
     """Score models on held-out text: BrierLM of language models, reconstruction of autoencoders.
 
-    All language models are scored on the same n-grams: those that start where every model's patches start.
-
     Example: `calm evaluate runs/calm runs/baseline --data data/validation --block-size 256`
     """
     from rich.console import Console
 
-    from calm.data.blocks import TokenBlocks
+    from calm.data.blocks import TokenBlocks, read_manifest
     from calm.data.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
     from calm.device import resolve_device, resolve_dtype
     from calm.evaluation.brier_lm import evaluate_brier
     from calm.evaluation.reconstruction import evaluate_reconstruction
+    from calm.files import write_whole
     from calm.models.loading import load_model
     from calm.models.modeling_autoencoder import CalmAutoencoder
     from calm.report.tables import brier_table, reconstruction_table
     from calm.training.progress import make_progress
 
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}.")
+    if protocol == "paper" and (block_size is not None or stride is not None):
+        raise ValueError("--protocol paper sets block size and stride itself: leave them out, or take common.")
     target = resolve_device(device)
     loaded: dict[str, Any] = {}
     for name in models:
         loaded[name] = load_model(name, resolve_dtype(dtype, target))
         loaded[name].to(target)
-    patch_sizes = [getattr(model.config, "patch_size", 1) for model in loaded.values()]
-    stride = stride or math.lcm(*patch_sizes)
-    text = TokenBlocks(data, block_size, math.lcm(*patch_sizes))
+    manifest = read_manifest(data)
     for name in models:
         words = load_tokenizer(name if tokenizer is None or has_tokenizer(name) else tokenizer)
-        if tokenizer_hash(words) != text.manifest["tokenizer_sha256"]:
+        if tokenizer_hash(words) != manifest["tokenizer_sha256"]:
             raise ValueError(
                 f"{data} was not prepared with the tokenizer of {name}: `calm prepare --tokenizer {name}`."
             )
+    common_patch = math.lcm(*(getattr(model.config, "patch_size", 1) for model in loaded.values()))
 
     results: dict[str, dict] = {}
     with make_progress() as progress:
         for name, model in loaded.items():
-            total = len(text.spread(blocks))
-            task = progress.add_task(f"score {name}", total=total, note="")
+            patch_size = getattr(model.config, "patch_size", 1)
+            size, step = block_size or 1024, stride or common_patch
+            if protocol == "paper":
+                size, step = PAPER_BLOCKS["calm" if hasattr(model.config, "patch_size") else "token model"], patch_size
+            text = TokenBlocks(data, size, patch_size if protocol == "paper" else common_patch)
+            task = progress.add_task(f"score {name}", total=len(text.spread(blocks)), note="")
+            advance = lambda done, task=task: progress.advance(task, done)  # noqa: E731
             if isinstance(model, CalmAutoencoder):
-                results[name] = evaluate_reconstruction(model, text, blocks, batch_size, seed).to_dict()
-                progress.update(task, completed=total)
+                result = evaluate_reconstruction(model, text, blocks, batch_size, seed, advance).to_dict()
             else:
-                advance = lambda done, task=task: progress.advance(task, done)  # noqa: E731
-                result = evaluate_brier(model, text, stride, blocks, samples, batch_size, seed, advance)
-                results[name] = result.to_dict()
+                result = evaluate_brier(
+                    model, text, step, blocks, samples, batch_size, seed, advance, temperature, candidates, target_error
+                ).to_dict()
+            results[name] = {"model": name, "protocol": protocol} | result
     console = Console()
     scores = {name: result for name, result in results.items() if "brier_lm" in result}
     rebuilt = {name: result for name, result in results.items() if "brier_lm" not in result}
@@ -77,6 +101,6 @@ def evaluate(
     if scores:
         console.print(brier_table(scores))
     if output is not None:
-        document = {"data": str(data), "tokenizer_sha256": text.manifest["tokenizer_sha256"], "models": results}
+        document = {"data": str(data), "tokenizer_sha256": manifest["tokenizer_sha256"], "models": results}
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        write_whole(output, json.dumps(document, indent=1))

@@ -12,6 +12,9 @@ def prepare(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="count unreadable records instead of stopping")] = False,
     seed: Annotated[int, typer.Option(help="of the order of documents")] = 0,
     workers: Annotated[int | None, typer.Option(help="processes; default one per core")] = None,
+    separator: Annotated[
+        str, typer.Option(help="between documents: eos (end of text), or bos (begin of text, as in the paper's data)")
+    ] = "eos",
 ) -> None:
     """Tokenise documents into token files that training reads without unpacking.
 
@@ -20,7 +23,8 @@ def prepare(
     from calm.data.prepare import prepare as run
     from calm.data.tokenizer import load_tokenizer
 
-    manifest = run(sources, load_tokenizer(tokenizer), output, text_key, "skip" if skip_bad else "error", seed, workers)
+    on_bad = "skip" if skip_bad else "error"
+    manifest = run(sources, load_tokenizer(tokenizer), output, text_key, on_bad, seed, workers, separator)
     print(f"{manifest['num_tokens']:,} tokens of {manifest['num_documents']:,} documents: {output}")
     for what, number in manifest["skipped"].items():
         print(f"skipped: {what}" + (f" ({number} times)" if number > 1 else ""))

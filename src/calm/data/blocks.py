@@ -78,9 +78,13 @@ class TokenBlocks(Dataset):
         count = min(num_blocks or total, total)
         return [position * total // count for position in range(count)]
 
-    def batches(self, num_blocks: int | None, batch_size: int) -> Iterator[torch.Tensor]:
-        """Token ids ``[<= batch_size, block_size]`` of evenly spread blocks."""
+    def batches(
+        self, num_blocks: int | None, batch_size: int, shuffle_seed: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Token ids ``[<= batch_size, block_size]`` of evenly spread blocks, in order or shuffled."""
         indices = self.spread(num_blocks)
+        if shuffle_seed is not None:
+            np.random.default_rng(shuffle_seed).shuffle(indices)
         for first in range(0, len(indices), batch_size):
             yield torch.stack([self[index]["input_ids"] for index in indices[first : first + batch_size]])
 

@@ -1,4 +1,4 @@
-"""Reading a user's documents: .txt, .md, .py, .jsonl (also .gz, .zst) and .parquet, from files or folders."""
+"""Reading a user's documents: .txt, .md, .py, .jsonl (also .gz, .zst, .json) and .parquet, from files or folders."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ from typing import IO
 import fsspec
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")  # .json: as the paper's code names its JSON lines
 SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, ".parquet")
 
 

@@ -14,7 +14,8 @@ from calm.data.documents import find_files, read_documents
 from calm.data.tokenizer import tokenizer_hash
 
 _MAX_TASKS = 64
-_SETTINGS = ("sources", "text_key", "on_bad", "seed", "tokenizer_sha256")
+_SETTINGS = ("sources", "text_key", "on_bad", "seed", "tokenizer_sha256", "separator")
+SEPARATORS = ("eos", "bos")
 
 
 def prepare(
@@ -25,6 +26,7 @@ def prepare(
     on_bad: str = "error",
     seed: int = 0,
     workers: int | None = None,
+    separator: str = "eos",
 ) -> dict:
     """Tokenise documents into ``output``: ``.ds`` files (raw uint16 or uint32 tokens), a manifest, the tokenizer.
 
@@ -36,11 +38,18 @@ def prepare(
         on_bad: ``"error"`` stops at the first unreadable record, ``"skip"`` counts them in the manifest.
         seed: of the order of the documents.
         workers: processes; default one per core.
+        separator: what stands between documents: ``"eos"``, the end-of-text token, or ``"bos"``, the begin-of-text
+            token, as the paper's models were trained.
 
     Returns:
         the manifest.
     """
     output = Path(output)
+    if separator not in SEPARATORS:
+        raise ValueError(f"separator must be one of {', '.join(SEPARATORS)}, got {separator!r}.")
+    separating_token = tokenizer.eos_token if separator == "eos" else tokenizer.bos_token
+    if separating_token is None:
+        raise ValueError(f"the tokenizer has no {separator} token to put between documents: take the other separator.")
     files = find_files(sources)
     settings = {
         "sources": [{"path": str(file), "bytes": os.path.getsize(file)} for file in files],
@@ -48,9 +57,10 @@ def prepare(
         "on_bad": on_bad,
         "seed": seed,
         "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "separator": separator,
     }
     if (output / MANIFEST).exists():
-        manifest = read_manifest(output)
+        manifest = {"separator": "eos"} | read_manifest(output)
         if all(manifest.get(name) == settings[name] for name in _SETTINGS):
             return manifest
         changed = [name for name in _SETTINGS if manifest.get(name) != settings[name]]
@@ -65,7 +75,7 @@ def prepare(
     shutil.rmtree(draft, ignore_errors=True)
     try:
         tokenizer.save_pretrained(draft / "tokenizer")
-        _tokenize(files, tokenizer, draft, text_key, on_bad, seed, workers)
+        _tokenize(files, separating_token, draft, text_key, on_bad, seed, workers)
         manifest = settings | _describe(draft, tokenizer)
         if manifest["num_documents"] == 0:
             raise ValueError(f"no text in {', '.join(map(str, sources))}: every document is empty.")
@@ -78,7 +88,7 @@ def prepare(
     return manifest
 
 
-def _tokenize(files, tokenizer, draft: Path, text_key: str, on_bad: str, seed: int, workers: int | None) -> None:
+def _tokenize(files, separator: str, draft: Path, text_key: str, on_bad: str, seed: int, workers: int | None) -> None:
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.tokens import DocumentTokenizer
     from loguru import logger
@@ -91,7 +101,7 @@ def _tokenize(files, tokenizer, draft: Path, text_key: str, on_bad: str, seed: i
             DocumentTokenizer(
                 str(draft),
                 str(draft / "tokenizer" / "tokenizer.json"),
-                eos_token=tokenizer.eos_token,
+                eos_token=separator,
                 batch_size=1000,
                 seed=seed,
             ),

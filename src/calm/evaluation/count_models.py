@@ -3,11 +3,14 @@
 Their Brier scores need no sampling: hits are products of probabilities, and collisions follow from a recursion.
 """
 
+import hashlib
+
 import numpy as np
 import torch
 
 from calm.data.blocks import TokenBlocks
-from calm.evaluation.brier_lm import NGRAM, BrierResult, summarise
+from calm.evaluation.brier_lm import BrierResult, summarise
+from calm.evaluation.brier_scores import NGRAM
 
 _MAX_VOCAB_SIZE = 16384  # the bigram table is vocabulary x vocabulary in float32
 _PRIOR_COUNTS = 1.0  # weight of the unigram distribution in a bigram row
@@ -38,7 +41,9 @@ def evaluate_counts(
         block_size=validation.block_size,
         stride=stride,
         num_samples=0,
+        temperature=1.0,
         seed=0,
+        data_sha256=hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         seconds=0.0,
     )
 

@@ -10,13 +10,18 @@ def brier_table(results: dict[str, dict], costs: dict[str, dict[str, str]] | Non
     Args:
         costs: further cells of each model, by column heading, in place of accuracy and collision.
     """
-    first = next(iter(results.values()))
-    table = Table(
-        title="BrierLM (100 is best) and Brier-1 to Brier-4",
-        caption=f"{first['num_positions']:,} n-grams in {first['num_blocks']} blocks of {first['block_size']} tokens, "
-        f"one every {first['stride']} tokens; ± is a standard error",
-        box=box.SIMPLE_HEAD,
-    )
+    protocols = {
+        f"{result['num_positions']:,} n-grams in {result['num_blocks']} blocks of {result['block_size']} tokens, "
+        f"one every {result['stride']} tokens": name
+        for name, result in results.items()
+    }
+    several = [f"{name}: {protocol}" for protocol, name in protocols.items()]
+    caption = "; ".join(several if len(protocols) > 1 else protocols) + "; ± is a standard error"
+    temperature = next(iter(results.values()))["temperature"]
+    title = "BrierLM (100 is best) and Brier-1 to Brier-4"
+    if temperature != 1:
+        title += f" at temperature {temperature:g}"
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
     table.add_column("model", min_width=12, overflow="fold")
     more = list(next(iter(costs.values()))) if costs else ["accuracy-1", "collision-1"]
     for heading in ("BrierLM", "B-1", "B-2", "B-3", "B-4", *more):
@@ -36,7 +41,7 @@ def reconstruction_table(results: dict[str, dict]) -> Table:
     """Reconstruction of several autoencoders; ``results`` as :meth:`ReconstructionResult.to_dict` gives them."""
     table = Table(title="Held-out tokens that the autoencoder brings back", box=box.SIMPLE_HEAD)
     table.add_column("model", min_width=12, overflow="fold")
-    for heading in ("from mean", "from sample", "whole patches", "KL (nats)", "live dimensions"):
+    for heading in ("from mean", "from sample", "whole patches", "noise 0.3", "noise 0.5", "KL (nats)", "live"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
         table.add_row(
@@ -44,6 +49,8 @@ def reconstruction_table(results: dict[str, dict]) -> Table:
             f"{result['token_accuracy_mean']:.2%}",
             f"{result['token_accuracy_sample']:.2%}",
             f"{result['patch_accuracy_sample']:.2%}",
+            f"{result['token_accuracy_with_noise']['0.3']:.2%}",
+            f"{result['token_accuracy_with_noise']['0.5']:.2%}",
             f"{result['kl']:.1f}",
             f"{result['live_dimensions']}/{result['latent_size']}",
         )

@@ -26,7 +26,10 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(_baseline_config(recipe, tokens), dtype=torch.float32)
     autoencoder = load_autoencoder(recipe.model["autoencoder"])
     _check_same_tokenizer(recipe.model["autoencoder"], recipe.data.train)
-    return CalmForCausalLM.from_autoencoder(autoencoder, _backbone(recipe, autoencoder.config, tokens), _head(recipe))
+    model = CalmForCausalLM.from_autoencoder(autoencoder, _backbone(recipe, autoencoder.config, tokens), _head(recipe))
+    if read_manifest(recipe.data.train).get("separator") == "bos":
+        model.config.document_separator_id = tokens["bos_token_id"]
+    return model
 
 
 def outline_model(recipe: Recipe, folder: Path) -> PreTrainedModel:
