@@ -4,9 +4,9 @@
     python benchmarks/brier.py --memory        # peak memory at block 8192 and 128257 tokens
 
 The weights are random and of a small model (256 x 6, vocabulary 8192), such that samples always agree: the worst case.
-(The head's last layer is zero; the token model's logits are large.) Time is that of one block of 2048 tokens, the median
-of several; a plain forward pass of the same model on the same block stands beside it. With --model, a trained CALM, the
-standard deviation of the score of one batch over repeated draws is measured for 2 and 8 samples.
+(The head's last layer is zero; the token model's logits are large.) Time is that of one block of 2048 tokens, the
+median of several; a plain forward pass of the same model on the same block stands beside it. With --model, a trained
+CALM, the standard deviation of the score of one batch over repeated draws is measured for 2 and 8 samples.
 """
 
 import argparse
