@@ -42,12 +42,12 @@ HEAD_FIELDS = {
 }
 
 
-def calm(patch_size=4, type="energy", **head):
+def calm(patch_size=4, type="energy", vocab_size=VOCAB_SIZE, **head):
     """A language model whose samples differ: its zero-initialised layers are filled."""
     torch.manual_seed(0)
     config = CalmConfig(
-        autoencoder_config=autoencoder_config(patch_size),
-        backbone_config=backbone(),
+        autoencoder_config=autoencoder_config(patch_size, vocab_size=vocab_size),
+        backbone_config=backbone(vocab_size=vocab_size),
         head_config={"type": type} | HEAD_FIELDS[type] | head,
         initializer_range=0.3,
     )

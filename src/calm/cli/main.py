@@ -10,6 +10,7 @@ from calm.cli.convert import convert
 from calm.cli.corpus import corpus
 from calm.cli.evaluate import evaluate
 from calm.cli.generate import generate
+from calm.cli.harness import HARNESS_ARGUMENTS, harness
 from calm.cli.info import info
 from calm.cli.prepare import prepare
 from calm.cli.quickstart import quickstart
@@ -29,6 +30,7 @@ app.command()(prepare)
 app.command()(train)
 app.command()(evaluate)
 app.command()(generate)
+app.command(context_settings=HARNESS_ARGUMENTS)(harness)
 app.command()(convert)
 app.command()(info)
 

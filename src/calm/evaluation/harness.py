@@ -1,0 +1,130 @@
+"""CALM in the lm-evaluation-harness: generative tasks work, those that ask for likelihoods are refused.
+
+    from calm.evaluation.harness import CalmHarness
+    lm_eval.simple_evaluate(model=CalmHarness("runs/calm", temperature=0.5), tasks=["gsm8k"])
+
+Importing this module registers the model as ``calm``; ``calm harness`` is lm-eval's own command line with it.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+from calm.completions import SamplingSettings, complete
+from calm.data.tokenizer import load_tokenizer
+from calm.device import resolve_device, resolve_dtype
+from calm.models.loading import load_language_model
+from calm.models.modeling_calm import CalmForCausalLM
+
+_NO_LIKELIHOODS = (
+    "a CALM gives samples, not token probabilities, so log-likelihood tasks cannot be scored: choose tasks of output "
+    "type generate_until (multiple-choice benchmarks often have a generative variant, such as mmlu_generative), or "
+    "BrierLM (`calm evaluate`) in the place of perplexity."
+)
+
+
+@register_model("calm")
+class CalmHarness(LM):
+    """A CALM for lm-eval.
+
+    Args:
+        pretrained: directory of a trained model, or a hub id.
+        temperature: of all generation. Tasks that ask for greedy text (temperature 0) get this as well: the nearest a
+            model without probabilities comes to it is a low temperature.
+        max_gen_toks: new tokens where a task does not say.
+        batch_size: prompts at a time.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        temperature: float | str = 0.5,
+        sampler: str | None = None,
+        num_candidates: int | str | None = None,
+        max_gen_toks: int | str = 256,
+        batch_size: int | str = 8,
+        seed: int | str = 0,
+        tokenizer: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        **_: Any,
+    ):
+        super().__init__()
+        # lm-eval's command line says cuda:0 wherever it runs, unless told otherwise.
+        target = resolve_device("auto" if device in (None, "cuda:0") else device)
+        model = load_language_model(pretrained, resolve_dtype(dtype, target))
+        if not isinstance(model, CalmForCausalLM):
+            raise ValueError(f"{pretrained} is a token model, no CALM: take lm-eval's own model type `hf` for it.")
+        self.model: Any = model.to(target)  # type: ignore[arg-type]
+        self.tokenizer = load_tokenizer(tokenizer or pretrained)
+        self.max_gen_toks, self.batch_size = int(max_gen_toks), int(batch_size)
+        # Command lines give numbers as text.
+        self.settings = SamplingSettings(
+            temperature=float(temperature),
+            sampler=sampler,
+            num_candidates=None if num_candidates is None else int(num_candidates),
+            seed=int(seed),
+        )
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue every context until one of its stop texts, which is left out."""
+        texts: list[str] = []
+        bar = tqdm(total=len(requests), desc="generate", disable=disable_tqdm)
+        for group in self._groups(requests):
+            _, arguments = group[0].args
+            stops = arguments.get("until") or []
+            stops = [stops] if isinstance(stops, str) else list(stops)
+            max_new_tokens = int(arguments.get("max_gen_toks") or self.max_gen_toks)
+            settings = replace(self.settings, max_new_tokens=max_new_tokens, stop_strings=stops or None)
+            room = self._room(settings.max_new_tokens)
+            prompts = [self._end_of(request.args[0], room) for request in group]
+            results = complete(self.model, self.tokenizer, prompts, settings, first=len(texts))
+            texts += [_before(result["text"], stops) for result in results]
+            bar.update(len(group))
+        bar.close()
+        return texts
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        raise ValueError(_NO_LIKELIHOODS)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        raise ValueError(_NO_LIKELIHOODS)
+
+    def _groups(self, requests: list[Instance]) -> list[list[Instance]]:
+        """Neighbours with the same arguments, a batch at a time."""
+        groups: list[list[Instance]] = []
+        for request in requests:
+            full = not groups or len(groups[-1]) == self.batch_size
+            if full or groups[-1][0].args[1] != request.args[1]:
+                groups.append([])
+            groups[-1].append(request)
+        return groups
+
+    def _room(self, max_new_tokens: int) -> int:
+        """Tokens of a prompt that leave room for the text."""
+        config = self.model.config
+        patches = getattr(config.backbone_config, "max_position_embeddings", None)
+        if patches is None:
+            return 2**31
+        room = (patches - -(-max_new_tokens // config.patch_size)) * config.patch_size
+        if room < 1:
+            raise ValueError(
+                f"max_gen_toks={max_new_tokens} leaves no room for a prompt in a context of "
+                f"{patches * config.patch_size} tokens: take fewer."
+            )
+        return room
+
+    def _end_of(self, prompt: str, room: int) -> str:
+        """A prompt too long for the context keeps its end, as lm-eval's own models do."""
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return prompt if len(ids) <= room else str(self.tokenizer.decode(ids[-room:]))
+
+
+def _before(text: str, stops: list[str]) -> str:
+    for stop in stops:
+        text = text.split(stop)[0] if stop else text
+    return text

@@ -1,0 +1,96 @@
+"""The lm-evaluation-harness itself, on a task of our own and a real tiny model."""
+
+import json
+import sys
+
+import lm_eval
+import pytest
+import tiny
+from lm_eval.tasks import TaskManager
+
+from calm.cli.main import main
+from calm.data.tokenizer import train_tokenizer
+from calm.evaluation.harness import CalmHarness
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("harness") / "model"
+    tokenizer = train_tokenizer(["one two three four five six seven"] * 9, 270)
+    calm = tiny.calm(2, vocab_size=len(tokenizer))
+    calm.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A generative and a log-likelihood task on a local file."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"question": q, "answer": q}) + "\n" for q in ("one two", "three", "four") * 3))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "doc_to_text": "{{question}} ",
+        "doc_to_target": "{{answer}}",
+    }
+    generative = common | {
+        "task": "repeat",
+        "output_type": "generate_until",
+        "generation_kwargs": {"until": ["\n", "."], "max_gen_toks": 7, "do_sample": False, "temperature": 0.0},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    likelihood = common | {"task": "likely", "output_type": "loglikelihood", "metric_list": [{"metric": "perplexity"}]}
+    return generative, likelihood
+
+
+def evaluate(harness, task):
+    manager = TaskManager(include_defaults=False)  # reading lm-eval's thousands of tasks takes longer than ours
+    return lm_eval.simple_evaluate(model=harness, tasks=[task], task_manager=manager, bootstrap_iters=0)
+
+
+def test_generative_tasks_are_scored(model, tasks):
+    harness = CalmHarness(str(model), temperature=0.5, num_candidates=20, batch_size=4)
+    result = evaluate(harness, tasks[0])
+    answers = [sample["resps"][0][0] for sample in result["samples"]["repeat"]]
+    assert len(answers) == 9
+    assert all("\n" not in answer and "." not in answer for answer in answers)
+    assert len({*answers}) > 1
+    assert 0 <= result["results"]["repeat"]["exact_match,none"] <= 1
+    again = evaluate(harness, tasks[0])
+    assert answers == [sample["resps"][0][0] for sample in again["samples"]["repeat"]]
+
+
+def test_likelihood_tasks_are_refused_with_the_reason(model, tasks):
+    with pytest.raises(ValueError, match=r"gives samples, not token probabilities.*generate_until"):
+        evaluate(CalmHarness(str(model)), tasks[1])
+
+
+def test_long_prompts_keep_their_end(model):
+    harness = CalmHarness(str(model))
+    room = harness._room(8)
+    assert room == (64 - 4) * 2
+    kept = harness._end_of("one two " * 200 + "seven", room)
+    assert kept.endswith("two seven")
+    assert len(harness.tokenizer(kept)["input_ids"]) <= room
+    with pytest.raises(ValueError, match="max_gen_toks=500 leaves no room"):
+        harness._room(500)
+
+
+def test_the_command_line_is_lm_evals(model, tasks, tmp_path, monkeypatch, capsys):
+    import yaml
+
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "repeat.yaml").write_text(yaml.safe_dump(tasks[0]))
+    arguments = ["--model", "calm", "--model_args", f"pretrained={model},num_candidates=10", "--tasks", "repeat"]
+    arguments += ["--include_path", str(tmp_path / "tasks"), "--limit", "2"]
+    monkeypatch.setattr(sys, "argv", ["calm", "harness", "run", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    assert "exact_match" in capsys.readouterr().out
