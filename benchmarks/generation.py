@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this size")
     parser.add_argument("--model", help="a trained CALM instead")
-    parser.add_argument("--baseline", help="token model to stand beside --model")
+    parser.add_argument("--baseline", help="token model to stand beside --model; default random weights of its shape")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.7, 0.5, 1 / 3])
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -82,8 +82,7 @@ def main() -> None:
             2, any_model.config.vocab_size, (batch_size, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0)
         )
         prompts = prompts.to(options.device)
-        if baseline is not None:
-            rows.append(measure_baseline(baseline, prompts, options))
+        rows.append(measure_baseline(baseline, prompts, options))
         for name, model in models.items():
             for temperature in options.temperatures:
                 rows.append(measure_calm(model, prompts, temperature, options) | {"weights": name})
@@ -103,7 +102,10 @@ def load_models(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     dtype = getattr(torch, options.dtype)
     if options.model:
         models = {"trained": load_language_model(options.model, dtype)}
-        baseline = load_language_model(options.baseline, dtype) if options.baseline else None
+        if options.baseline:
+            baseline = load_language_model(options.baseline, dtype)
+        else:
+            baseline = LlamaForCausalLM(models["trained"].config.backbone_config)
     else:
         shape = SHAPES[options.shape]
         fields = {"max_position_embeddings": 4096} | shape["backbone"]
@@ -116,7 +118,7 @@ def load_models(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
             models[name] = CalmForCausalLM(config)
             torch.nn.init.normal_(models[name].head.output_layer.weight, std=scale)
         baseline = LlamaForCausalLM(LlamaConfig(**fields))
-    for model in (*models.values(), *([baseline] if baseline is not None else [])):
+    for model in (*models.values(), baseline):
         model.to(device=options.device, dtype=dtype).eval()
         model.generation_config.eos_token_id = None  # every row runs to the end
         model.generation_config.pad_token_id = 0

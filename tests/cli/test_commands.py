@@ -147,6 +147,36 @@ def test_evaluate_scores_models_side_by_side(quickstart, monkeypatch, capsys, tm
     assert scores[str(quickstart / "calm")]["num_positions"] == scores[str(quickstart / "baseline")]["num_positions"]
 
 
+def test_evaluate_draws_models_at_their_temperatures(quickstart, monkeypatch, capsys, tmp_path):
+    code, _, _ = run(
+        monkeypatch, capsys, "evaluate", quickstart / "calm", quickstart / "baseline",
+        "--data", quickstart / "data" / "validation", "--block-size", "64", "--blocks", "2", "--samples", "2",
+        "--temperature", "1", "--temperature", "0.5", "--candidates", "20",
+        "--plot", tmp_path / "plots" / "t.png", "--output", tmp_path / "scores.json",
+    )  # fmt: skip
+    assert code == 0
+    assert (tmp_path / "plots" / "t.png").read_bytes().startswith(b"\x89PNG")
+    scores = json.loads((tmp_path / "scores.json").read_text())["models"]
+    assert [score["temperature"] for score in scores.values()] == [1, 0.5, 1, 0.5]
+    baseline = [score["collision"][0] for score in scores.values() if score["model"].endswith("baseline")]
+    assert baseline[1] > baseline[0]
+
+
+def test_the_papers_protocol_is_chosen_by_name(quickstart, monkeypatch, capsys, tmp_path):
+    arguments = ("evaluate", quickstart / "calm", quickstart / "baseline", "--data", quickstart / "data" / "validation")
+    arguments = (*arguments, "--protocol", "paper")
+    code, _, _ = run(
+        monkeypatch, capsys, *arguments, "--blocks", "1", "--samples", "2", "--output", tmp_path / "scores.json"
+    )
+    assert code == 0
+    calm, baseline = json.loads((tmp_path / "scores.json").read_text())["models"].values()
+    assert (calm["block_size"], calm["stride"], calm["protocol"]) == (8192, 2, "paper")
+    assert (baseline["block_size"], baseline["stride"]) == (2048, 1)
+    code, _, error = run(monkeypatch, capsys, *arguments, "--block-size", "64")
+    assert code == 2
+    assert "--protocol paper sets block size and stride itself" in error
+
+
 def test_the_commands_of_the_guide_work_from_text_to_model(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 400)
     assert (

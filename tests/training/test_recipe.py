@@ -53,6 +53,7 @@ def test_resolved_recipe_loads_as_itself(recipe, tmp_path):
         ("output_dir=2026-11-23", "output_dir in the recipe must be of type str"),
         ("data.block_size=abc", "block_size in data must be of type int, got 'abc'"),
         ("output_dir=@x", "'@x' is not valid YAML"),
+        ("brier_blocks=4", "brier_blocks, at least 1, is for language models"),
     ],
 )
 def test_mistakes_are_named(recipe, override, message):

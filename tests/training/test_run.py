@@ -129,6 +129,19 @@ def test_baseline_learns(workspace):
     assert load_language_model(output).config.model_type == "llama"
 
 
+def test_brier_lm_is_logged_with_every_evaluation_and_changes_nothing(workspace):
+    plain = calm_recipe(workspace, output="without_brier", max_steps=6)
+    scored = calm_recipe(workspace, output="with_brier", max_steps=6)
+    scored.brier_blocks = 3
+    train(plain)
+    records = read_metrics(train(scored))
+    scores = [record for record in records if "eval_brier_lm" in record]
+    assert [record["step"] for record in scores] == [2, 4, 6]
+    assert all(f"eval_brier_{n}" in scores[0] for n in (1, 2, 3, 4))
+    first, second = (load_file(workspace / name / "model.safetensors") for name in ("without_brier", "with_brier"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_complete_run_is_not_done_again(workspace):
     recipe = calm_recipe(workspace, "complete", max_steps=2)
     train(recipe)

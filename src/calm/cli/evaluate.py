@@ -32,7 +32,10 @@ def evaluate(
     target_error: Annotated[
         float | None, typer.Option(help="stop a model when the standard error of its BrierLM is this low")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="of the draws, in (0, 1]; scores of the paper are at 1")] = 1.0,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(help="of the draws, in (0, 1]; may be given several times. Default 1, as in the paper"),
+    ] = None,
     candidates: Annotated[int, typer.Option(min=1, help="draws per chunk at temperatures below 1")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="blocks at a time")] = 8,
     seed: Annotated[int, typer.Option(help="of all draws")] = 0,
@@ -40,10 +43,15 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; auto is float32 on a CPU")] = "auto",
     output: Annotated[Path | None, typer.Option(help="write the results as JSON")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw accuracy against collision at the temperatures, as a PNG")
+    ] = None,
 ) -> None:
     """Score models on held-out text: BrierLM of language models, reconstruction of autoencoders.
 
     Example: `calm evaluate runs/calm runs/baseline --data data/validation --block-size 256`
+
+    Example: `calm evaluate runs/calm runs/baseline --data DIR --temperature 1 --temperature 0.5 --plot t.png`
     """
     from rich.console import Console
 
@@ -55,6 +63,7 @@ def evaluate(
     from calm.files import write_whole
     from calm.models.loading import load_model
     from calm.models.modeling_autoencoder import CalmAutoencoder
+    from calm.report.scatter import plot_panels, temperature_panels
     from calm.report.tables import brier_table, reconstruction_table
     from calm.training.progress import make_progress
 
@@ -74,6 +83,7 @@ def evaluate(
             raise ValueError(
                 f"{data} was not prepared with the tokenizer of {name}: `calm prepare --tokenizer {name}`."
             )
+    temperatures = temperature or [1.0]
     common_patch = math.lcm(*(getattr(model.config, "patch_size", 1) for model in loaded.values()))
 
     results: dict[str, dict] = {}
@@ -86,13 +96,17 @@ def evaluate(
             text = TokenBlocks(data, size, patch_size if protocol == "paper" else common_patch)
             task = progress.add_task(f"score {name}", total=len(text.spread(blocks)), note="")
             advance = lambda done, task=task: progress.advance(task, done)  # noqa: E731
+            origin = {"model": name, "protocol": protocol}
             if isinstance(model, CalmAutoencoder):
-                result = evaluate_reconstruction(model, text, blocks, batch_size, seed, advance).to_dict()
-            else:
-                result = evaluate_brier(
-                    model, text, step, blocks, samples, batch_size, seed, advance, temperature, candidates, target_error
-                ).to_dict()
-            results[name] = {"model": name, "protocol": protocol} | result
+                result = evaluate_reconstruction(model, text, blocks, batch_size, seed, advance)
+                results[name] = origin | result.to_dict()
+                continue
+            for t in temperatures:
+                progress.reset(task, description=f"score {name}" + (f" at {t:g}" if len(temperatures) > 1 else ""))
+                scored = evaluate_brier(
+                    model, text, step, blocks, samples, batch_size, seed, advance, t, candidates, target_error
+                )
+                results[name if len(temperatures) == 1 else f"{name} (T = {t:g})"] = origin | scored.to_dict()
     console = Console()
     scores = {name: result for name, result in results.items() if "brier_lm" in result}
     rebuilt = {name: result for name, result in results.items() if "brier_lm" not in result}
@@ -100,6 +114,10 @@ def evaluate(
         console.print(reconstruction_table(rebuilt))
     if scores:
         console.print(brier_table(scores))
+    if plot is not None and scores:
+        by_model = {name: [r for r in scores.values() if r["model"] == name] for name in models}
+        plot_panels(temperature_panels({name: several for name, several in by_model.items() if several}), plot)
+        print(f"plot: {plot}")
     if output is not None:
         document = {"data": str(data), "tokenizer_sha256": manifest["tokenizer_sha256"], "models": results}
         output.parent.mkdir(parents=True, exist_ok=True)

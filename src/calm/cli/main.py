@@ -6,6 +6,7 @@ import warnings
 
 import typer
 
+from calm.cli.bandwidth import bandwidth
 from calm.cli.convert import convert
 from calm.cli.corpus import corpus
 from calm.cli.evaluate import evaluate
@@ -29,6 +30,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 app.command()(prepare)
 app.command()(train)
 app.command()(evaluate)
+app.command()(bandwidth)
 app.command()(generate)
 app.command(context_settings=HARNESS_ARGUMENTS)(harness)
 app.command()(convert)

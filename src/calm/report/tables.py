@@ -17,10 +17,10 @@ def brier_table(results: dict[str, dict], costs: dict[str, dict[str, str]] | Non
     }
     several = [f"{name}: {protocol}" for protocol, name in protocols.items()]
     caption = "; ".join(several if len(protocols) > 1 else protocols) + "; ± is a standard error"
-    temperature = next(iter(results.values()))["temperature"]
+    temperatures = {result["temperature"] for result in results.values()}
     title = "BrierLM (100 is best) and Brier-1 to Brier-4"
-    if temperature != 1:
-        title += f" at temperature {temperature:g}"
+    if temperatures != {1} and len(temperatures) == 1:
+        title += f" at temperature {temperatures.pop():g}"
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
     table.add_column("model", min_width=12, overflow="fold")
     more = list(next(iter(costs.values()))) if costs else ["accuracy-1", "collision-1"]

@@ -13,6 +13,7 @@ model:                               # stage autoencoder: fields of CalmAutoenco
   backbone: {hidden_size: 256}       #   the backbone's fields (`model_type` if it is no Llama),
   head: {type: energy}               #   and the head's; stage baseline: the backbone alone
 tokens_per_step: 524288              # over all processes; sets gradient_accumulation_steps. Optional
+brier_blocks: 32                     # BrierLM on so many validation blocks with every evaluation. Optional
 training:                            # fields of transformers.TrainingArguments
   learning_rate: 3.0e-4
 ```
@@ -67,6 +68,7 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     tokens_per_step: int | None = None
+    brier_blocks: int | None = None
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -85,6 +87,10 @@ class Recipe:
             raise ValueError("stage calm needs model.autoencoder: the directory of a trained autoencoder.")
         from transformers import TrainingArguments
 
+        if self.brier_blocks is not None:
+            _check_types(self, {"brier_blocks": int}, "the recipe")
+            if self.stage == "autoencoder" or self.data.validation is None or self.brier_blocks < 1:
+                raise ValueError("brier_blocks, at least 1, is for language models with data.validation.")
         if self.tokens_per_step is not None:
             _check_types(self, {"tokens_per_step": int}, "the recipe")
             if "gradient_accumulation_steps" in self.training:

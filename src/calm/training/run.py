@@ -59,6 +59,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> Path:
         train_dataset=train_blocks,
         eval_dataset=validation_blocks,
         callbacks=[JsonlCallback(output / "metrics.jsonl"), MarkCompleteCallback()],
+        brier_blocks=recipe.brier_blocks,
     )
     trainer.remove_callback(TqdmCallback)
     trainer.remove_callback(PrinterCallback)

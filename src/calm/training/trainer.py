@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from calm.evaluation.brier_lm import evaluate_brier
+from calm.evaluation.brier_scores import NGRAM
 from calm.evaluation.reconstruction import LIVE_VARIANCE
 from calm.files import write_whole
 from calm.models.modeling_autoencoder import CalmAutoencoder
@@ -18,8 +20,9 @@ from calm.models.modeling_calm import CalmForCausalLM
 class CalmTrainer(Trainer):
     """Trainer that logs, beside the loss, the parts of it that the model reports, and tokens per second."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, brier_blocks: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.brier_blocks = brier_blocks
         self._sums: dict[str, Any] = defaultdict(float)
         self._count = 0
         self._tokens = 0
@@ -33,6 +36,20 @@ class CalmTrainer(Trainer):
             self._count += 1
             self._tokens += inputs["input_ids"].numel()
         return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Held-out loss and, where the recipe asks for it, BrierLM on some of the held-out blocks."""
+        metrics = super().evaluate(*args, **kwargs)
+        if self.brier_blocks is not None:
+            model: Any = self.accelerator.unwrap_model(self.model)
+            blocks: Any = self.eval_dataset
+            stride = model.config.patch_size if isinstance(model, CalmForCausalLM) else NGRAM
+            result = evaluate_brier(model, blocks, stride, self.brier_blocks)
+            scores = {"eval_brier_lm": result.brier_lm, "eval_brier_lm_error": result.brier_lm_error}
+            scores |= {f"eval_brier_{n}": value for n, value in enumerate(result.brier, start=1)}
+            self.log(scores)
+            metrics |= scores
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the averages since the last log to a training record."""
