@@ -97,7 +97,7 @@ def batch_law(temperature, num_candidates):
 @pytest.mark.parametrize("num_candidates", [10, 20])
 @pytest.mark.parametrize("temperature", [0.8, 0.7, 0.5, 0.4, 1 / 3])
 def test_the_urn_gives_the_law_of_counting_everything(temperature, num_candidates):
-    """At N = 20 most contexts are settled with 8 draws; the law is that of all 20, by enumeration."""
+    """At N = 20 many contexts are settled with 4 draws; the law is that of all 20, by enumeration."""
     expected = batch_law(temperature, num_candidates)
     rows = 40000
     draws = categorical(rows, torch.Generator().manual_seed(11))
@@ -117,7 +117,7 @@ def test_the_urn_is_opened_step_by_step(temperature):
     chosen = values(sample_batch(draws, temperature, 200))
     frequency = torch.bincount(chosen, minlength=4).double() / 2000
     torch.testing.assert_close(frequency, sharpened(temperature), atol=0.05, rtol=0)
-    assert set(draws.num_drawn.tolist()) >= {32, 200} if temperature == 0.15 else {8, 32}
+    assert set(draws.num_drawn.tolist()) >= ({16, 64, 200} if temperature == 0.15 else {4, 16})
     assert (draws.num_decoded <= 2 * draws.num_drawn).all()
     assert draws.num_decoded.sum() < 2 * draws.num_drawn.sum()
 

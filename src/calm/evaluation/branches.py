@@ -51,8 +51,9 @@ class Branches:
         )
         return outputs.last_hidden_state, visible
 
-    def cut(self) -> None:
-        """Remove all nodes: the bare trunk is left."""
-        nodes = int(self.cache.get_seq_length()) - self.length
-        if nodes:
-            self.cache.crop(-nodes)
+    def cut(self, length: int) -> None:
+        """Remove all nodes, and the trunk from a position on: the first ``length`` are left."""
+        surplus = int(self.cache.get_seq_length()) - length
+        if surplus:
+            self.cache.crop(-surplus)
+        self.length = length

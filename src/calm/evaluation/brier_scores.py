@@ -13,7 +13,8 @@ Shapes: B blocks, T tokens of a block, P scored positions, S draws, n = 4 tokens
 D hidden.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from calm.evaluation.branches import Branches
 from calm.functional.brier import prefix_equal
 
 NGRAM = 4
-_NODES = 512  # branches of a block at once: bounds the attention mask
-_TILE_ELEMENTS = 2**24  # of a (positions x vocabulary) tensor: 64 MiB in float32
+_NODES = 256  # branches of a block at once: bounds the attention mask
+# Of a (positions x vocabulary) tensor: 4 MiB in float32, which caches hold, unless that is but a few positions.
+_TILE_ELEMENTS, _TILE_ROWS = 2**20, 128
 
 Draw = Callable[[Tensor], Tensor]  # hidden states [A, D] -> the next patch [A, K]
 
@@ -40,11 +42,14 @@ def score_calm(model: Any, ids: Tensor, starts: Tensor, num_samples: int, draw: 
     outputs = model(ids, use_cache=True)
     check_finite(outputs.last_hidden_state)
     branches = Branches(model.backbone, outputs.past_key_values, ids.shape[1] // patch_size)
+    trunk = outputs.last_hidden_state
     scores = []
-    for contexts in (starts // patch_size - 1).split(max(1, 2 * _NODES // num_samples)):
-        scores.append(_score_positions(model, ids, contexts, outputs.last_hidden_state, branches, num_samples, draw))
-        branches.cut()
-    return torch.cat([hit for hit, _ in scores], dim=1), torch.cat([collision for _, collision in scores], dim=1)
+    # From the end of the block to its beginning: what no branch sees any more is cut off.
+    for contexts in reversed((starts // patch_size - 1).split(max(1, 2 * _NODES // num_samples))):
+        branches.cut(int(contexts[-1]) + 1)
+        scores.append(_score_positions(model, ids, contexts, trunk, branches, num_samples, draw))
+    hits, collisions = zip(*reversed(scores), strict=True)
+    return torch.cat(hits, dim=1), torch.cat(collisions, dim=1)
 
 
 def _score_positions(
@@ -135,39 +140,49 @@ def score_token_model(
     outputs = model.base_model(ids, use_cache=True)
     trunk = outputs.last_hidden_state
     check_finite(trunk)
-    offsets = torch.arange(NGRAM, device=ids.device)
-    target = ids[:, starts[:, None] + offsets]
-    predicting = trunk[:, starts[:, None] + offsets - 1]  # [B, P, n, D]: states that predict the n-gram's tokens
-    hit = _probabilities(model, predicting, target, temperature).cumprod(-1)
+    steps = starts[:, None] - 1 + torch.arange(NGRAM, device=ids.device)  # [P, n]: states that predict the n-gram
+    needed = steps.unique()
+    index = torch.searchsorted(needed, steps)
+    law = _look(model, trunk[:, needed], ids[:, needed + 1], num_paths, generator, temperature)
+    hit = law.of_text[:, index].cumprod(-1)
     branches = Branches(model.base_model, outputs.past_key_values, ids.shape[1])
     collision = []
-    for some in starts.split(max(1, _NODES // num_paths)):
-        collision.append(_path_collisions(model, trunk, some - 1, branches, num_paths, generator, temperature))
-        branches.cut()
-    return hit, torch.cat(collision, dim=1)
+    # From the end of the block to its beginning: what no branch sees any more is cut off.
+    for some, at in _backwards(starts - 1, index[:, 0], max(1, _NODES // num_paths)):
+        branches.cut(int(some[-1]) + 1)
+        first = (law.same_again[:, at], law.drawn[:, at], law.probability[:, at])
+        collision.append(_path_collisions(model, some, *first, branches, generator, temperature))
+    return hit, torch.cat(collision[::-1], dim=1)
+
+
+def _backwards(contexts: Tensor, index: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(reversed(contexts.split(size)), reversed(index.split(size)), strict=True)
 
 
 def _path_collisions(
     model: Any,
-    trunk: Tensor,
     contexts: Tensor,
+    same_again: Tensor,
+    drawn: Tensor,
+    probability: Tensor,
     branches: Branches,
-    num_paths: int,
     generator: torch.Generator,
     temperature: float,
 ) -> Tensor:
-    contexts = contexts.repeat(num_paths).expand(len(trunk), -1)  # [B, paths * P]
-    hidden = trunk.gather(1, contexts[..., None].expand(-1, -1, trunk.shape[2]))
-    visible = branches.behind(contexts)
-    weight = torch.ones(contexts.shape, device=trunk.device)
-    collision = []
-    for depth in range(NGRAM):
-        drawn, probability, same_again = _draw_token(model, hidden, generator, temperature)
-        collision.append((weight * same_again).unflatten(1, (num_paths, -1)).mean(1))
-        weight = weight * probability
+    """Collisions ``[B, P, n]`` from what is known of the first token ``[B, P]`` and the paths' draws of it."""
+    num_paths = drawn.shape[2]
+    collision = [same_again]
+    # Paths become nodes: [B, P, paths] -> [B, P * paths].
+    where = contexts.repeat_interleave(num_paths).expand(len(drawn), -1)
+    visible = branches.behind(where)
+    drawn, weight = drawn.flatten(1), probability.flatten(1)
+    for depth in range(1, NGRAM):
+        inputs = model.get_input_embeddings()(drawn)
+        hidden, visible = branches.grow(inputs, where + depth, visible)
+        law = _look(model, hidden, None, 1 if depth < NGRAM - 1 else 0, generator, temperature)
+        collision.append((weight * law.same_again).unflatten(1, (-1, num_paths)).mean(2))
         if depth < NGRAM - 1:
-            inputs = model.get_input_embeddings()(drawn)
-            hidden, visible = branches.grow(inputs, contexts + depth + 1, visible)
+            drawn, weight = law.drawn[..., 0], weight * law.probability[..., 0]
     return torch.stack(collision, dim=-1)
 
 
@@ -176,32 +191,40 @@ def check_finite(hidden: Tensor) -> None:
         raise ValueError("the model gives NaN or infinity: its weights are damaged, or its training diverged.")
 
 
-def _tiles(model: Any, hidden: Tensor) -> tuple[Tensor, ...]:
-    return hidden.flatten(0, -2).split(max(1, _TILE_ELEMENTS // model.config.vocab_size))
+@dataclass
+class _Law:
+    """What is asked of the next token's probabilities, of every state ``[...]``."""
+
+    same_again: Tensor  # probability that two draws are equal, [...]
+    of_text: Tensor  # probability of a given token, [...]
+    drawn: Tensor  # draws, [..., n]
+    probability: Tensor  # of the draws, [..., n]
 
 
-def _law(model: Any, hidden: Tensor, temperature: float) -> Tensor:
-    return (model.get_output_embeddings()(hidden).float() / temperature).softmax(-1)
-
-
-def _probabilities(model: Any, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Probability of given tokens: ``[..., D], [...] -> [...]``."""
-    tiles = _tiles(model, hidden)
-    wanted = tokens.flatten().split(len(tiles[0]))
-    found = [_law(model, h, temperature).gather(-1, t[:, None])[:, 0] for h, t in zip(tiles, wanted, strict=True)]
-    return torch.cat(found).view(tokens.shape)
-
-
-def _draw_token(
-    model: Any, hidden: Tensor, generator: torch.Generator, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A token from every state, its probability, and that of two draws being equal: ``[..., D] -> [...]`` each."""
-    drawn, probability, equal = [], [], []
-    for tile in _tiles(model, hidden):
-        law = _law(model, tile, temperature)
-        token = torch.multinomial(law, 1, generator=generator)
-        drawn.append(token[:, 0])
-        probability.append(law.gather(-1, token)[:, 0])
-        equal.append(law.square().sum(-1))
-    shape = hidden.shape[:-1]
-    return torch.cat(drawn).view(shape), torch.cat(probability).view(shape), torch.cat(equal).view(shape)
+def _look(
+    model: Any,
+    hidden: Tensor,
+    text: Tensor | None,
+    num_draws: int,
+    generator: torch.Generator,
+    temperature: float,
+) -> _Law:
+    """The next token's law at states ``[..., D]``, a tile at a time: the logits of all states are never held."""
+    states = hidden.flatten(0, -2)
+    tile_size = max(_TILE_ROWS, _TILE_ELEMENTS // model.config.vocab_size)
+    given = torch.zeros(len(states), dtype=torch.long, device=hidden.device) if text is None else text.flatten()
+    found: list[tuple[Tensor, ...]] = []
+    for tile, token in zip(states.split(tile_size), given.split(tile_size), strict=True):
+        logits = model.get_output_embeddings()(tile).float()
+        law = (logits if temperature == 1 else logits / temperature).softmax(-1)
+        drawn = torch.empty((len(tile), 0), dtype=torch.long, device=tile.device)
+        if num_draws:
+            # By the inverse of the distribution function: one random number for a draw, not one for a token.
+            cumulative = law.cumsum(-1)
+            luck = torch.rand((len(tile), num_draws), generator=generator, device=tile.device)
+            drawn = torch.searchsorted(cumulative, luck * cumulative[:, -1:], right=True).clamp(max=law.shape[1] - 1)
+        found.append(
+            (torch.linalg.vecdot(law, law), law.gather(-1, token[:, None])[:, 0], drawn, law.gather(-1, drawn))
+        )
+    parts = [torch.cat(several) for several in zip(*found, strict=True)]
+    return _Law(*(part.unflatten(0, hidden.shape[:-1]) for part in parts))

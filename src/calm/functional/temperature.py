@@ -25,7 +25,7 @@ from calm.functional.draws import Draws
 from calm.functional.noise import Generator
 
 # The urn is opened in steps: a few draws settle a context where the model is sure.
-_URN_STEPS = (8, 32, 96)
+_URN_STEPS = (4, 16, 64)
 _ROUND_LIMIT = 64  # draws of a row at once, exact sampler
 _TRIALS = 3  # further draws an attempt has at hand; more are needed rarely, and are drawn then
 
