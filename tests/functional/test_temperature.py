@@ -97,7 +97,7 @@ def batch_law(temperature, num_candidates):
 @pytest.mark.parametrize("num_candidates", [10, 20])
 @pytest.mark.parametrize("temperature", [0.8, 0.7, 0.5, 0.4, 1 / 3])
 def test_the_urn_gives_the_law_of_counting_everything(temperature, num_candidates):
-    """At N = 20 many contexts are settled with 4 draws; the law is that of all 20, by enumeration."""
+    """Many contexts are settled with 4 draws; the law is that of all N, by enumeration."""
     expected = batch_law(temperature, num_candidates)
     rows = 40000
     draws = categorical(rows, torch.Generator().manual_seed(11))
@@ -108,7 +108,7 @@ def test_the_urn_gives_the_law_of_counting_everything(temperature, num_candidate
     assert chi_square(eager, expected) < CRITICAL
     if num_candidates == 10:  # the test can fail: the bias of so few candidates is seen
         assert chi_square(lazy, sharpened(temperature)) > 50
-    assert (draws.num_drawn.double().mean() < 0.9 * num_candidates) == (num_candidates == 20)
+    assert draws.num_drawn.double().mean() < 0.9 * num_candidates
 
 
 @pytest.mark.parametrize("temperature", [0.7, 0.5, 0.15])
