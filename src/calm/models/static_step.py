@@ -7,13 +7,16 @@ Shapes: B batch, K tokens of a patch, L patches, D hidden.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache
 
 _SIZES = 256  # caches come in multiples of so many patches, so that other lengths do not compile anew
+_LAST: WeakKeyDictionary = WeakKeyDictionary()  # of every model; beside it, so that copies of the model do not hold it
 
 
 class StaticStep:
@@ -23,17 +26,16 @@ class StaticStep:
         self.batch_size, self.num_patches = batch_size, num_patches
         self.cache = StaticCache(config=model.config.backbone_config, max_cache_len=num_patches)
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
-        self.run: Callable[..., Tensor] = torch.compile(self._run, mode=mode, dynamic=False)
-        self.model = model
+        self.run: Callable[..., Tensor] = torch.compile(_step, mode=mode, dynamic=False)
 
     @classmethod
     def start(cls, model: Any, state: Any, num_patches: int) -> tuple[Any, Callable[[Any, Tensor], Any]]:
         """A state whose cache is static, and the function that extends it."""
         limit = -(-num_patches // _SIZES) * _SIZES
-        step = model.__dict__.get("_static_step")
+        step = _LAST.get(model)
         if step is None or (step.batch_size, step.num_patches) != (len(state.hidden), limit):
-            step = model.__dict__["_static_step"] = cls(model, len(state.hidden), limit)
-        return step.take_over(state), step.extend
+            step = _LAST[model] = cls(model, len(state.hidden), limit)
+        return step.take_over(state), partial(step.extend, model)
 
     def take_over(self, state: Any) -> Any:
         """Move a prompt's keys and values into the static cache."""
@@ -45,13 +47,13 @@ class StaticStep:
             mask = torch.cat([mask, mask.new_ones(len(mask), self.num_patches - mask.shape[1])], dim=1)
         return type(state)(state.hidden, self.cache, state.position, mask)
 
-    def extend(self, state: Any, chunk: Tensor) -> Any:
+    def extend(self, model: Any, state: Any, chunk: Tensor) -> Any:
         """As the model's ``extend``: a chunk ``[B, K]`` more."""
-        hidden = self.run(chunk, state.position, state.patch_mask).clone()  # the graph will write there again
-        return type(state)(hidden, self.cache, state.position + 1, state.patch_mask)
+        hidden = self.run(model, chunk, state.position, state.patch_mask, self.cache)
+        # A copy: the graph will write there again.
+        return type(state)(hidden.clone(), self.cache, state.position + 1, state.patch_mask)
 
-    def _run(self, chunk: Tensor, position: Tensor, patch_mask: Tensor | None) -> Tensor:
-        outputs = self.model(
-            chunk, attention_mask=patch_mask, position_ids=position, past_key_values=self.cache, use_cache=True
-        )
-        return outputs.last_hidden_state[:, -1]
+
+def _step(model: Any, chunk: Tensor, position: Tensor, patch_mask: Tensor | None, cache: StaticCache) -> Tensor:
+    outputs = model(chunk, attention_mask=patch_mask, position_ids=position, past_key_values=cache, use_cache=True)
+    return outputs.last_hidden_state[:, -1]
