@@ -2,7 +2,7 @@
 
     python benchmarks/generation.py --shape study                      # random weights
     python benchmarks/generation.py --shape paper --batch-sizes 1 --new-tokens 32
-    python benchmarks/generation.py --model runs/calm --baseline runs/baseline
+    python benchmarks/generation.py --model runs/calm --baseline runs/baseline --data data/validation
     python benchmarks/generation.py --shape study --reference CLONE --reference-python VENV/bin/python
 
 What low temperature costs hangs on how often draws agree, so random weights come in two kinds: `agree` (the head's last
@@ -29,6 +29,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm import CalmAutoencoderConfig, CalmConfig, CalmForCausalLM
+from calm.data.blocks import TokenBlocks
 from calm.models.loading import load_language_model
 from calm.models.released import save_reference
 
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this size")
     parser.add_argument("--model", help="a trained CALM instead")
     parser.add_argument("--baseline", help="token model to stand beside --model; default random weights of its shape")
+    parser.add_argument("--data", help="prepared text to take prompts from; default random tokens")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.7, 0.5, 1 / 3])
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -77,11 +79,7 @@ def main() -> None:
     models, baseline = load_models(options)
     rows = []
     for batch_size in options.batch_sizes:
-        any_model = next(iter(models.values()))
-        prompts = torch.randint(
-            2, any_model.config.vocab_size, (batch_size, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0)
-        )
-        prompts = prompts.to(options.device)
+        prompts = choose_prompts(batch_size, baseline.config.vocab_size, options.data).to(options.device)
         rows.append(measure_baseline(baseline, prompts, options))
         for name, model in models.items():
             for temperature in options.temperatures:
@@ -123,6 +121,13 @@ def load_models(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         model.generation_config.eos_token_id = None  # every row runs to the end
         model.generation_config.pad_token_id = 0
     return models, baseline
+
+
+def choose_prompts(batch_size: int, vocab_size: int, data: str | None) -> torch.Tensor:
+    if data is not None:
+        return next(TokenBlocks(data, PROMPT_TOKENS).batches(batch_size, batch_size))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, vocab_size, (batch_size, PROMPT_TOKENS), generator=generator)
 
 
 def median_seconds(run: Callable[[], Any], options: argparse.Namespace) -> float:
