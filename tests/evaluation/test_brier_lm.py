@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.evaluation import brier_scores
-from calm.evaluation.brier_lm import evaluate_brier
+from calm.evaluation.brier_lm import _drawer, evaluate_brier
 from calm.evaluation.brier_scores import NGRAM, score_calm, score_token_model
 from calm.evaluation.count_models import _transition_table, evaluate_counts
 from calm.functional.brier import prefix_equal
@@ -37,7 +37,10 @@ def seeded(seed):
 
 
 def plain_draws(model, generator):
-    return lambda hidden: model.next_chunk(hidden, generator=generator).tokens
+    def draw(hidden, count, _):
+        return model.next_chunk(hidden.repeat(count, 1), generator=generator).tokens.unflatten(0, (count, -1))
+
+    return draw
 
 
 def token_model(vocab_size=5):
@@ -108,8 +111,8 @@ def test_calm_scores_are_unbiased_by_enumeration(patch_size, num_samples):
 
     generator = seeded(0)
 
-    def draw(hidden):
-        return patches[torch.multinomial(law(hidden), 1, generator=generator)[:, 0]]
+    def draw(hidden, count, _):
+        return patches[torch.multinomial(law(hidden), count, True, generator=generator).T]
 
     scores = []
     for _ in range(30):
@@ -159,6 +162,34 @@ def test_calm_scores_equal_those_of_continuations_drawn_one_by_one(patch_size, h
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+def test_tokens_left_out_beside_the_text_change_no_score(patch_size):
+    """The same latents, decoded in full and only while they agree: equal hits and collisions, fewer tokens decoded."""
+    model = tiny.calm(patch_size)
+    torch.nn.init.normal_(model.head.output_layer.weight, std=0.05)
+    model.generation_config.eos_token_id = None
+    ids = model.generate(tiny.tokens(3, patch_size), max_new_tokens=3 * max(4, patch_size), generator=seeded(1))
+    starts = torch.arange(patch_size, ids.shape[1] - NGRAM + 1, patch_size)
+    decoded = []
+    draws = model.draws
+    model.draws = lambda *arguments: decoded.append(draws(*arguments)) or decoded[-1]
+
+    def in_full(hidden, count, _):
+        source = draws(hidden, generator)
+        source.draw(count)
+        for position in range(patch_size):
+            source.decode(torch.ones(source.tokens.shape[:2], dtype=torch.bool), position)
+        return source.tokens.movedim(1, 0)
+
+    generator = seeded(3)
+    whole = score_calm(model, ids, starts[:1], 6, in_full)
+    lazy = score_calm(model, ids, starts[:1], 6, _drawer(model, 1.0, 200, seeded(3)))
+    torch.testing.assert_close(whole[0][..., :patch_size], lazy[0][..., :patch_size])
+    torch.testing.assert_close(whole[1][..., :patch_size], lazy[1][..., :patch_size])
+    assert decoded
+
+
+@torch.no_grad()
 def test_token_model_matches_the_reference_in_expectation():
     recorded = golden.load("brier/ar")
     model = LlamaForCausalLM.from_pretrained(golden.DATA / "brier" / "ar").eval()
@@ -184,8 +215,8 @@ def test_positions_scored_a_few_at_a_time_score_the_same(patch_size, monkeypatch
     starts = torch.arange(patch_size, 12 - NGRAM + 1, patch_size)
     readout = torch.randn(16, 40, generator=seeded(1))
 
-    def draw(hidden):
-        return (hidden @ readout).argmax(-1, keepdim=True) + torch.arange(patch_size)
+    def draw(hidden, count, _):
+        return ((hidden @ readout).argmax(-1, keepdim=True) + torch.arange(patch_size)).expand(count, -1, -1)
 
     whole = score_calm(model, ids, starts, 4, draw)
     assert (whole[1] == 1).all()
@@ -202,8 +233,8 @@ def test_positions_scored_a_few_at_a_time_score_the_same(patch_size, monkeypatch
 
 
 def draws_apart(patch_size):
-    """Of two draws of every state, one is all 5 and the other all 6: the states come draw by draw."""
-    return lambda hidden: (5 + torch.arange(len(hidden)) * 2 // len(hidden))[:, None].expand(-1, patch_size)
+    """Of two draws of every state, one is all 5 and the other all 6."""
+    return lambda hidden, count, _: torch.tensor([5, 6])[:count, None, None].expand(-1, len(hidden), patch_size)
 
 
 @torch.no_grad()
@@ -218,7 +249,7 @@ def test_the_backbone_works_for_at_most_four_passes(patch_size):
         positions.append(kwargs["inputs_embeds"].shape[1])
 
     model.backbone.register_forward_pre_hook(count, with_kwargs=True)
-    score_calm(model, ids, starts, 2, lambda hidden: torch.full((len(hidden), patch_size), 7))
+    score_calm(model, ids, starts, 2, lambda hidden, count, _: torch.full((count, len(hidden), patch_size), 7))
     assert sum(positions) <= -(-NGRAM // patch_size) * 48 // patch_size
     # Where draws never agree, only the block itself goes through.
     positions.clear()

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from calm.data.blocks import TokenBlocks
-from calm.evaluation.brier_scores import NGRAM, score_calm, score_token_model
+from calm.evaluation.brier_scores import NGRAM, Draw, score_calm, score_token_model
 from calm.functional.brier import brier_lm
 from calm.functional.temperature import check_temperature
 from calm.models.modeling_calm import CalmForCausalLM
@@ -163,16 +163,35 @@ def _score_error(brier: Tensor) -> float:
     return 100 * resampled.std(0).max().item()
 
 
-def _drawer(
-    model: Any, temperature: float, num_candidates: int, generator: torch.Generator
-) -> Callable[[Tensor], Tensor]:
-    def draw(hidden: Tensor) -> Tensor:
-        tiles = hidden.split(_STATES_AT_ONCE)
-        return torch.cat(
-            [model.next_chunk(tile, temperature, "batch", num_candidates, generator).tokens for tile in tiles]
-        )
+def _drawer(model: Any, temperature: float, num_candidates: int, generator: torch.Generator) -> Draw:
+    def draw(hidden: Tensor, count: int, text: Tensor | None) -> Tensor:
+        size = max(1, _STATES_AT_ONCE // count)
+        texts = text.split(size) if text is not None else [None] * len(hidden)
+        tiles = zip(hidden.split(size), texts, strict=False)
+        if text is None or temperature != 1:
+            several = [
+                model.next_chunk(tile.repeat(count, 1), temperature, "batch", num_candidates, generator).tokens
+                for tile, _ in tiles
+            ]
+            return torch.cat([chunks.unflatten(0, (count, -1)) for chunks in several], dim=1)
+        return torch.cat([_draw_beside_text(model, tile, count, beside, generator) for tile, beside in tiles], dim=1)
 
     return draw
+
+
+def _draw_beside_text(model: Any, hidden: Tensor, count: int, text: Any, generator: torch.Generator) -> Tensor:
+    """Draws ``[count, A, K]``, decoded only while they agree with the text or with each other."""
+    draws = model.draws(hidden, generator)
+    draws.draw(count)
+    with_text = torch.ones(draws.tokens.shape[:2], dtype=torch.bool, device=hidden.device)  # [A, count]
+    with_other = ~torch.eye(count, dtype=torch.bool, device=hidden.device).expand(len(hidden), -1, -1)
+    for position in range(min(text.shape[1], NGRAM)):
+        token = draws.decode(with_text | with_other.any(-1), position)
+        with_text = with_text & (token == text[:, position, None])
+        with_other = with_other & (token[:, :, None] == token[:, None])
+    nothing = -1 - torch.arange(count, device=hidden.device)[:, None, None]
+    tokens = draws.tokens.movedim(1, 0)
+    return torch.where(tokens < 0, nothing, tokens)
 
 
 def _check_request(model: PreTrainedModel, blocks: TokenBlocks, stride: int, num_samples: int) -> None:

@@ -28,7 +28,10 @@ _NODES = 256  # branches of a block at once: bounds the attention mask
 # Of a (positions x vocabulary) tensor: 4 MiB in float32, which caches hold, unless that is but a few positions.
 _TILE_ELEMENTS, _TILE_ROWS = 2**20, 128
 
-Draw = Callable[[Tensor], Tensor]  # hidden states [A, D] -> the next patch [A, K]
+# draw(hidden states [A, D], count, text [A, K] or None): independent draws of the patches that follow, [count, A, K].
+# Given the text that stands there, tokens may be left out (distinct negative numbers in their place) behind the first
+# in which a draw differs both from the text and from all other draws of its state.
+Draw = Callable[[Tensor, int, Tensor | None], Tensor]
 
 
 def score_calm(model: Any, ids: Tensor, starts: Tensor, num_samples: int, draw: Draw) -> tuple[Tensor, Tensor]:
@@ -36,7 +39,6 @@ def score_calm(model: Any, ids: Tensor, starts: Tensor, num_samples: int, draw: 
 
     Args:
         num_samples: S >= 2; hits average over all draws, collisions over all their pairs.
-        draw: independent draws of the patches that follow hidden states.
     """
     patch_size = model.config.patch_size
     outputs = model(ids, use_cache=True)
@@ -62,9 +64,9 @@ def _score_positions(
     steps = contexts[:, None] + torch.arange(num_patches, device=ids.device)  # [P, patches of an n-gram]
     needed = steps.unique()
     index = torch.searchsorted(needed, steps)
-    states = trunk[:, needed].expand(num_samples, -1, -1, -1)
-    drawn = draw(states.flatten(0, 2)).view(num_samples, batch_size, len(needed), patch_size)
     text = ids.unflatten(1, (-1, patch_size))
+    drawn = draw(trunk[:, needed].flatten(0, 1), num_samples, text[:, needed + 1].flatten(0, 1))
+    drawn = drawn.unflatten(1, (batch_size, len(needed)))
 
     hit, before = [], torch.ones((batch_size, len(contexts)), device=ids.device)
     for step in range(num_patches):
@@ -118,7 +120,7 @@ def _collisions(
             drawn = (-1 - number)[..., None].expand_as(drawn).clone()
             of_sample, row, at = in_group.nonzero(as_tuple=True)
             node = place[row, at * num_samples + leader[of_sample, row, at]]
-            drawn[of_sample, row, at] = draw(hidden[row, node])
+            drawn[of_sample, row, at] = draw(hidden[row, node], 1, None)[0]
         equal = prefix_equal(drawn[:, None], drawn[None]) * (agree & apart)[..., None]  # [S, S, B, P, K]
         width = min(patch_size, NGRAM - step * patch_size)
         collision.append(equal[..., :width].sum((0, 1)) / (num_samples * (num_samples - 1)))
