@@ -35,7 +35,9 @@ QUICKSTART = "quickstart.json"  # the settings of a run directory
 VOCAB_SIZE = 1024
 # Shares of the time budget. What is left over goes to the corpus, evaluation and samples.
 TIME_SHARES = {"autoencoder": 0.19, "calm": 0.56, "baseline": 0.11}
-MAX_AUTOENCODER_STEPS = 1500  # good enough by then; the time it leaves goes to CALM
+# An autoencoder is good enough after 1500 steps; the time that leaves goes to CALM. With fewer than 500 (something else
+# may have kept the machine busy while a step was timed) everything behind it would be lost.
+AUTOENCODER_STEPS = (500, 1500)
 EVALUATION_BLOCKS = 240
 EVALUATION_SAMPLES = 8
 TEMPERATURES = (1.0, 1 / 2, 1 / 3)
@@ -126,7 +128,7 @@ def _planned_recipe(run: Path, name: str, seconds: float, seed: int, device: str
             each = seconds_per_step(Recipe.load(recipe_path, overrides))
             steps = max(20, round(seconds / each))
             if name == "autoencoder":
-                steps = min(steps, MAX_AUTOENCODER_STEPS)
+                steps = min(max(steps, AUTOENCODER_STEPS[0]), AUTOENCODER_STEPS[1])
             plan = {"seconds_per_step": each, "max_steps": steps, "unused_seconds": max(0.0, seconds - steps * each)}
             write_whole(plan_path, json.dumps(plan))
         plan = json.loads(plan_path.read_text(encoding="utf-8"))

@@ -28,6 +28,7 @@ def quickstart(tmp_path_factory):
     """A real quickstart of a few steps per stage."""
     directory = tmp_path_factory.mktemp("quickstart") / "run"
     patch = pytest.MonkeyPatch()
+    patch.setattr(calm.quickstart, "AUTOENCODER_STEPS", (20, 1500))
     patch.setattr(calm.quickstart, "EVALUATION_BLOCKS", 6)
     patch.setattr(calm.quickstart, "SPEED_TOKENS", 8)
     with make_progress() as progress:
