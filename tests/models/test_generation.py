@@ -281,6 +281,8 @@ def test_exact_sampler_hands_over_to_the_batch_sampler_with_a_warning():
         ({"do_sample": False}, r"cannot follow do_sample=False"),
         ({"num_beams": 4, "penalty_alpha": 0.6}, r"cannot follow num_beams=4, penalty_alpha=0.6"),
         ({"generation_config": GenerationConfig(top_k=50)}, r"cannot follow top_k=50"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number, got 1.5"),
+        ({"temperature": "low"}, r"temperature must be a number in \(0, 1\], got 'low'"),
         ({"max_length": 8}, r"max_length \(8\) must be more than the prompt's 8 tokens"),
         ({"num_return_sequences": 0}, "num_return_sequences must be at least 1, got 0"),
         ({"max_new_tokens": 1000}, "need 251 patches of 4 tokens.*context holds 64.*at most 252 new tokens"),
@@ -289,6 +291,20 @@ def test_exact_sampler_hands_over_to_the_batch_sampler_with_a_warning():
 def test_impossible_requests_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny.calm().generate(tiny.tokens(1, 8), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (torch.empty((0, 4), dtype=torch.long), r"at least one row, got \(0, 4\)"),
+        (torch.tensor([3, 4]), r"must be a tensor \[batch, tokens\] of at least one row, got \(2,\)"),
+        ([[3, 4]], r"must be a tensor .* got list"),
+        (torch.tensor([[3.0, 4.0]]), "must be whole numbers .*got torch.float32"),
+    ],
+)
+def test_what_is_no_batch_of_tokens_is_refused(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.calm().generate(prompts)
 
 
 def test_unknown_tokens_are_refused():

@@ -23,7 +23,7 @@ from calm.functional.draws import Draws
 from calm.functional.noise import Generator, check_rows, of_rows
 from calm.functional.temperature import check_temperature, sample_batch, sample_exact
 from calm.models.generation_settings import GenerationSettings, resolve_settings
-from calm.models.prompts import align_prompt
+from calm.models.prompts import align_prompt, check_prompts
 from calm.models.static_step import StaticStep
 
 
@@ -122,6 +122,7 @@ class CalmGenerationMixin:
         device = self.get_input_embeddings().weight.device
         if input_ids is None:
             input_ids = torch.empty((1, 0), dtype=torch.long, device=device)
+        check_prompts(input_ids)
         given = kwargs | {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,

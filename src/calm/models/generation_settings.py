@@ -70,6 +70,11 @@ def resolve_settings(given: dict[str, Any], saved: GenerationConfig, prompt_leng
             "generator and compile."
         )
     values: dict[str, Any] = known | saved_fields | given
+    for name in ("max_new_tokens", "num_return_sequences", "num_candidates", "max_length"):
+        if values[name] is not None and (not isinstance(values[name], int) or isinstance(values[name], bool)):
+            raise ValueError(f"{name} must be a whole number, got {values[name]!r}.")
+    if not isinstance(values["temperature"], int | float):
+        raise ValueError(f"temperature must be a number in (0, 1], got {values['temperature']!r}.")
     if "max_length" in given and "max_new_tokens" not in given:
         values["max_new_tokens"] = values["max_length"] - prompt_length
         if values["max_new_tokens"] < 1:

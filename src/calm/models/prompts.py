@@ -7,6 +7,15 @@ import torch
 from torch import Tensor
 
 
+def check_prompts(input_ids: Tensor) -> None:
+    """Raises ValueError for what is no batch of token ids."""
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or len(input_ids) == 0:
+        given = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids must be a tensor [batch, tokens] of at least one row, got {given}.")
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids must be whole numbers (torch.long), got {input_ids.dtype}.")
+
+
 def align_prompt(
     input_ids: Tensor, attention_mask: Tensor | None, patch_size: int, vocab_size: int, separator: int
 ) -> tuple[Tensor, Tensor]:
@@ -18,8 +27,7 @@ def align_prompt(
     Raises:
         ValueError: for masks with holes and for tokens outside the vocabulary.
     """
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids must be [batch, tokens], got {tuple(input_ids.shape)}.")
+    check_prompts(input_ids)
     batch_size, length = input_ids.shape
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
