@@ -243,8 +243,11 @@ def test_what_changes_nothing_is_accepted():
         eos_token_id=[tiny.EOS, 2], repetition_penalty=1.0,
     )  # fmt: skip
     assert out.shape[1] <= 9
-    settings = GenerationConfig(temperature=0.5, max_new_tokens=3, eos_token_id=None)
-    assert model.generate(ids, generation_config=settings).shape == (1, 7)
+    end_after(model, [5, tiny.EOS, 7, 8])
+    out = model.generate(ids, generation_config=GenerationConfig(max_length=11))
+    assert out[0, 4:].tolist() == [5, tiny.EOS]  # the model's end, where a config has none of its own
+    end_after(model, [5, 6, 7, 8])
+    assert model.generate(ids, generation_config=GenerationConfig(max_length=7)).shape == (1, 7)
 
 
 def test_an_empty_prompt_starts_a_document():

@@ -25,7 +25,7 @@ from calm.models.modeling_calm import CalmForCausalLM
 
 _STATES_AT_ONCE = 4096  # hidden states that CALM's head draws from together
 _BOOTSTRAP_ROUNDS = 1000
-_FEWEST_BLOCKS = 8  # an error from fewer is not believed
+_FEWEST_BLOCKS = 32  # an error from fewer is not believed
 # What some token models do to logits or attention, and the scores here do not.
 _UNSUPPORTED = ("final_logit_softcapping", "logits_scaling", "logit_scale", "sliding_window")
 
@@ -85,6 +85,8 @@ def evaluate_brier(
     is_calm = isinstance(model, CalmForCausalLM)
     _check_request(model, blocks, stride, num_samples)
     check_temperature(temperature)
+    if target_error is not None and not target_error > 0:
+        raise ValueError(f"target_error must be above 0, got {target_error}.")
     generator = torch.Generator(model.device).manual_seed(seed)
     started = time.perf_counter()
     was_training = model.training

@@ -132,6 +132,9 @@ class CalmGenerationMixin:
             "stop_strings": stop_strings,
         }
         settings = resolve_settings(given, generation_config or self.generation_config, input_ids.shape[1])
+        if generation_config is not None and not settings.end_ids:  # a config without an end keeps the model's
+            own = {name: getattr(self.generation_config, name) for name in ("eos_token_id", "pad_token_id")}
+            settings = resolve_settings(own | given, generation_config, input_ids.shape[1])
         aligned_ids, patch_mask = self.align_prompt(input_ids, attention_mask)
         self._check_context(patch_mask.shape[1], settings.max_new_tokens)
         criteria = StoppingCriteriaList(stopping_criteria or [])

@@ -75,7 +75,9 @@ def resolve_settings(given: dict[str, Any], saved: GenerationConfig, prompt_leng
             raise ValueError(f"{name} must be a whole number, got {values[name]!r}.")
     if not isinstance(values["temperature"], int | float):
         raise ValueError(f"temperature must be a number in (0, 1], got {values['temperature']!r}.")
-    if "max_length" in given and "max_new_tokens" not in given:
+    # The arguments' limit before the saved one, whichever of its two names each has.
+    limits = given if {"max_length", "max_new_tokens"} & given.keys() else saved_fields
+    if "max_length" in limits and "max_new_tokens" not in limits:
         values["max_new_tokens"] = values["max_length"] - prompt_length
         if values["max_new_tokens"] < 1:
             raise ValueError(
@@ -88,6 +90,8 @@ def resolve_settings(given: dict[str, Any], saved: GenerationConfig, prompt_leng
     for name in ("max_new_tokens", "num_return_sequences"):
         if values[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {values[name]}.")
+    if "" in _as_list(values["stop_strings"]):
+        raise ValueError("stop_strings must not be empty texts.")
     end_ids = _as_list(values["eos_token_id"])
     pad_id = values["pad_token_id"]
     return GenerationSettings(
