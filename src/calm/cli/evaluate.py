@@ -108,6 +108,8 @@ def evaluate(
                 )
                 results[name if len(temperatures) == 1 else f"{name} (T = {t:g})"] = origin | scored.to_dict()
     console = Console()
+    if not console.is_terminal:  # a pipe or a file has no width; numbers must not be cut off
+        console = Console(width=max(console.width, 160))
     scores = {name: result for name, result in results.items() if "brier_lm" in result}
     rebuilt = {name: result for name, result in results.items() if "brier_lm" not in result}
     if rebuilt:
