@@ -131,12 +131,10 @@ class CalmGenerationMixin:
             "num_return_sequences": num_return_sequences,
             "stop_strings": stop_strings,
         }
-        settings = resolve_settings(given, generation_config or self.generation_config, input_ids.shape[1])
-        if generation_config is not None and not settings.end_ids:  # a config without an end keeps the model's
-            own = {name: getattr(self.generation_config, name) for name in ("eos_token_id", "pad_token_id")}
-            settings = resolve_settings(own | given, generation_config, input_ids.shape[1])
+        saved = generation_config or self.generation_config
+        settings = resolve_settings(given, saved, self.generation_config, input_ids.shape[1])
         aligned_ids, patch_mask = self.align_prompt(input_ids, attention_mask)
-        self._check_context(patch_mask.shape[1], settings.max_new_tokens)
+        num_patches = self._patches_needed(patch_mask.shape[1], settings.max_new_tokens)
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if settings.stop_strings:
             if tokenizer is None:
@@ -154,7 +152,6 @@ class CalmGenerationMixin:
             state = _repeat(state, settings.num_return_sequences)
         step: Callable[[Any, Tensor], Any] = self.extend
         if compile:
-            num_patches = patch_mask.shape[1] + -(-settings.max_new_tokens // self.config.patch_size) - 1
             state, step = StaticStep.start(self, state, num_patches)
         end_ids = torch.tensor(settings.end_ids, dtype=torch.long, device=device)
         finished = torch.zeros(len(tokens), dtype=torch.bool, device=device)
@@ -287,7 +284,8 @@ class CalmGenerationMixin:
         )  # fmt: skip
         return chunk
 
-    def _check_context(self, num_patches: int, max_new_tokens: int) -> None:
+    def _patches_needed(self, num_patches: int, max_new_tokens: int) -> int:
+        """Positions of the backbone that prompt and continuation take; ValueError when its context holds fewer."""
         limit = getattr(self.config.backbone_config, "max_position_embeddings", None)
         patch_size = self.config.patch_size
         needed = num_patches + -(-max_new_tokens // patch_size) - 1
@@ -297,6 +295,7 @@ class CalmGenerationMixin:
                 f"model's context holds {limit}: shorten the prompt or ask for at most "
                 f"{max(0, (limit - num_patches + 1) * patch_size)} new tokens."
             )
+        return needed
 
 
 def _repeat(state: GenerationState, times: int) -> GenerationState:

@@ -48,8 +48,10 @@ class GenerationSettings:
     pad_id: int
 
 
-def resolve_settings(given: dict[str, Any], saved: GenerationConfig, prompt_length: int) -> GenerationSettings:
-    """Arguments before saved settings before defaults.
+def resolve_settings(
+    given: dict[str, Any], saved: GenerationConfig, models: GenerationConfig, prompt_length: int
+) -> GenerationSettings:
+    """Arguments before saved settings before defaults; where neither names an end of text, the model's tokens.
 
     Raises:
         ValueError: for parameters that a model without token probabilities cannot follow, and for impossible values.
@@ -70,6 +72,9 @@ def resolve_settings(given: dict[str, Any], saved: GenerationConfig, prompt_leng
             "generator and compile."
         )
     values: dict[str, Any] = known | saved_fields | given
+    if values["eos_token_id"] is None:
+        own = {"eos_token_id": models.eos_token_id, "pad_token_id": models.pad_token_id}
+        values |= {name: token for name, token in own.items() if token is not None and name not in given}
     for name in ("max_new_tokens", "num_return_sequences", "num_candidates", "max_length"):
         if values[name] is not None and (not isinstance(values[name], int) or isinstance(values[name], bool)):
             raise ValueError(f"{name} must be a whole number, got {values[name]!r}.")
