@@ -6,6 +6,9 @@ Shapes: N model samples, M target samples, Z latent dimensions, ... any leading 
 import torch
 from torch import Tensor
 
+# A squared distance below so many roundings of the squares it is the difference of is taken for zero.
+_ROUNDING = 16
+
 
 def energy_score(samples: Tensor, targets: Tensor, alpha: float = 1.0) -> Tensor:
     """Energy score of a sampled prediction; higher is better.
@@ -49,21 +52,51 @@ def energy_score_terms(samples: Tensor, targets: Tensor, alpha: float = 1.0) -> 
     if not 0 < alpha < 2:
         raise ValueError(f"energy_score: alpha must lie in (0, 2), got {alpha}: at 2 the score is not strictly proper.")
 
-    x = samples.movedim(0, -2)  # [..., N, Z]: the pairwise distances are batched over the leading dimensions
-    y = targets.movedim(0, -2)
-    # The N distances of a sample to itself are zero and drop out of the sum.
-    diversity = _pairwise_distance(x, x, alpha).sum((-2, -1)) / (num_samples * (num_samples - 1))
-    fidelity = _pairwise_distance(x, y, alpha).mean((-2, -1))
-    return diversity, fidelity
+    dtype = torch.promote_types(torch.promote_types(samples.dtype, targets.dtype), torch.float32)
+    x = samples.movedim(0, -2).to(dtype)  # [..., N, Z]: the distances are batched over the leading dimensions
+    y = targets.movedim(0, -2).to(dtype)
+    center = y.mean(-2, keepdim=True).detach()
+    return mean_distance_of_pairs(x, alpha), mean_distance(x - center, y - center, alpha)
 
 
-def _pairwise_distance(x: Tensor, y: Tensor, alpha: float) -> Tensor:
-    """``|x_i - y_j|^alpha``: ``[..., N, Z], [..., M, Z] -> [..., N, M]``, with zero gradient at zero distance."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    # The exact mode: through a matrix product, distances near zero would lose all their digits.
-    distance = torch.cdist(x.to(dtype), y.to(dtype), compute_mode="donot_use_mm_for_euclid_dist")
-    if alpha == 1:
-        return distance
-    # d^alpha has an infinite slope at 0 for alpha < 1; keep the power away from 0 and put the zero back.
-    positive = distance > 0
-    return torch.where(positive, distance, 1.0).pow(alpha) * positive
+def mean_distance_of_pairs(x: Tensor, alpha: float = 1.0) -> Tensor:
+    """Mean ``|x_i - x_j|^alpha`` over ``i != j``: ``[..., N, Z] -> [...]``."""
+    num_points = x.shape[-2]
+    x = x - x.mean(-2, keepdim=True).detach()
+    # The N distances of a point to itself are zero: they add nothing to the sum, and do not count.
+    return mean_distance(x, x, alpha) * (num_points / (num_points - 1))
+
+
+def mean_distance(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
+    """Mean ``|x_i - y_j|^alpha`` over all i and j: ``[..., N, Z], [..., M, Z] -> [...]``.
+
+    Distances come from one matrix product, ``|x|^2 + |y|^2 - 2 x y``: give points whose origin lies among them, in
+    float32 at least. Points closer than rounding can tell count as equal, with distance and gradient zero. What is
+    kept for the backward pass has the size of x (and of y, where y needs a gradient), whatever N times M is.
+    """
+    return _MeanDistance.apply(x, y, alpha)
+
+
+class _MeanDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, alpha: float) -> Tensor:
+        # Half precision would leave nothing of a difference of squares.
+        with torch.autocast(x.device.type, enabled=False):
+            sizes = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
+            squares = torch.matmul(x, y.mT).mul_(-2).add_(sizes)  # [..., N, M]
+            apart = squares > sizes.mul_(_ROUNDING * torch.finfo(x.dtype).eps)
+            squares = torch.where(apart, squares, 1.0)
+            powers = squares.pow(alpha / 2) * apart
+            # The gradient of |x_i - y_j|^alpha is this weight times (x_i - y_j).
+            weights = powers / squares * (alpha / (x.shape[-2] * y.shape[-2]))
+            gradient_x = weights.sum(-1, keepdim=True) * x - weights @ y
+            gradient_y = weights.sum(-2).unsqueeze(-1) * y - weights.mT @ x if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(gradient_x, gradient_y)
+        return powers.mean((-2, -1))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        gradient_x, gradient_y = ctx.saved_tensors
+        gradient = gradient[..., None, None]
+        return gradient * gradient_x, None if gradient_y is None else gradient * gradient_y, None

@@ -6,6 +6,8 @@ Shapes: M draws, Z latent dimensions, ... any leading dimensions.
 import torch
 from torch import Tensor
 
+from calm.functional.noise import Generator, normal
+
 
 def gaussian_kl(mean: Tensor, log_std: Tensor, clip: float = 0.5) -> Tensor:
     """KL divergence of N(mean, std^2) to N(0, I) in nats, floored per dimension.
@@ -35,14 +37,14 @@ def gaussian_sample(
     log_std: Tensor,
     num_samples: int,
     noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
 ) -> Tensor:
     """Draws from N(mean, std^2): ``[..., Z], [..., Z] -> [num_samples, ..., Z]``.
 
     Args:
         noise: standard normal ``[num_samples, ..., Z]``; given, the result is deterministic.
-        generator: source of the noise otherwise.
+        generator: source of the noise otherwise; one, or a list of one per row of the mean (its first dimension).
     """
     if noise is None:
-        noise = torch.randn((num_samples, *mean.shape), generator=generator, device=mean.device, dtype=mean.dtype)
-    return mean + noise * log_std.exp()
+        noise = normal((num_samples, *mean.shape), generator, mean.device, mean.dtype, row_dim=1)
+    return torch.addcmul(mean, noise, log_std.exp())

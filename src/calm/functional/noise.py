@@ -1,7 +1,7 @@
 """Random numbers from one generator, or from one per row.
 
 A list of generators gives every row of a batch its own stream: what a row gets does not depend on its neighbours.
-The rows are the last dimension but one.
+Unless said otherwise the rows are the last dimension but one.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +17,10 @@ def uniform(
     generator: Generator = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    row_dim: int = -2,
 ) -> Tensor:
     """Uniform in [0, 1), ``[..., rows, X]``."""
-    return _draw(torch.rand, shape, generator, device, dtype)
+    return _draw(torch.rand, shape, generator, device, dtype, row_dim)
 
 
 def normal(
@@ -27,9 +28,10 @@ def normal(
     generator: Generator = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    row_dim: int = -2,
 ) -> Tensor:
     """Standard normal, ``[..., rows, X]``."""
-    return _draw(torch.randn, shape, generator, device, dtype)
+    return _draw(torch.randn, shape, generator, device, dtype, row_dim)
 
 
 def of_rows(generator: Generator, rows: Tensor) -> Generator:
@@ -49,9 +51,11 @@ def _draw(
     generator: Generator,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
+    row_dim: int,
 ) -> Tensor:
     if not isinstance(generator, Sequence):
         return function(*shape, generator=generator, device=device, dtype=dtype)
-    check_rows(generator, shape[-2])
-    one = (*shape[:-2], shape[-1])
-    return torch.stack([function(*one, generator=each, device=device, dtype=dtype) for each in generator], dim=-2)
+    check_rows(generator, shape[row_dim])
+    one = list(shape)
+    del one[row_dim]
+    return torch.stack([function(*one, generator=each, device=device, dtype=dtype) for each in generator], row_dim)

@@ -6,7 +6,6 @@ a patch, H hidden, E embedding, Z latent, V vocabulary.
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -14,9 +13,15 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils import ModelOutput
 
 from calm.functional.gaussian import gaussian_kl, gaussian_sample
+from calm.functional.noise import Generator, uniform
 from calm.models.best_token import best_token
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
+from calm.models.linear_cross_entropy import linear_cross_entropy
 from calm.models.released import from_pretrained
+
+# While it trains, its accuracy is measured on so many tokens of a batch: on all of them it would take as long as a
+# third of the loss.
+_ACCURACY_TOKENS = 512
 
 
 @dataclass
@@ -26,7 +31,7 @@ class Posterior:
     mean: Tensor
     log_std: Tensor
 
-    def sample(self, num_samples: int, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, num_samples: int, noise: Tensor | None = None, generator: Generator = None) -> Tensor:
         """``[num_samples, B, L, Z]`` draws; standard normal ``noise`` of that shape makes them deterministic."""
         return gaussian_sample(self.mean, self.log_std, num_samples, noise, generator)
 
@@ -38,13 +43,15 @@ class CalmAutoencoderOutput(ModelOutput):
         loss: scalar, when labels were given: K * cross-entropy + kl_weight * KL.
         reconstruction_loss: scalar, mean cross-entropy per token in nats.
         kl: scalar, mean KL per patch in nats, floored per dimension.
-        logits: ``[B, L, K, V]``.
+        accuracy: scalar, share of tokens whose largest logit is theirs; of the first 512 tokens of a training batch.
+        logits: ``[B, L, K, V]``, when no labels were given: the loss is computed without holding them.
         mean, log_std: the posterior, ``[B, L, Z]``.
     """
 
     loss: Tensor | None = None
     reconstruction_loss: Tensor | None = None
     kl: Tensor | None = None
+    accuracy: Tensor | None = None
     logits: Tensor | None = None
     mean: Tensor | None = None
     log_std: Tensor | None = None
@@ -170,7 +177,7 @@ class CalmAutoencoder(PreTrainedModel):
         input_ids: Tensor,
         labels: Tensor | None = None,
         noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator = None,
     ) -> CalmAutoencoderOutput:
         """Encode, draw one latent per patch, decode.
 
@@ -180,18 +187,28 @@ class CalmAutoencoder(PreTrainedModel):
             input_ids: ``[B, T]``, T a multiple of K.
             labels: ``[B, T]``, -100 where a token does not count.
             noise: standard normal ``[B, L, Z]`` of the latent draw.
-            generator: source of noise and dropout otherwise (dropout of the latent uses torch's own generator).
+            generator: source of noise and dropout otherwise; one, or a list of one per row.
         """
         config = self.config
         if self.training and config.token_dropout:
-            luck = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
+            luck = uniform(input_ids.shape, generator, input_ids.device, row_dim=0)
             input_ids = input_ids.masked_fill(luck < config.token_dropout, config.token_dropout_id)
         posterior = self.encode(input_ids)
         latents = posterior.sample(1, None if noise is None else noise[None], generator)[0]
-        logits = self.decode(F.dropout(latents, config.latent_dropout, self.training))
-        output = CalmAutoencoderOutput(logits=logits, mean=posterior.mean, log_std=posterior.log_std)
-        if labels is not None:
-            output.reconstruction_loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
+        if self.training and config.latent_dropout:
+            luck = uniform(latents.shape, generator, latents.device, row_dim=0)
+            latents = latents * (luck >= config.latent_dropout) / (1 - config.latent_dropout)
+        states = self.decoder(latents)
+        output = CalmAutoencoderOutput(mean=posterior.mean, log_std=posterior.log_std)
+        if labels is None:
+            output.logits = F.linear(states, self.embed_tokens.weight)
+        else:
+            states, labels = states.flatten(0, -2), labels.flatten()
+            output.reconstruction_loss = linear_cross_entropy(states, self.embed_tokens.weight, labels)
+            seen = slice(_ACCURACY_TOKENS if self.training else None)
+            counted = labels[seen].ne(-100)
+            hits = (self.best_tokens(states[seen].detach()) == labels[seen]) & counted
+            output.accuracy = hits.sum() / counted.sum().clamp(min=1)
             output.kl = gaussian_kl(posterior.mean, posterior.log_std, config.kl_clip).mean()
             # Summed over the patch, so that the weight of the KL does not depend on K.
             output.loss = config.patch_size * output.reconstruction_loss + config.kl_weight * output.kl

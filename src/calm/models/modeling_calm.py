@@ -11,6 +11,7 @@ from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from calm.functional.noise import Generator
 from calm.models.configuration_calm import CalmConfig
 from calm.models.generation import CalmGenerationMixin
 from calm.models.generation_settings import GENERATION_DEFAULTS
@@ -144,7 +145,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         use_cache: bool = False,
         noise: Tensor | None = None,
         target_noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator = None,
     ) -> CalmOutput:
         """Hidden states of the patches and, with labels, the loss of predicting every patch from those before it.
 
@@ -156,6 +157,8 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             position_ids: ``[B, L]``, positions of the patches.
             noise, target_noise: of the head's loss, ``[N, B, L - 1, ...]`` and ``[M, B, L - 1, Z]``; given both, the
                 loss is deterministic.
+            generator: source of the noise otherwise; one, or a list of one per row: the loss of a row then does not
+                depend on the rows beside it.
         """
         outputs = self.backbone(
             inputs_embeds=self.embed_patches(input_ids),
@@ -176,7 +179,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         labels: Tensor,
         noise: Tensor | None,
         target_noise: Tensor | None,
-        generator: torch.Generator | None,
+        generator: Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         patch_size = self.config.patch_size
         target_ids = labels[:, patch_size:]

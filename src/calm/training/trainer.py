@@ -31,7 +31,7 @@ class CalmTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
-            for name, value in report(self.accelerator.unwrap_model(model), outputs, inputs).items():
+            for name, value in report(self.accelerator.unwrap_model(model), outputs).items():
                 self._sums[name] += value.detach()
             self._count += 1
             self._tokens += inputs["input_ids"].numel()
@@ -62,13 +62,12 @@ class CalmTrainer(Trainer):
 
 
 @torch.no_grad()
-def report(model: torch.nn.Module, outputs, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def report(model: torch.nn.Module, outputs) -> dict[str, torch.Tensor]:
     """What a training record says beside the loss; scalars."""
     if isinstance(model, CalmAutoencoder):
-        hits = outputs.logits.argmax(-1).flatten() == inputs["labels"].flatten()
         return {
             "reconstruction_loss": outputs.reconstruction_loss,
-            "accuracy": hits.float().mean(),
+            "accuracy": outputs.accuracy,
             "kl": outputs.kl,
             "live_dimensions": outputs.mean.flatten(0, -2).float().var(0).gt(LIVE_VARIANCE).sum(),
         }

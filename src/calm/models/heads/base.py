@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from calm.functional.noise import Generator
@@ -42,7 +41,7 @@ class Head(nn.Module):
         posterior: Posterior,
         noise: Tensor | None = None,
         target_noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator = None,
     ) -> HeadLoss:
         """Loss of predicting the next patch.
 
@@ -51,6 +50,7 @@ class Head(nn.Module):
             posterior: of the true next patch, mean and log_std ``[..., Z]``.
             noise: the head's own noise; its shape is the head's matter.
             target_noise: standard normal ``[M, ..., Z]`` of the draws from the posterior.
+            generator: one, or a list of one per row of hidden (its first dimension).
         """
         raise NotImplementedError
 

@@ -17,7 +17,7 @@ from calm.functional.diffusion import (
     diffusion_loss,
     respace,
 )
-from calm.functional.noise import Generator, normal
+from calm.functional.noise import Generator, normal, uniform
 from calm.models.configuration_heads import DiffusionHeadConfig
 from calm.models.heads.adaln import AdaptiveNormMLP
 from calm.models.heads.base import Head, HeadLoss, leading_shape
@@ -72,7 +72,7 @@ class DiffusionHead(Head):
         posterior: Posterior,
         noise: Tensor | None = None,
         target_noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator = None,
         timestep: Tensor | None = None,
     ) -> HeadLoss:
         """Squared error of the noise seen in N noisy draws of the posterior, and the bound that trains the variance.
@@ -85,10 +85,10 @@ class DiffusionHead(Head):
         schedule = _schedule(config.num_train_timesteps, config.num_train_timesteps, hidden.device)
         targets = posterior.sample(config.num_samples, target_noise, generator).float()
         if noise is None:
-            noise = torch.randn(targets.shape, generator=generator, device=targets.device)
+            noise = normal(targets.shape, generator, targets.device, row_dim=1)
         if timestep is None:
-            shape = targets.shape[:-1]
-            timestep = torch.randint(len(schedule), shape, generator=generator, device=targets.device)
+            time = uniform(targets.shape[:-1], generator, targets.device, row_dim=1)
+            timestep = (time * len(schedule)).long()
         output = self.network(add_noise(targets, noise, timestep, schedule), timestep, hidden)
         mse, bound = diffusion_loss(output, targets, noise, timestep, schedule)
         mse, bound = mse.mean(0), bound.mean(0)

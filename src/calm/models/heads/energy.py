@@ -3,14 +3,17 @@
 Shapes: N head samples, D hidden, Z latent, U noise, ... any leading dimensions.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from calm.functional.energy_score import energy_score_terms
+from calm.functional.energy_score import mean_distance, mean_distance_of_pairs
 from calm.functional.noise import Generator, uniform
 from calm.models.configuration_heads import EnergyHeadConfig
+from calm.models.heads.activated_linear import activated_linear, gated_silu
 from calm.models.heads.base import Head, HeadLoss, leading_shape
 from calm.models.modeling_autoencoder import Posterior
 
@@ -25,7 +28,6 @@ class GatedBlock(nn.Module):
         self.mlp = nn.Sequential(
             nn.SiLU(), nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size)
         )
-        self.gate_act = nn.SiLU()
         self.down_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -33,8 +35,9 @@ class GatedBlock(nn.Module):
         # hidden state, it broadcasts over the samples.
         x_weight, condition_weight = self.mix.weight.chunk(2, dim=1)
         mixed = F.linear(self.norm(x), x_weight) + F.linear(condition, condition_weight, self.mix.bias)
-        gate, up = self.mlp(mixed).chunk(2, dim=-1)
-        return x + self.down_proj(self.gate_act(gate) * up)
+        _, first, _, second = self.mlp
+        gate_up = activated_linear(F.silu, activated_linear(F.silu, mixed, first), second)
+        return x + activated_linear(gated_silu, gate_up, self.down_proj)
 
 
 class EnergyHead(Head):
@@ -73,12 +76,14 @@ class EnergyHead(Head):
             x = x + condition
         for block in self.blocks:
             x = block(x, condition)
-        return self.output_layer(self.final_mlp(self.final_norm(x)))
+        return activated_linear(F.silu, self.final_mlp[0](self.final_norm(x)), self.output_layer)
 
-    def draw_noise(self, hidden: Tensor, num_samples: int | None = None, generator: Generator = None) -> Tensor:
+    def draw_noise(
+        self, hidden: Tensor, num_samples: int | None = None, generator: Generator = None, row_dim: int = -2
+    ) -> Tensor:
         """Uniform noise in [-0.5, 0.5]: ``[(num_samples,) ..., U]`` for hidden states ``[..., D]``."""
         shape = (*leading_shape(hidden, num_samples), self.config.noise_size)
-        return uniform(shape, generator, hidden.device, hidden.dtype) - 0.5
+        return uniform(shape, generator, hidden.device, hidden.dtype, row_dim) - 0.5
 
     def loss(
         self,
@@ -86,22 +91,45 @@ class EnergyHead(Head):
         posterior: Posterior,
         noise: Tensor | None = None,
         target_noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator = None,
     ) -> HeadLoss:
         """Negative energy score of N draws against M draws of the posterior; noise ``[N, ..., U]``."""
         config = self.config
         if noise is None:
-            noise = self.draw_noise(hidden, config.num_samples, generator)
-        samples = self.sample(hidden, noise)
-        targets = posterior.sample(config.num_target_samples, target_noise, generator)
-        diversity, fidelity = energy_score_terms(samples, targets, config.alpha)
+            noise = self.draw_noise(hidden, config.num_samples, generator, row_dim=1)
+        samples = self.sample(hidden, noise).float()
+        # Distances do not change with the origin; that of the differences of squares lies among the points.
+        errors = (samples - posterior.mean.float()).movedim(0, -2)  # [..., N, Z]
+        diversity = mean_distance_of_pairs(errors, config.alpha)
+        fidelity = self._fidelity(errors, posterior, target_noise, generator)
         loss = 2 * fidelity - diversity
         metrics = {"energy_score": -loss, "fidelity": fidelity, "diversity": diversity}
         if config.mean_pull_weight:
-            pull = (samples.float().mean(0) - posterior.mean.float()).square().sum(-1)
+            pull = errors.mean(-2).square().sum(-1)
             loss = loss + config.mean_pull_weight * pull
             metrics["mean_pull"] = pull
         return HeadLoss(loss, metrics)
+
+    def _fidelity(
+        self, errors: Tensor, posterior: Posterior, target_noise: Tensor | None, generator: Generator
+    ) -> Tensor:
+        """Mean distance of the samples to M draws of the posterior, both seen from its mean: ``[..., N, Z] -> [...]``.
+
+        One row at a time: the draws of one are all that is held at once, and nothing of them is kept for the backward
+        pass.
+        """
+        std = posterior.log_std.float().exp()
+        num_targets = self.config.num_target_samples
+        distances = []
+        for row in range(len(std)):
+            if target_noise is None:
+                shape = (*std.shape[1:-1], num_targets, std.shape[-1])
+                source = generator[row] if isinstance(generator, Sequence) else generator
+                noise = torch.randn(shape, generator=source, device=std.device)
+            else:
+                noise = target_noise[:, row].movedim(0, -2).float()
+            distances.append(mean_distance(errors[row], noise * std[row].unsqueeze(-2), self.config.alpha))
+        return torch.stack(distances)
 
     def init_weights(self) -> None:
         """Every sample starts at the same point: the first steps learn where the latents lie, then their spread."""

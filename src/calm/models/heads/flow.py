@@ -3,11 +3,10 @@
 Shapes: N draws, D hidden, Z latent, ... any leading dimensions.
 """
 
-import torch
 from torch import Tensor
 
 from calm.functional.flow import flow_matching_loss, integrate_flow, straight_path
-from calm.functional.noise import Generator, normal
+from calm.functional.noise import Generator, normal, uniform
 from calm.models.configuration_heads import FlowHeadConfig
 from calm.models.heads.adaln import AdaptiveNormMLP
 from calm.models.heads.base import Head, HeadLoss, leading_shape
@@ -54,7 +53,7 @@ class FlowHead(Head):
         posterior: Posterior,
         noise: Tensor | None = None,
         target_noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator = None,
         time: Tensor | None = None,
     ) -> HeadLoss:
         """Squared error of the velocity at N points on paths from noise to draws of the posterior.
@@ -65,9 +64,9 @@ class FlowHead(Head):
         """
         targets = posterior.sample(self.config.num_samples, target_noise, generator).float()
         if noise is None:
-            noise = torch.randn(targets.shape, generator=generator, device=targets.device)
+            noise = normal(targets.shape, generator, targets.device, row_dim=1)
         if time is None:
-            time = torch.rand(targets.shape[:-1], generator=generator, device=targets.device)
+            time = uniform(targets.shape[:-1], generator, targets.device, row_dim=1)
         velocity = self.velocity(straight_path(noise, targets, time), time, hidden)
         return HeadLoss(flow_matching_loss(velocity, noise, targets).mean(0))
 

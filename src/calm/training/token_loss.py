@@ -1,0 +1,33 @@
+"""Training of token models without their logits."""
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from calm.models.linear_cross_entropy import linear_cross_entropy
+
+
+def use_linear_cross_entropy(model: PreTrainedModel) -> None:
+    """Make a causal language model compute its loss without holding logits; with labels, it returns the loss alone.
+
+    Models whose logits are more than a product with the output embedding (a bias, a scale, a soft cap) stay as they
+    are.
+    """
+    plain_forward = model.forward
+
+    def forward(input_ids, labels=None, attention_mask=None, **kwargs):
+        if labels is None:
+            return plain_forward(input_ids, attention_mask=attention_mask, **kwargs)
+        outputs = model.base_model(input_ids, attention_mask=attention_mask, **kwargs)
+        states = outputs.last_hidden_state[:, :-1].flatten(0, 1)
+        # Not the loss function of transformers: it wants logits.
+        loss = linear_cross_entropy(states, model.get_output_embeddings().weight, labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss)
+
+    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+    with torch.no_grad():
+        same = torch.allclose(plain_forward(ids, labels=ids).loss, forward(ids, labels=ids).loss, rtol=1e-4)
+    if same:
+        model.forward = forward
+        # The mean over one micro-batch: the Trainer must divide it by the accumulation steps itself.
+        model.accepts_loss_kwargs = False
