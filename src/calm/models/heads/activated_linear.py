@@ -1,44 +1,71 @@
 """Linear layers that keep what comes before their activation alone, and compute the activation again for the gradient.
 
 A head sees N times as many vectors as the backbone: what its layers keep is most of the memory of a training step.
-"""
 
-from collections.abc import Callable
+Shapes: R rows, I input, O output.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def activated_linear(activation: Callable[[Tensor], Tensor], x: Tensor, linear: nn.Linear) -> Tensor:
-    """``linear(activation(x))``; for the backward pass it keeps ``x``, not ``activation(x)``."""
+def silu_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """``linear(silu(x))``: ``[..., I] -> [..., O]``; for the backward pass it keeps ``x``, not ``silu(x)``."""
+    return _apply(x, linear, _Silu)
+
+
+def gated_silu_linear(gate_up: Tensor, linear: nn.Linear) -> Tensor:
+    """``linear(silu(gate) * up)`` of ``[gate, up]``: ``[..., 2 I] -> [..., O]``; it keeps its input alone."""
+    return _apply(gate_up, linear, _GatedSilu)
+
+
+class _Silu:
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    @staticmethod
+    def backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Activation and gradient of its input."""
+        return F.silu(x), torch.ops.aten.silu_backward(gradient, x)
+
+
+class _GatedSilu:
+    @staticmethod
+    def forward(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(gate_up: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = gate_up.chunk(2, dim=-1)
+        opened = F.silu(gate)
+        result = torch.empty_like(gate_up)
+        of_gate, of_up = result.chunk(2, dim=-1)
+        of_up.copy_(gradient * opened)
+        of_gate.copy_(torch.ops.aten.silu_backward(gradient.mul_(up), gate))
+        return opened.mul_(up), result
+
+
+def _apply(x: Tensor, linear: nn.Linear, activation: type[_Silu] | type[_GatedSilu]) -> Tensor:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return linear(activation(x))  # a compiler decides for itself what to compute again
-    return _ActivatedLinear.apply(activation, x, linear.weight, linear.bias)
-
-
-def gated_silu(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` of ``[gate, up]``: ``[..., 2 D] -> [..., D]``."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+        return linear(activation.forward(x))  # a compiler decides for itself what to compute again
+    return _ActivatedLinear.apply(x, linear.weight, linear.bias, activation)
 
 
 class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, activation: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.activation, ctx.device_type = activation, x.device.type
-        ctx.autocast = torch.is_autocast_enabled(ctx.device_type), torch.get_autocast_dtype(ctx.device_type)
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, activation: type[_Silu] | type[_GatedSilu]) -> Tensor:
+        ctx.activation = activation
         ctx.save_for_backward(x, weight)
-        return F.linear(activation(x), weight, bias)
+        return F.linear(activation.forward(x), weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        enabled, dtype = ctx.autocast
-        with torch.autocast(ctx.device_type, dtype, enabled=enabled), torch.enable_grad():
-            x = x.detach().requires_grad_()
-            activated = ctx.activation(x)
-            (of_x,) = torch.autograd.grad(activated, x, gradient @ weight)
         rows = gradient.flatten(0, -2)
-        return None, of_x, rows.mT @ activated.detach().flatten(0, -2).to(rows.dtype), rows.sum(0)
+        of_activation = (rows @ weight.to(rows.dtype)).view(*gradient.shape[:-1], -1).to(x.dtype)
+        activated, of_x = ctx.activation.backward(x, of_activation)
+        return of_x, rows.mT @ activated.flatten(0, -2).to(rows.dtype), rows.sum(0), None

@@ -13,7 +13,7 @@ from transformers import initialization as init
 from calm.functional.energy_score import mean_distance, mean_distance_of_pairs
 from calm.functional.noise import Generator, uniform
 from calm.models.configuration_heads import EnergyHeadConfig
-from calm.models.heads.activated_linear import activated_linear, gated_silu
+from calm.models.heads.activated_linear import gated_silu_linear, silu_linear
 from calm.models.heads.base import Head, HeadLoss, leading_shape
 from calm.models.modeling_autoencoder import Posterior
 
@@ -34,10 +34,11 @@ class GatedBlock(nn.Module):
         # The first layer acts on [x, condition]. Its condition half does not depend on the noise: computed once per
         # hidden state, it broadcasts over the samples.
         x_weight, condition_weight = self.mix.weight.chunk(2, dim=1)
-        mixed = F.linear(self.norm(x), x_weight) + F.linear(condition, condition_weight, self.mix.bias)
+        of_condition = F.linear(condition, condition_weight, self.mix.bias)
+        mixed = F.linear(self.norm(x), x_weight).add_(of_condition)
         _, first, _, second = self.mlp
-        gate_up = activated_linear(F.silu, activated_linear(F.silu, mixed, first), second)
-        return x + activated_linear(gated_silu, gate_up, self.down_proj)
+        gate_up = silu_linear(silu_linear(mixed, first), second)
+        return x + gated_silu_linear(gate_up, self.down_proj)
 
 
 class EnergyHead(Head):
@@ -76,7 +77,7 @@ class EnergyHead(Head):
             x = x + condition
         for block in self.blocks:
             x = block(x, condition)
-        return activated_linear(F.silu, self.final_mlp[0](self.final_norm(x)), self.output_layer)
+        return silu_linear(self.final_mlp[0](self.final_norm(x)), self.output_layer)
 
     def draw_noise(
         self, hidden: Tensor, num_samples: int | None = None, generator: Generator = None, row_dim: int = -2
@@ -127,8 +128,9 @@ class EnergyHead(Head):
                 source = generator[row] if isinstance(generator, Sequence) else generator
                 noise = torch.randn(shape, generator=source, device=std.device)
             else:
-                noise = target_noise[:, row].movedim(0, -2).float()
-            distances.append(mean_distance(errors[row], noise * std[row].unsqueeze(-2), self.config.alpha))
+                noise = target_noise[:, row].movedim(0, -2).float().clone()
+            targets = noise.mul_(std[row].unsqueeze(-2))
+            distances.append(mean_distance(errors[row], targets, self.config.alpha))
         return torch.stack(distances)
 
     def init_weights(self) -> None:
