@@ -19,8 +19,10 @@ from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.files import write_whole
 from calm.models.loading import load_autoencoder, load_language_model
 from calm.report.scatter import Panel, plot_panels
+from calm.training.arguments import trained_tokens
 from calm.training.recipe import Recipe
-from calm.training.run import read_run, train, trained_tokens
+from calm.training.resume import read_run
+from calm.training.run import train
 
 RECIPES = ("autoencoder", "calm", "baseline")
 SCORE = "score.json"

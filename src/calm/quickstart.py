@@ -27,8 +27,10 @@ from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.files import write_whole
 from calm.models.loading import load_model
 from calm.models.modeling_calm import CalmForCausalLM
+from calm.training.arguments import trained_tokens
 from calm.training.recipe import Recipe
-from calm.training.run import is_complete, read_run, train, trained_tokens
+from calm.training.resume import is_complete, read_run
+from calm.training.run import train
 from calm.training.speed import seconds_per_step
 
 QUICKSTART = "quickstart.json"  # the settings of a run directory

@@ -10,8 +10,8 @@ import yaml
 import calm.quickstart
 from calm.cli import main as cli
 from calm.report.quickstart import write
+from calm.training.metrics import read_metrics
 from calm.training.progress import make_progress
-from calm.training.trainer import read_metrics
 
 
 def run(monkeypatch, capsys, *arguments):

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from calm.training.arguments import accumulation_steps, trained_tokens, training_arguments
 from calm.training.recipe import TRAINING_DEFAULTS, Recipe
-from calm.training.run import accumulation_steps, trained_tokens, training_arguments
 
 MINIMAL = """
 stage: autoencoder

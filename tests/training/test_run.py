@@ -17,9 +17,9 @@ from calm.data.tokenizer import train_tokenizer
 from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.models.loading import load_autoencoder, load_language_model, load_model
+from calm.training.metrics import read_metrics
 from calm.training.recipe import Recipe
 from calm.training.run import train
-from calm.training.trainer import read_metrics
 
 WORDS = ["alpha", "beta", "gamma", "delta"]
 DOCUMENTS = [" ".join(WORDS[(i + j) % 4] for j in range(60)) for i in range(40)]

@@ -27,9 +27,10 @@ def info(
     from calm.functional.temperature import check_temperature
     from calm.models.outline import outline
     from calm.report.tables import compute_tables
+    from calm.training.arguments import trained_tokens
     from calm.training.models import outline_model
     from calm.training.recipe import Recipe
-    from calm.training.run import read_run, trained_tokens
+    from calm.training.resume import read_run
 
     if check_temperature(temperature) > candidates:
         raise ValueError(f"--candidates must be at least 1/temperature, got {candidates} at temperature {temperature}.")

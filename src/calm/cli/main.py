@@ -1,6 +1,7 @@
 """The `calm` command."""
 
 import os
+import signal
 import sys
 import warnings
 
@@ -42,9 +43,9 @@ def main() -> None:
     quieten_libraries()
     try:
         app()
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on.", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted; run the same command again to go on.", file=sys.stderr)
+        sys.exit(128 + getattr(error, "signal", signal.SIGINT))
     except Exception as error:
         if not is_user_error(error) or os.environ.get("CALM_DEBUG"):
             raise

@@ -20,8 +20,8 @@ def quickstart(
     from calm.device import resolve_device
     from calm.quickstart import TIME_SHARES, run_quickstart
     from calm.report import quickstart as report
+    from calm.training.metrics import read_metrics
     from calm.training.progress import make_progress
-    from calm.training.trainer import read_metrics
 
     with make_progress() as progress:
         results = run_quickstart(run, minutes, seed, resolve_device(device).type, progress)

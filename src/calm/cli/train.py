@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -7,18 +8,23 @@ import typer
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file, see recipes/")],
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ...")] = None,
+    allow_recipe_change: Annotated[
+        bool, typer.Option("--allow-recipe-change", help="go on with a run that another recipe began")
+    ] = False,
 ) -> None:
     """Train what a recipe says: an autoencoder, a CALM, or an autoregressive baseline.
 
-    Interrupted, the same command goes on from the last checkpoint.
+    Interrupted (SIGTERM, Ctrl-C, a crash), the same command goes on from the last checkpoint. Under torchrun or
+    `accelerate launch` it trains on all processes.
 
     Example: `calm train recipes/quickstart/calm.yaml training.learning_rate=1e-3 output_dir=runs/mine`
     """
     from calm.training.recipe import Recipe
-    from calm.training.run import is_complete
+    from calm.training.resume import is_complete
     from calm.training.run import train as run
 
     resolved = Recipe.load(recipe, overrides or [])
     already = is_complete(resolved)
-    output = run(resolved)
-    print(f"{'already complete' if already else 'trained'}: {output}")
+    output = run(resolved, allow_recipe_change=allow_recipe_change)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{'already complete' if already else 'trained'}: {output}")

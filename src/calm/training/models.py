@@ -15,6 +15,7 @@ from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.outline import outline
 from calm.training.recipe import Recipe
+from calm.training.token_loss import use_linear_cross_entropy
 
 
 def build_model(recipe: Recipe) -> PreTrainedModel:
@@ -23,7 +24,9 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     if recipe.stage == "autoencoder":
         return CalmAutoencoder(CalmAutoencoderConfig(**tokens | recipe.model))
     if recipe.stage == "baseline":
-        return AutoModelForCausalLM.from_config(_baseline_config(recipe, tokens), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(_baseline_config(recipe, tokens), dtype=torch.float32)
+        use_linear_cross_entropy(model)
+        return model
     autoencoder = load_autoencoder(recipe.model["autoencoder"])
     _check_same_tokenizer(recipe.model["autoencoder"], recipe.data.train)
     model = CalmForCausalLM.from_autoencoder(autoencoder, _backbone(recipe, autoencoder.config, tokens), _head(recipe))

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 _SECONDS_BETWEEN_LINES = 10
 
 
-def make_progress(console: Console | None = None) -> Progress:
+def make_progress(console: Console | None = None, disable: bool = False) -> Progress:
     """The progress display that commands share."""
     return Progress(
         SpinnerColumn(),
@@ -29,6 +29,7 @@ def make_progress(console: Console | None = None) -> Progress:
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[note]}"),
         console=console or Console(stderr=True),
+        disable=disable,
     )
 
 

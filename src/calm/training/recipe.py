@@ -13,6 +13,7 @@ model:                               # stage autoencoder: fields of CalmAutoenco
   backbone: {hidden_size: 256}       #   the backbone's fields (`model_type` if it is no Llama),
   head: {type: energy}               #   and the head's; stage baseline: the backbone alone
 tokens_per_step: 524288              # over all processes; sets gradient_accumulation_steps. Optional
+precision: auto                      # auto (bfloat16 on GPUs that have it) | float32 | bfloat16 | float16
 brier_blocks: 32                     # BrierLM on so many validation blocks with every evaluation. Optional
 training:                            # fields of transformers.TrainingArguments
   learning_rate: 3.0e-4
@@ -31,6 +32,7 @@ from typing import Any
 import yaml
 
 STAGES = ("autoencoder", "calm", "baseline")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 MODEL_PARTS = {"calm": ("autoencoder", "backbone", "head"), "baseline": ("backbone",)}
 
 # The paper's optimiser, and habits that suit language models; a recipe may change every one of them.
@@ -49,7 +51,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": "tensorboard",
 }
 # Set by the run itself.
-_RESERVED_TRAINING = ("output_dir", "seed", "remove_unused_columns", "prediction_loss_only")
+_RESERVED_TRAINING = ("output_dir", "seed", "remove_unused_columns", "prediction_loss_only", "logging_nan_inf_filter")
 
 
 @dataclass
@@ -69,10 +71,15 @@ class Recipe:
     seed: int = 0
     tokens_per_step: int | None = None
     brier_blocks: int | None = None
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
+        if self.precision != "auto" and {"bf16", "fp16"} & self.training.keys():
+            raise ValueError("give precision or training.bf16 and training.fp16, not both.")
         _check_keys(self.model, _model_fields(self.stage), "model")
         for part, fields in (("backbone", _backbone_fields(self.model)), ("head", _head_fields(self.model))):
             if fields is not None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from calm.training.arguments import training_arguments
 from calm.training.models import build_model
 from calm.training.recipe import Recipe
-from calm.training.run import load_blocks, training_arguments
+from calm.training.run import load_blocks
 
 _WARMUP_STEPS = 2
 _MEASURED_STEPS = 6

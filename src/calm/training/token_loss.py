@@ -30,4 +30,4 @@ def use_linear_cross_entropy(model: PreTrainedModel) -> None:
     if same:
         model.forward = forward
         # The mean over one micro-batch: the Trainer must divide it by the accumulation steps itself.
-        model.accepts_loss_kwargs = False
+        model.accepts_loss_kwargs = False  # type: ignore[assignment]

@@ -1,64 +1,198 @@
-"""A thin subclass of transformers' Trainer: averages what the models report, and writes it where people look."""
+"""A thin subclass of transformers' Trainer: runs that do not depend on how they are divided, checkpoints that hold.
+
+Order and noise come from :mod:`calm.training.order`, checkpoints are sealed (:mod:`calm.training.checkpoints`), and a
+training record holds the mean of everything the model reports, over all micro-batches and processes since the last.
+"""
 
 import json
+import shutil
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import Dataset
+from transformers import Trainer
 
 from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.brier_scores import NGRAM
 from calm.evaluation.reconstruction import LIVE_VARIANCE
-from calm.files import write_whole
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
+from calm.training.checkpoints import rotate, seal
+from calm.training.order import NumberedBlocks, ShuffledSteps, noise_of_blocks
+
+_FROM_RECIPE = ("initial_lr", "weight_decay", "betas", "eps")
+_EVALUATION = -1  # the step that noise in evaluations belongs to: the same in all of them
 
 
 class CalmTrainer(Trainer):
-    """Trainer that logs, beside the loss, the parts of it that the model reports, and tokens per second."""
+    """Trainer of autoencoders, CALMs and token models on blocks of tokens.
 
-    def __init__(self, *args, brier_blocks: int | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+    Args:
+        about: what a checkpoint says about its run, beside what the Trainer knows.
+        keep: checkpoints that stay; None keeps all.
+        brier_blocks: score so many held-out blocks with every evaluation.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        about: dict[str, Any] | None = None,
+        keep: int | None = None,
+        brier_blocks: int | None = None,
+        **kwargs,
+    ):
+        held_out = None if eval_dataset is None else NumberedBlocks(eval_dataset)
+        super().__init__(**kwargs, train_dataset=NumberedBlocks(train_dataset), eval_dataset=held_out)
+        self.held_out_blocks = eval_dataset
+        self.about = about or {}
+        self.keep = keep
         self.brier_blocks = brier_blocks
-        self._sums: dict[str, Any] = defaultdict(float)
-        self._count = 0
-        self._tokens = 0
-        self._since = time.perf_counter()
+        self.averages = Averages()
+        self._first_bad_step = torch.tensor(-1, device=self.args.device)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> ShuffledSteps:
+        return ShuffledSteps(
+            len(self.train_dataset),  # type: ignore[arg-type]
+            blocks_per_step(self.args),
+            self.args.seed,
+            step=lambda: self.state.global_step,
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        inputs = dict(inputs)
+        numbers = inputs.pop("number")
+        plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if isinstance(plain, CalmAutoencoder | CalmForCausalLM):
+            step = self.state.global_step if model.training else _EVALUATION
+            inputs["generator"] = noise_of_blocks(numbers, self.args.seed, step)
+        outputs = model(**inputs)
         if model.training:
-            for name, value in report(self.accelerator.unwrap_model(model), outputs).items():
-                self._sums[name] += value.detach()
-            self._count += 1
-            self._tokens += inputs["input_ids"].numel()
-        return (loss, outputs) if return_outputs else loss
+            loss = outputs.loss.detach()
+            good = loss.isfinite() | (self._first_bad_step >= 0)
+            self._first_bad_step = torch.where(good, self._first_bad_step, self.state.global_step + 1)
+            self.averages.add({"loss": loss} | report(plain, outputs), inputs["input_ids"].numel())
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Held-out loss and, where the recipe asks for it, BrierLM on some of the held-out blocks."""
         metrics = super().evaluate(*args, **kwargs)
         if self.brier_blocks is not None:
-            model: Any = self.accelerator.unwrap_model(self.model)
-            blocks: Any = self.eval_dataset
-            stride = model.config.patch_size if isinstance(model, CalmForCausalLM) else NGRAM
-            result = evaluate_brier(model, blocks, stride, self.brier_blocks)
-            scores = {"eval_brier_lm": result.brier_lm, "eval_brier_lm_error": result.brier_lm_error}
-            scores |= {f"eval_brier_{n}": value for n, value in enumerate(result.brier, start=1)}
+            scores = [self._brier_scores() if self.is_world_process_zero() else None]
+            (scores,) = broadcast_object_list(scores)  # every process goes on with the same record
             self.log(scores)
             metrics |= scores
         return metrics
 
+    def _brier_scores(self) -> dict[str, float]:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        blocks: Any = self.held_out_blocks
+        stride = model.config.patch_size if isinstance(model, CalmForCausalLM) else NGRAM
+        result = evaluate_brier(model, blocks, stride, self.brier_blocks)
+        scores = {"eval_brier_lm": result.brier_lm, "eval_brier_lm_error": result.brier_lm_error}
+        return scores | {f"eval_brier_{n}": value for n, value in enumerate(result.brier, start=1)}
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Moments and position come from the checkpoint, rates and decay from the recipe, which may have changed."""
+        if checkpoint is None or self.optimizer is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        groups = [
+            {name: group[name] for name in _FROM_RECIPE if name in group} for group in self.optimizer.param_groups
+        ]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, values in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(values)
+        scheduler: Any = self.lr_scheduler
+        if hasattr(scheduler, "lr_lambdas"):
+            scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            for group, factor in zip(self.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+        return None
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the averages since the last log to a training record."""
-        if "loss" in logs and self._count:
-            logs |= {name: float(total) / self._count for name, total in self._sums.items()}
-            logs["tokens_per_second"] = self._tokens / (time.perf_counter() - self._since)
-            self._sums.clear()
-            self._count, self._tokens, self._since = 0, 0, time.perf_counter()
+        if "loss" in logs:
+            self.check_finite()
+            logs |= self.averages.take(self.accelerator)
         super().log(logs, start_time)
+
+    def check_finite(self) -> None:
+        """Raises ValueError that names the first step whose loss was no number, in any process."""
+        steps = self.accelerator.gather(self._first_bad_step[None])
+        bad = steps[steps >= 0]
+        if len(bad):
+            raise ValueError(
+                f"the loss of step {int(bad.min())} is not finite (nan or inf); the checkpoints before it are kept. "
+                "Lower training.learning_rate or training.max_grad_norm, or look at the data, and start again with "
+                "--allow-recipe-change."
+            )
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.check_finite()
+        folder = Path(str(self.args.output_dir))
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            self.averages.save(checkpoint / f"averages_{self.args.process_index}.json")
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                about = {"num_processes": self.args.world_size, "blocks_per_step": blocks_per_step(self.args)}
+                seal(checkpoint, about | self.about)
+        except Exception as error:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            free = shutil.disk_usage(folder).free / 2**30
+            raise OSError(
+                f"the checkpoint of step {self.state.global_step} cannot be written to {folder} ({free:.1f} GiB free): "
+                f"{str(error).splitlines()[0]}. Earlier checkpoints are whole; make room and run the command again."
+            ) from error
+        if self.is_world_process_zero():
+            rotate(folder, self.keep)
+
+
+class Averages:
+    """Means of what the model reports, over micro-batches and processes."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Any] = {}
+        self.count = 0
+        self.tokens = 0
+        self.since = time.perf_counter()
+
+    def add(self, values: dict[str, torch.Tensor], num_tokens: int) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        self.count += 1
+        self.tokens += num_tokens
+
+    def take(self, accelerator) -> dict[str, float]:
+        """The means and the tokens per second of all processes; counting starts again."""
+        if not self.count:
+            return {}
+        sums = torch.stack([torch.as_tensor(value, device=accelerator.device) for value in self.sums.values()])
+        means = accelerator.reduce(sums, "mean") / self.count
+        rate = self.tokens * accelerator.num_processes / (time.perf_counter() - self.since)
+        result = dict(zip(self.sums, means.tolist(), strict=True)) | {"tokens_per_second": rate}
+        self.__init__()  # type: ignore[misc]
+        return result
+
+    def save(self, path: Path) -> None:
+        """For a run that goes on between two records."""
+        sums = {name: float(value) for name, value in self.sums.items()}
+        path.write_text(json.dumps({"sums": sums, "count": self.count}), encoding="utf-8")
+
+    def load(self, path: Path) -> None:
+        if path.exists():
+            state = json.loads(path.read_text(encoding="utf-8"))
+            self.sums, self.count = state["sums"], state["count"]
+
+
+def blocks_per_step(args) -> int:
+    """Blocks of one optimiser step, of all processes and micro-batches together."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 @torch.no_grad()
@@ -74,36 +208,3 @@ def report(model: torch.nn.Module, outputs) -> dict[str, torch.Tensor]:
     if isinstance(model, CalmForCausalLM):
         return dict(outputs.metrics)
     return {}
-
-
-class JsonlCallback(TrainerCallback):
-    """Every record as a line of ``metrics.jsonl``; a resumed run drops the records behind its checkpoint first."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if state.is_world_process_zero and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= state.global_step]
-            write_whole(self.path, "".join(line + "\n" for line in kept))
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if state.is_world_process_zero and logs:
-            with open(self.path, "a", encoding="utf-8") as file:
-                print(json.dumps({"step": state.global_step} | logs), file=file)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")  # cut short by a kill
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The records of a run's ``metrics.jsonl``, oldest first."""
-    path = Path(run) / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) < float("inf")]

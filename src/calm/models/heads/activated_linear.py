@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def silu_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+def silu_linear(x: Tensor, linear: nn.Module) -> Tensor:
     """``linear(silu(x))``: ``[..., I] -> [..., O]``; for the backward pass it keeps ``x``, not ``silu(x)``."""
     return _apply(x, linear, _Silu)
 
 
-def gated_silu_linear(gate_up: Tensor, linear: nn.Linear) -> Tensor:
+def gated_silu_linear(gate_up: Tensor, linear: nn.Module) -> Tensor:
     """``linear(silu(gate) * up)`` of ``[gate, up]``: ``[..., 2 I] -> [..., O]``; it keeps its input alone."""
     return _apply(gate_up, linear, _GatedSilu)
 
@@ -48,7 +48,7 @@ class _GatedSilu:
         return opened.mul_(up), result
 
 
-def _apply(x: Tensor, linear: nn.Linear, activation: type[_Silu] | type[_GatedSilu]) -> Tensor:
+def _apply(x: Tensor, linear: nn.Module, activation: type[_Silu] | type[_GatedSilu]) -> Tensor:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return linear(activation.forward(x))  # a compiler decides for itself what to compute again
     return _ActivatedLinear.apply(x, linear.weight, linear.bias, activation)

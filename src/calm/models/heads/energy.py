@@ -36,7 +36,7 @@ class GatedBlock(nn.Module):
         x_weight, condition_weight = self.mix.weight.chunk(2, dim=1)
         of_condition = F.linear(condition, condition_weight, self.mix.bias)
         mixed = F.linear(self.norm(x), x_weight).add_(of_condition)
-        _, first, _, second = self.mlp
+        first, second = self.mlp[1], self.mlp[3]
         gate_up = silu_linear(silu_linear(mixed, first), second)
         return x + gated_silu_linear(gate_up, self.down_proj)
 

@@ -1,0 +1,73 @@
+"""From a recipe to the Trainer's arguments, and the sizes that follow from them."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from calm.training.recipe import Recipe
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The Trainer's arguments: the recipe's, and what the run decides itself."""
+    values = dict(recipe.training)
+    if recipe.tokens_per_step is not None:
+        values["gradient_accumulation_steps"] = accumulation_steps(recipe, int(os.environ.get("WORLD_SIZE", 1)))
+    if recipe.precision != "auto":
+        values |= {"bf16": recipe.precision == "bfloat16", "fp16": recipe.precision == "float16"}
+    elif "bf16" not in values and "fp16" not in values and not values.get("use_cpu"):
+        # bf16 on CPUs without native support is over a hundred times slower than float32.
+        values["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if recipe.data.validation is None:
+        if values.get("eval_strategy", "no") != "no":
+            raise ValueError("training.eval_strategy needs data.validation: prepared data to evaluate on.")
+    elif "eval_strategy" not in values:
+        values |= {"eval_strategy": "steps", "eval_steps": values.get("eval_steps", values["save_steps"])}
+    return TrainingArguments(
+        output_dir=str(Path(recipe.output_dir) / "checkpoints"),
+        seed=recipe.seed,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        logging_nan_inf_filter=False,  # such a loss ends the run
+        **values | {"save_total_limit": None},  # a checkpoint goes when a newer one is sealed
+    )
+
+
+def check_processes(recipe: Recipe, arguments: TrainingArguments) -> None:
+    """ValueError when the way the processes were started does not fit them or the recipe."""
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true") or bool(arguments.fsdp)
+    if fsdp and arguments.world_size == 1:
+        raise ValueError(
+            "FSDP shards a model over processes, and this is one process: start it with `accelerate launch "
+            "--num_processes 2` or more, or without FSDP."
+        )
+    if fsdp and recipe.brier_blocks is not None:
+        raise ValueError(
+            "brier_blocks cannot be scored while the model is sharded: leave it out, and run `calm evaluate` on the "
+            "trained model."
+        )
+
+
+def accumulation_steps(recipe: Recipe, num_processes: int) -> int:
+    """Micro-batches of a step, so that all processes together see ``tokens_per_step`` tokens in it."""
+    assert recipe.tokens_per_step is not None
+    at_once = recipe.data.block_size * recipe.training.get("per_device_train_batch_size", 8) * num_processes
+    if recipe.tokens_per_step % at_once:
+        raise ValueError(
+            f"tokens_per_step ({recipe.tokens_per_step}) must be a multiple of the {at_once} tokens that "
+            f"{num_processes} process(es) take at once: change training.per_device_train_batch_size or tokens_per_step."
+        )
+    return recipe.tokens_per_step // at_once
+
+
+def trained_tokens(recipe: Recipe, steps: int | None) -> int | None:
+    """Tokens that so many steps of a recipe read (in one process, unless it says ``tokens_per_step``)."""
+    if steps is None or steps < 0:
+        return None
+    if recipe.tokens_per_step is not None:
+        return steps * recipe.tokens_per_step
+    sequences = recipe.training.get("per_device_train_batch_size", 8) * recipe.training.get(
+        "gradient_accumulation_steps", 1
+    )
+    return steps * sequences * recipe.data.block_size

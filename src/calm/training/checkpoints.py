@@ -1,0 +1,91 @@
+"""Checkpoints that are complete or invisible, and known for damaged when they are."""
+
+import json
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+from calm.files import write_whole
+
+SEAL = "complete.json"
+
+
+def seal(checkpoint: Path, about: dict[str, Any]) -> None:
+    """Mark a checkpoint as written to its end, with size and checksum of every file, and what its run was like."""
+    files = {
+        str(path.relative_to(checkpoint)): [path.stat().st_size, _checksum(path)]
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    }
+    write_whole(checkpoint / SEAL, json.dumps(about | {"files": files}, indent=1))
+
+
+def read_seal(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+
+
+def sealed_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run that were written to their end, oldest first."""
+    return sorted((path.parent for path in folder.glob(f"checkpoint-*/{SEAL}")), key=_step_of)
+
+
+def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, and a sentence for each newer one that is damaged.
+
+    One that a kill cut short is as good as not there: it has no seal.
+
+    Raises ValueError when there are checkpoints, and all of them are damaged.
+    """
+    complaints: list[str] = []
+    for checkpoint in reversed(sealed_checkpoints(folder)):
+        damage = _damage(checkpoint)
+        if damage is None:
+            return checkpoint, complaints
+        complaints.append(f"{checkpoint} is damaged ({damage})")
+    if complaints:
+        raise ValueError(f"{'; '.join(complaints)}: no checkpoint is whole. Remove {folder} to start again.")
+    return None, []
+
+
+def remove_unsealed(folder: Path) -> None:
+    """Clear away what a kill left of checkpoints that were being written."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / SEAL).exists():
+            shutil.rmtree(checkpoint)
+
+
+def rotate(folder: Path, keep: int | None) -> None:
+    """Remove all sealed checkpoints but the newest ``keep``."""
+    for checkpoint in sealed_checkpoints(folder)[: -keep if keep else None]:
+        if keep:
+            (checkpoint / SEAL).unlink()  # first: half a checkpoint must not pass for a whole one
+            shutil.rmtree(checkpoint)
+
+
+def _damage(checkpoint: Path) -> str | None:
+    try:
+        files = read_seal(checkpoint)["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"{SEAL} cannot be read"
+    for name, (size, checksum) in files.items():
+        path = checkpoint / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} holds {path.stat().st_size} bytes instead of {size}"
+        if _checksum(path) != checksum:
+            return f"{name} does not have its checksum"
+    return None
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while data := file.read(2**24):
+            checksum = zlib.crc32(data, checksum)
+    return checksum
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])

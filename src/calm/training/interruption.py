@@ -1,0 +1,60 @@
+"""SIGTERM and Ctrl-C end a run at its next step, with a checkpoint."""
+
+import signal
+import threading
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop, and did; ``signal`` is the number of the signal."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(f"stopped after step {step}, with a checkpoint; run the same command again to go on.")
+        self.signal = signal_number
+
+
+class InterruptionCallback(TrainerCallback):
+    """Asks the Trainer for a checkpoint and an end once a signal has arrived in any of the processes.
+
+    A second signal acts as it always does: at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+        self._group: Any = None
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # Of processor memory, so that no step waits for its accelerator to agree with the others.
+            self._group = dist.new_group(backend="gloo")
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._remember)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        received = self.signal or 0
+        if self._group is not None:
+            flag = torch.tensor(received)
+            dist.all_reduce(flag, dist.ReduceOp.MAX, self._group)
+            received = int(flag)
+        if received:
+            self.signal = received
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Let signals act as before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _remember(self, number: int, frame) -> None:
+        self.signal = number
+        self.restore()

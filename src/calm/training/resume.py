@@ -1,0 +1,113 @@
+"""What an output directory holds already, and whether this run may go on with it."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate.utils import broadcast_object_list
+
+from calm.data.blocks import MANIFEST
+from calm.training.checkpoints import find_checkpoint, read_seal, remove_unsealed
+from calm.training.recipe import Recipe
+from calm.training.trainer import CalmTrainer, blocks_per_step
+
+RECIPE = "recipe.yaml"
+COMPLETE = "complete.json"
+_NEVER_CHANGES = ("stage", "model", "seed")
+
+
+def is_complete(recipe: Recipe) -> bool:
+    """Whether the recipe's directory holds its finished run."""
+    output = Path(recipe.output_dir)
+    return (output / COMPLETE).exists() and (output / RECIPE).read_text(encoding="utf-8") == recipe.to_yaml()
+
+
+def check_output(recipe: Recipe, allow_recipe_change: bool = False) -> None:
+    """ValueError when the output directory holds something else than (part of) this recipe's run."""
+    output = Path(recipe.output_dir)
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not (output / RECIPE).exists():
+        raise ValueError(f"{output} is not empty and holds no training run: choose another output_dir.")
+    before = _flatten(yaml.safe_load((output / RECIPE).read_text(encoding="utf-8")))
+    now = _flatten(yaml.safe_load(recipe.to_yaml()))
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    fixed = [key for key in changed if key.split(".")[0] in _NEVER_CHANGES]
+    if changed and (fixed or not allow_recipe_change):
+        difference = "; ".join(f"{key} ({before.get(key)!r} there, {now.get(key)!r} here)" for key in changed)
+        remedy = "Choose another output_dir, or remove it"
+        if not fixed:
+            remedy += ", or go on with the new recipe: --allow-recipe-change"
+        raise ValueError(f"{output} holds a run of another recipe: {difference}. {remedy}.")
+
+
+def _flatten(values: dict, prefix: str = "") -> dict:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def read_run(output: Path) -> tuple[Recipe | None, int | None]:
+    """The recipe of a finished run and the steps it took; (None, None) where a directory holds none."""
+    if not (output / RECIPE).is_file() or not (output / COMPLETE).is_file():
+        return None, None
+    state = json.loads((output / COMPLETE).read_text(encoding="utf-8"))
+    return Recipe.load(output / RECIPE), state["global_step"]
+
+
+def checkpoint_to_resume(trainer: CalmTrainer, recipe: Recipe, say: Callable[[str], object]) -> Path | None:
+    """The newest whole checkpoint, the same for all processes; ValueError when it does not fit this run."""
+    folder = Path(recipe.output_dir) / "checkpoints"
+    found: list[Any] = [None]
+    if trainer.is_world_process_zero():
+        try:
+            remove_unsealed(folder)
+            checkpoint, complaints = find_checkpoint(folder)
+            for complaint in complaints:
+                say(f"{complaint}: going on from {checkpoint}")
+            if checkpoint is not None:
+                _check_fits(trainer, recipe, checkpoint, say)
+            found = [checkpoint]
+        except ValueError as error:
+            found = [error]
+    (result,) = broadcast_object_list(found)
+    if isinstance(result, ValueError):
+        raise result
+    return result
+
+
+def _check_fits(trainer: CalmTrainer, recipe: Recipe, checkpoint: Path, say: Callable[[str], object]) -> None:
+    before = read_seal(checkpoint)
+    if before["data"] != data_fingerprint(recipe):
+        changed = [name for name, value in data_fingerprint(recipe).items() if before["data"].get(name) != value]
+        raise ValueError(
+            f"the prepared data changed since {checkpoint} was written (data.{', data.'.join(changed)}): restore them, "
+            "or train in another output_dir."
+        )
+    now = blocks_per_step(trainer.args)
+    if before["blocks_per_step"] != now:
+        raise ValueError(
+            f"{checkpoint} was trained by {before['num_processes']} process(es) on {before['blocks_per_step']} blocks "
+            f"a step; {trainer.args.world_size} process(es) would take {now}. Set tokens_per_step to "
+            f"{before['blocks_per_step'] * recipe.data.block_size}, or start as many processes as before."
+        )
+    if before["num_processes"] != trainer.args.world_size:
+        say(
+            f"going on with {trainer.args.world_size} process(es) instead of {before['num_processes']}: the same "
+            "steps, summed in another order"
+        )
+
+
+def data_fingerprint(recipe: Recipe) -> dict[str, str]:
+    """What tells prepared data from others, for each split."""
+    splits = {"train": recipe.data.train, "validation": recipe.data.validation}
+    return {
+        name: hashlib.sha256((Path(path) / MANIFEST).read_bytes()).hexdigest() for name, path in splits.items() if path
+    }
