@@ -43,8 +43,11 @@ def main() -> None:
     quieten_libraries()
     try:
         app()
-    except KeyboardInterrupt as error:
-        print(str(error) or "interrupted; run the same command again to go on.", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except InterruptedError as error:  # a training run that was asked to stop, and did
+        print(f"calm: {error}", file=sys.stderr)
         sys.exit(128 + getattr(error, "signal", signal.SIGINT))
     except Exception as error:
         if not is_user_error(error) or os.environ.get("CALM_DEBUG"):

@@ -84,7 +84,8 @@ class _MeanDistance(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             sizes = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
             squares = torch.matmul(x, y.mT).mul_(-2).add_(sizes)  # [..., N, M]
-            apart = squares > sizes.mul_(_ROUNDING * torch.finfo(x.dtype).eps)
+            # Said by what it is not, so that a distance that is no number stays one.
+            apart = ~(squares <= sizes.mul_(_ROUNDING * torch.finfo(x.dtype).eps))
             squares = torch.where(apart, squares, 1.0)
             powers = squares.pow(alpha / 2) * apart
             # The gradient of |x_i - y_j|^alpha is this weight times (x_i - y_j).

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 
-class Interrupted(KeyboardInterrupt):
+class TrainingInterruptedError(InterruptedError):
     """A run was asked to stop, and did; ``signal`` is the number of the signal."""
 
     def __init__(self, signal_number: int, step: int):

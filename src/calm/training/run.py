@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from calm.data.blocks import TokenBlocks
 from calm.data.tokenizer import load_tokenizer
 from calm.files import write_whole
 from calm.training.arguments import check_processes, training_arguments
-from calm.training.interruption import Interrupted, InterruptionCallback
+from calm.training.interruption import InterruptionCallback, TrainingInterruptedError
 from calm.training.metrics import JsonlCallback
 from calm.training.models import build_model
 from calm.training.progress import ProgressCallback, make_progress
@@ -39,7 +40,7 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
     Raises:
         ValueError: when the directory holds a run of another recipe, the recipe's parts do not fit together, the loss
             is not finite, or memory does not suffice.
-        Interrupted: after SIGTERM or Ctrl-C, when the checkpoint is written.
+        TrainingInterruptedError: after SIGTERM or Ctrl-C, when the checkpoint is written.
     """
     output = Path(recipe.output_dir)
     if is_complete(recipe):
@@ -71,7 +72,7 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
     trainer.remove_callback(PrinterCallback)
     with nullcontext(progress) if progress else make_progress(disable=arguments.process_index > 0) as shown:
         trainer.add_callback(ProgressCallback(shown, f"train {recipe.stage}"))
-        checkpoint = checkpoint_to_resume(trainer, recipe, shown.console.print)
+        checkpoint = checkpoint_to_resume(trainer, recipe, partial(shown.console.out, highlight=False))
         try:
             _train_to_the_end(trainer, checkpoint)
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -81,7 +82,7 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
         finally:
             interruption.restore()
     if interruption.signal is not None and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(interruption.signal, trainer.state.global_step)
+        raise TrainingInterruptedError(interruption.signal, trainer.state.global_step)
     save_result(trainer, recipe)
     return output
 

@@ -115,6 +115,8 @@ class CalmTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the averages since the last log to a training record."""
+        if "train_runtime" in logs:
+            return  # the Trainer's summary of what it did since it was started last, not of the run
         if "loss" in logs:
             self.check_finite()
             logs |= self.averages.take(self.accelerator)

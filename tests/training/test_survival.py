@@ -1,0 +1,137 @@
+"""Runs that are cut short, divided otherwise, or go wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_run import calm_recipe, workspace  # noqa: F401
+
+from calm.training.checkpoints import find_checkpoint
+from calm.training.metrics import read_metrics
+from calm.training.run import train
+
+
+def same_weights(first, second, **tolerance):
+    expected, actual = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        if tolerance:
+            torch.testing.assert_close(actual[name], value, **tolerance)
+        else:
+            assert torch.equal(value, actual[name]), name
+
+
+def start(recipe, path, *command):
+    path.write_text(recipe.to_yaml())
+    command = command or (sys.executable,)
+    return subprocess.Popen(
+        [*command, "-m", "calm.cli.main", "train", str(path)], env=os.environ | {"PYTHONPATH": "src"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_step_in_one_piece_equals_a_step_in_many(workspace):  # noqa: F811
+    """Noise and order follow from seed, step and block, not from the micro-batch a block comes in."""
+    whole = train(calm_recipe(workspace, "one_of_four", per_device_train_batch_size=4, max_steps=4))
+    pieces = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 4}
+    same_weights(whole, train(calm_recipe(workspace, "four_of_one", **pieces)), rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_equal_one(workspace, tmp_path):  # noqa: F811
+    whole = train(calm_recipe(workspace, "one_process", per_device_train_batch_size=4, max_steps=4))
+    divided = calm_recipe(workspace, "two_processes", per_device_train_batch_size=2, max_steps=4)
+    process = start(
+        divided, tmp_path / "recipe.yaml", sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+        "--master_port=29517",
+    )  # fmt: skip
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    same_weights(whole, workspace / "two_processes", rtol=1e-4, atol=1e-5)
+    losses = [[record["loss"] for record in read_metrics(run) if "loss" in record] for run in
+              (whole, workspace / "two_processes")]  # fmt: skip
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_damaged_checkpoint_is_passed_over(workspace):  # noqa: F811
+    whole = train(calm_recipe(workspace, "undamaged", max_steps=6))
+    output = train(calm_recipe(workspace, "damaged", max_steps=6))
+    (output / "complete.json").unlink()
+    (output / "model.safetensors").unlink()
+    weights = output / "checkpoints" / "checkpoint-6" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (output / "checkpoints" / "checkpoint-5").mkdir()  # what a kill left
+    checkpoint, complaints = find_checkpoint(output / "checkpoints")
+    assert checkpoint == output / "checkpoints" / "checkpoint-4"
+    assert "checkpoint-6 is damaged (model.safetensors does not have its checksum)" in complaints[0]
+    train(calm_recipe(workspace, "damaged", max_steps=6))
+    assert not (output / "checkpoints" / "checkpoint-5").exists()
+    same_weights(whole, output)
+
+
+def test_a_signal_ends_a_run_with_a_checkpoint(workspace, tmp_path):  # noqa: F811
+    steps = {"max_steps": 200, "save_steps": 1000, "logging_steps": 7}
+    whole = train(calm_recipe(workspace, "calm_through", **steps))
+    stopped = calm_recipe(workspace, "stopped", **steps)
+    process = start(stopped, tmp_path / "recipe.yaml")
+    deadline = time.monotonic() + 120
+    while len(read_metrics(workspace / "stopped")) < 2 and process.poll() is None and time.monotonic() < deadline:
+        pass
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "with a checkpoint; run the same command again" in errors
+    assert "Traceback" not in errors
+    train(stopped)
+    same_weights(whole, workspace / "stopped")
+    first, second = read_metrics(whole), read_metrics(workspace / "stopped")
+    assert [record.get("loss") for record in first] == [record.get("loss") for record in second]
+
+
+def test_a_loss_that_is_no_number_ends_the_run(workspace):  # noqa: F811
+    recipe = calm_recipe(workspace, "diverges", learning_rate=1e30, max_grad_norm=0, max_steps=20, save_steps=1)
+    with pytest.raises(ValueError, match=r"the loss of step \d+ is not finite"):
+        train(recipe)
+    assert not (workspace / "diverges" / "model.safetensors").exists()
+
+
+def test_a_changed_recipe_goes_on_when_it_is_allowed(workspace):  # noqa: F811
+    train(calm_recipe(workspace, "longer", max_steps=4, lr_scheduler_type="constant"))
+    more = calm_recipe(workspace, "longer", max_steps=6, lr_scheduler_type="constant", learning_rate=5e-3)
+    with pytest.raises(ValueError, match=r"--allow-recipe-change"):
+        train(more)
+    output = train(more, allow_recipe_change=True)
+    rates = {record["step"]: record["learning_rate"] for record in read_metrics(output) if "loss" in record}
+    assert (rates[4], rates[6]) == (1e-2, 5e-3)
+
+
+def test_steps_of_another_size_are_refused_on_resume(workspace):  # noqa: F811
+    train(calm_recipe(workspace, "sized", max_steps=4))
+    wider = calm_recipe(workspace, "sized", max_steps=6, per_device_train_batch_size=4)
+    with pytest.raises(ValueError, match=r"on 2 blocks a step; 1 process\(es\) would take 4"):
+        train(wider, allow_recipe_change=True)
+
+
+def test_data_that_changed_under_a_run_are_refused(workspace):  # noqa: F811
+    recipe = calm_recipe(workspace, "moved", max_steps=4)
+    output = train(recipe)
+    (output / "complete.json").unlink()
+    manifest = workspace / "validation" / "manifest.json"
+    before = manifest.read_text()
+    try:
+        manifest.write_text(before + " ")
+        with pytest.raises(ValueError, match=r"the prepared data changed .*data\.validation"):
+            train(recipe)
+    finally:
+        manifest.write_text(before)
+
+
+def test_unknown_precision_is_refused(workspace):  # noqa: F811
+    values = calm_recipe(workspace, "precise")
+    with pytest.raises(ValueError, match="precision must be one of auto, float32"):
+        type(values)(**vars(values) | {"precision": "int3"})
