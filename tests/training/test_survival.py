@@ -135,3 +135,10 @@ def test_unknown_precision_is_refused(workspace):  # noqa: F811
     values = calm_recipe(workspace, "precise")
     with pytest.raises(ValueError, match="precision must be one of auto, float32"):
         type(values)(**vars(values) | {"precision": "int3"})
+
+
+def test_sharding_over_one_process_is_refused(workspace, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP shards a model over processes, and this is one process"):
+        train(calm_recipe(workspace, "sharded"))
+    assert not (workspace / "sharded").exists()
