@@ -11,7 +11,8 @@ from calm.training.recipe import Recipe
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The Trainer's arguments: the recipe's, and what the run decides itself."""
-    values = dict(recipe.training)
+    # Every weight that is trained has a part in every loss: no process need look for those that have none.
+    values = {"ddp_find_unused_parameters": False} | recipe.training
     if recipe.tokens_per_step is not None:
         values["gradient_accumulation_steps"] = accumulation_steps(recipe, int(os.environ.get("WORLD_SIZE", 1)))
     if recipe.precision != "auto":
