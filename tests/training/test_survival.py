@@ -13,6 +13,7 @@ from test_run import calm_recipe, workspace  # noqa: F401
 
 from calm.training.checkpoints import find_checkpoint
 from calm.training.metrics import read_metrics
+from calm.training.resume import is_complete
 from calm.training.run import train
 
 
@@ -115,6 +116,8 @@ def test_steps_of_another_size_are_refused_on_resume(workspace):  # noqa: F811
     wider = calm_recipe(workspace, "sized", max_steps=6, per_device_train_batch_size=4)
     with pytest.raises(ValueError, match=r"on 2 blocks a step; 1 process\(es\) would take 4"):
         train(wider, allow_recipe_change=True)
+    # What was there is there as it was, and complete.
+    assert is_complete(calm_recipe(workspace, "sized", max_steps=4))
 
 
 def test_data_that_changed_under_a_run_are_refused(workspace):  # noqa: F811

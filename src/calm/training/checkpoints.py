@@ -56,11 +56,12 @@ def remove_unsealed(folder: Path) -> None:
 
 
 def rotate(folder: Path, keep: int | None) -> None:
-    """Remove all sealed checkpoints but the newest ``keep``."""
-    for checkpoint in sealed_checkpoints(folder)[: -keep if keep else None]:
-        if keep:
-            (checkpoint / SEAL).unlink()  # first: half a checkpoint must not pass for a whole one
-            shutil.rmtree(checkpoint)
+    """Remove all sealed checkpoints but the newest ``keep``; none where it is None or 0."""
+    if not keep:
+        return
+    for checkpoint in sealed_checkpoints(folder)[:-keep]:
+        (checkpoint / SEAL).unlink()  # first: half a checkpoint must not pass for a whole one
+        shutil.rmtree(checkpoint)
 
 
 def _damage(checkpoint: Path) -> str | None:

@@ -46,9 +46,6 @@ class InterruptionCallback(TrainerCallback):
             self.signal = received
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.restore()
-
     def restore(self) -> None:
         """Let signals act as before."""
         for number, handler in self._before.items():

@@ -6,14 +6,15 @@ the process that happens to take it, how steps are divided into micro-batches, o
 
 import hashlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+from transformers import default_data_collator
 
 
 class NumberedBlocks(Dataset):
-    """Another dataset's items with their ``number``, scalar int64."""
+    """Another dataset's items with their ``number``."""
 
     def __init__(self, blocks: Dataset):
         self.blocks = blocks
@@ -21,8 +22,14 @@ class NumberedBlocks(Dataset):
     def __len__(self) -> int:
         return len(self.blocks)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.blocks[index] | {"number": torch.tensor(index)}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.blocks[index] | {"number": index}
+
+
+def collate_numbered(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of numbered blocks. The numbers stay in the processor's memory: no step waits to read them back."""
+    numbers = [item.pop("number") for item in items]
+    return default_data_collator(items) | {"number": numbers}
 
 
 class ShuffledSteps(Sampler[int]):
@@ -53,9 +60,9 @@ class ShuffledSteps(Sampler[int]):
         yield from torch.randperm(self.num_blocks, generator=generator)[: len(self)].tolist()
 
 
-def noise_of_blocks(numbers: Tensor, seed: int, step: int) -> list[torch.Generator]:
-    """A generator for each block of a batch, on the device of ``numbers [B]``."""
-    return [torch.Generator(numbers.device).manual_seed(_seed_of(seed, step, number)) for number in numbers.tolist()]
+def noise_of_blocks(numbers: list[int], seed: int, step: int, device: torch.device) -> list[torch.Generator]:
+    """A generator for each block of a batch."""
+    return [torch.Generator(device).manual_seed(_seed_of(seed, step, number)) for number in numbers]
 
 
 def _seed_of(*values: int) -> int:

@@ -50,7 +50,7 @@ class ProgressCallback(TrainerCallback):
         self.progress.update(self.task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
+        if not logs or "loss" not in logs:
             return
         shown = {name: logs[name] for name in ("loss", "accuracy", "energy_score") if name in logs}
         note = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shown.items())

@@ -85,8 +85,9 @@ def checkpoint_to_resume(trainer: CalmTrainer, recipe: Recipe, say: Callable[[st
 
 def _check_fits(trainer: CalmTrainer, recipe: Recipe, checkpoint: Path, say: Callable[[str], object]) -> None:
     before = read_seal(checkpoint)
-    if before["data"] != data_fingerprint(recipe):
-        changed = [name for name, value in data_fingerprint(recipe).items() if before["data"].get(name) != value]
+    data = trainer.about["data"]
+    if before["data"] != data:
+        changed = [name for name, value in data.items() if before["data"].get(name) != value]
         raise ValueError(
             f"the prepared data changed since {checkpoint} was written (data.{', data.'.join(changed)}): restore them, "
             "or train in another output_dir."

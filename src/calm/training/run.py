@@ -54,8 +54,8 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
 
     if arguments.process_index == 0:
         output.mkdir(parents=True, exist_ok=True)
-        (output / COMPLETE).unlink(missing_ok=True)
-        write_whole(output / RECIPE, recipe.to_yaml())
+        if not (output / RECIPE).exists():
+            write_whole(output / RECIPE, recipe.to_yaml())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")  # the one way the Trainer offers
     interruption = InterruptionCallback()
     trainer = CalmTrainer(
@@ -71,11 +71,15 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
     trainer.remove_callback(TqdmCallback)
     trainer.remove_callback(PrinterCallback)
     with nullcontext(progress) if progress else make_progress(disable=arguments.process_index > 0) as shown:
-        trainer.add_callback(ProgressCallback(shown, f"train {recipe.stage}"))
         checkpoint = checkpoint_to_resume(trainer, recipe, partial(shown.console.out, highlight=False))
+        if arguments.process_index == 0:
+            trainer.add_callback(ProgressCallback(shown, f"train {recipe.stage}"))
+            # Not before it is sure that this run goes on: what is there stays as it is where it does not.
+            (output / COMPLETE).unlink(missing_ok=True)
+            write_whole(output / RECIPE, recipe.to_yaml())
         try:
             _train_to_the_end(trainer, checkpoint)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise ValueError(_more_memory(trainer, recipe, error)) from error
@@ -92,10 +96,9 @@ def _train_to_the_end(trainer: CalmTrainer, checkpoint: Path | None) -> None:
         trainer.train()
         return
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    passes = trainer.args.num_train_epochs
     last_step = trainer.args.max_steps
     if last_step <= 0:
-        last_step = math.ceil(passes * trainer._get_train_sampler().steps_per_pass)
+        last_step = math.ceil(trainer.args.num_train_epochs * trainer._get_train_sampler().steps_per_pass)
     if state.global_step >= last_step:
         # The kill fell behind the last step; the Trainer, asked to go on, would take one step too many.
         trainer._load_from_checkpoint(str(checkpoint))

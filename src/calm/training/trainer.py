@@ -21,7 +21,7 @@ from calm.evaluation.reconstruction import LIVE_VARIANCE
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.training.checkpoints import rotate, seal
-from calm.training.order import NumberedBlocks, ShuffledSteps, noise_of_blocks
+from calm.training.order import NumberedBlocks, ShuffledSteps, collate_numbered, noise_of_blocks
 
 _FROM_RECIPE = ("initial_lr", "weight_decay", "betas", "eps")
 _EVALUATION = -1  # the step that noise in evaluations belongs to: the same in all of them
@@ -47,7 +47,12 @@ class CalmTrainer(Trainer):
         **kwargs,
     ):
         held_out = None if eval_dataset is None else NumberedBlocks(eval_dataset)
-        super().__init__(**kwargs, train_dataset=NumberedBlocks(train_dataset), eval_dataset=held_out)
+        super().__init__(
+            **kwargs,
+            train_dataset=NumberedBlocks(train_dataset),
+            eval_dataset=held_out,
+            data_collator=collate_numbered,
+        )
         self.held_out_blocks = eval_dataset
         self.about = about or {}
         self.keep = keep
@@ -69,7 +74,7 @@ class CalmTrainer(Trainer):
         plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if isinstance(plain, CalmAutoencoder | CalmForCausalLM):
             step = self.state.global_step if model.training else _EVALUATION
-            inputs["generator"] = noise_of_blocks(numbers, self.args.seed, step)
+            inputs["generator"] = noise_of_blocks(numbers, self.args.seed, step, inputs["input_ids"].device)
         outputs = model(**inputs)
         if model.training:
             loss = outputs.loss.detach()
@@ -82,8 +87,8 @@ class CalmTrainer(Trainer):
         """Held-out loss and, where the recipe asks for it, BrierLM on some of the held-out blocks."""
         metrics = super().evaluate(*args, **kwargs)
         if self.brier_blocks is not None:
-            scores = [self._brier_scores() if self.is_world_process_zero() else None]
-            (scores,) = broadcast_object_list(scores)  # every process goes on with the same record
+            # One process scores, and all go on with the same record.
+            (scores,) = broadcast_object_list([self._brier_scores() if self.is_world_process_zero() else None])
             self.log(scores)
             metrics |= scores
         return metrics
@@ -119,7 +124,8 @@ class CalmTrainer(Trainer):
             return  # the Trainer's summary of what it did since it was started last, not of the run
         if "loss" in logs:
             self.check_finite()
-            logs |= self.averages.take(self.accelerator)
+            logs |= self.averages.means(self.accelerator)
+            self.averages = Averages()
         super().log(logs, start_time)
 
     def check_finite(self) -> None:
@@ -149,7 +155,7 @@ class CalmTrainer(Trainer):
             free = shutil.disk_usage(folder).free / 2**30
             raise OSError(
                 f"the checkpoint of step {self.state.global_step} cannot be written to {folder} ({free:.1f} GiB free): "
-                f"{str(error).splitlines()[0]}. Earlier checkpoints are whole; make room and run the command again."
+                f"{error!r}. Earlier checkpoints are whole; make room and run the command again."
             ) from error
         if self.is_world_process_zero():
             rotate(folder, self.keep)
@@ -170,16 +176,14 @@ class Averages:
         self.count += 1
         self.tokens += num_tokens
 
-    def take(self, accelerator) -> dict[str, float]:
-        """The means and the tokens per second of all processes; counting starts again."""
+    def means(self, accelerator) -> dict[str, float]:
+        """The means and the tokens per second of all processes."""
         if not self.count:
             return {}
         sums = torch.stack([torch.as_tensor(value, device=accelerator.device) for value in self.sums.values()])
         means = accelerator.reduce(sums, "mean") / self.count
         rate = self.tokens * accelerator.num_processes / (time.perf_counter() - self.since)
-        result = dict(zip(self.sums, means.tolist(), strict=True)) | {"tokens_per_second": rate}
-        self.__init__()  # type: ignore[misc]
-        return result
+        return dict(zip(self.sums, means.tolist(), strict=True)) | {"tokens_per_second": rate}
 
     def save(self, path: Path) -> None:
         """For a run that goes on between two records."""

@@ -2,7 +2,7 @@
 
 A head sees N times as many vectors as the backbone: what its layers keep is most of the memory of a training step.
 
-Shapes: R rows, I input, O output.
+Shapes: I input, O output, ... any leading dimensions.
 """
 
 import torch

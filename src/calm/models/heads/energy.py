@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from calm.functional.energy_score import mean_distance, mean_distance_of_pairs
-from calm.functional.noise import Generator, uniform
+from calm.functional.noise import Generator, normal, uniform
 from calm.models.configuration_heads import EnergyHeadConfig
 from calm.models.heads.activated_linear import gated_silu_linear, silu_linear
 from calm.models.heads.base import Head, HeadLoss, leading_shape
@@ -126,7 +126,7 @@ class EnergyHead(Head):
             if target_noise is None:
                 shape = (*std.shape[1:-1], num_targets, std.shape[-1])
                 source = generator[row] if isinstance(generator, Sequence) else generator
-                noise = torch.randn(shape, generator=source, device=std.device)
+                noise = normal(shape, source, std.device)
             else:
                 noise = target_noise[:, row].movedim(0, -2).float().clone()
             targets = noise.mul_(std[row].unsqueeze(-2))
