@@ -145,3 +145,44 @@ def test_sharding_over_one_process_is_refused(workspace, monkeypatch):  # noqa: 
     with pytest.raises(ValueError, match="FSDP shards a model over processes, and this is one process"):
         train(calm_recipe(workspace, "sharded"))
     assert not (workspace / "sharded").exists()
+
+
+def limited(limit):
+    """A command that runs another under a limit of the shell."""
+    return "bash", "-c", f'ulimit {limit}; exec "$@"', "-", sys.executable
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_the_others_whole(workspace, tmp_path):  # noqa: F811
+    train(calm_recipe(workspace, "no_room", max_steps=2))
+    longer = calm_recipe(workspace, "no_room", max_steps=8)
+    (workspace / "no_room" / "recipe.yaml").write_text(longer.to_yaml())
+    (workspace / "no_room" / "complete.json").unlink()
+    process = start(longer, tmp_path / "recipe.yaml", *limited("-f 40"))  # no file beyond 40 KiB, the weights have more
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert "the checkpoint of step 4 cannot be written" in errors
+    assert "Traceback" not in errors
+    checkpoints = workspace / "no_room" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
+    assert find_checkpoint(checkpoints) == (checkpoints / "checkpoint-2", [])
+
+
+def test_too_little_memory_ends_in_a_line_that_says_what_to_change(workspace, tmp_path):  # noqa: F811
+    large = calm_recipe(workspace, "too_large", max_steps=2, per_device_train_batch_size=60)
+    large.model["head"] = large.model["head"] | {"num_samples": 2000, "num_target_samples": 2000}
+    process = start(large, tmp_path / "recipe.yaml", *limited("-v 6000000"))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert "out of memory in step 1 with 60 blocks of 32 tokens at once" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")  # its successor is younger than our range
+def test_gradient_checkpointing_and_bfloat16_train(workspace):  # noqa: F811
+    plain = train(calm_recipe(workspace, "all_kept", max_steps=3))
+    same_weights(plain, train(calm_recipe(workspace, "computed_again", max_steps=3, gradient_checkpointing=True)),
+                 rtol=1e-5, atol=1e-6)  # fmt: skip
+    rounded = train(calm_recipe(workspace, "rounded", max_steps=3, bf16=True))
+    losses = [[record["loss"] for record in read_metrics(run) if "loss" in record] for run in (plain, rounded)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
