@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.data.blocks import TokenBlocks
 from calm.data.corpus import write_embedded_corpus
-from calm.data.documents import find_files, read_documents
+from calm.data.documents import read_documents
 from calm.data.prepare import prepare
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.evaluation.brier_lm import evaluate_brier
@@ -97,7 +97,7 @@ def _check_settings(run: Path, settings: dict) -> None:
 
 def _train_tokenizer(corpus: Path, output: Path) -> None:
     draft = output.with_name(".tokenizer.partial")
-    train_tokenizer(read_documents(find_files([corpus])), VOCAB_SIZE).save_pretrained(draft)
+    train_tokenizer(read_documents([str(corpus)]), VOCAB_SIZE).save_pretrained(draft)
     draft.rename(output)
 
 

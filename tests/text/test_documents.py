@@ -8,14 +8,15 @@ import pytest
 import zstandard
 
 from calm.data.corpus import in_validation, stdlib_documents, write_embedded_corpus
-from calm.data.documents import BadRecordError, find_files, read_documents
+from calm.data.documents import BadRecordError, read_documents
+from calm.data.sources import find_sources
 
 TEXTS = ["first text", "zweiter Text: ä", "third\nwith a line break"]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 
 
 def read(*sources, **options):
-    return list(read_documents(find_files(sources), **options))
+    return list(read_documents([file.path for file in find_sources(sources)], **options))
 
 
 def test_every_format_gives_the_same_texts(tmp_path):
@@ -49,14 +50,13 @@ def test_bad_records_are_counted_and_skipped_on_request(tmp_path):
         b'not json\n{"text": "good"}\n{"body": "no text"}\n{"text": "\xff"}\n{"text": ""}\n'
     )
     (tmp_path / "b.txt").write_bytes(b"latin-1 \xe4")
-    counts = Counter()
-    assert read(tmp_path, on_bad="skip", counts=counts) == ["good"]
-    skipped = [what for what in counts if what.startswith("skipped")]
-    assert len(skipped) == 4
-    assert any("line 1 is not valid JSON" in what for what in skipped)
-    assert any("line 3 has no text field 'text' (found: body)" in what for what in skipped)
-    assert any("line 4 is not UTF-8" in what for what in skipped)
-    assert any("b.txt is not UTF-8 text (byte 8)" in what for what in skipped)
+    counts, first = Counter(), {}
+    assert read(tmp_path, on_bad="skip", counts=counts, skipped=first) == ["good"]
+    assert set(first) == {"not valid JSON", "no text field", "not UTF-8 text"}
+    assert "line 1 is not valid JSON" in first["not valid JSON"]
+    assert "line 3 has no text field 'text' (found: body)" in first["no text field"]
+    assert "line 4 is not UTF-8" in first["not UTF-8 text"]
+    assert counts["skipped: not UTF-8 text"] == 2  # and b.txt
     assert counts["empty"] == 1
 
 
@@ -82,7 +82,7 @@ def test_damage_that_only_shows_later_is_named(tmp_path):
     with pytest.raises(BadRecordError, match=r"a\.jsonl line 1 holds half of a surrogate pair \(character 13"):
         read(tmp_path / "a.jsonl")
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2, 0]}), tmp_path / "b.parquet")
-    with pytest.raises(BadRecordError, match=r"b\.parquet: column 'text' holds int64, not text"):
+    with pytest.raises(BadRecordError, match=r"b\.parquet holds int64, not text, in its column 'text'"):
         read(tmp_path / "b.parquet")
     whole = bytearray(gzip.compress(LINES * 99))
     for place in range(20, len(whole) - 8):
@@ -102,12 +102,12 @@ def test_a_missing_column_is_named(tmp_path):
 
 def test_missing_empty_and_unknown_sources_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
-        find_files([tmp_path / "nothing.txt"])
+        find_sources([tmp_path / "nothing.txt"])
     with pytest.raises(ValueError, match="no documents in"):
-        find_files([tmp_path])
+        find_sources([tmp_path])
     (tmp_path / "a.docx").write_bytes(b"")
     with pytest.raises(ValueError, match=r"cannot read .*a\.docx: documents are \.txt"):
-        find_files([tmp_path / "a.docx"])
+        find_sources([tmp_path / "a.docx"])
 
 
 def test_embedded_corpus_is_the_standard_library_split_by_file(tmp_path):

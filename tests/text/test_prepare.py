@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from calm.data.blocks import TokenBlocks, read_manifest
+from calm.data.pipeline import Executor
 from calm.data.prepare import prepare
 from calm.data.tokenizer import END_TOKEN, load_tokenizer, tokenizer_hash, train_tokenizer
 
@@ -97,7 +98,7 @@ def test_nothing_is_left_behind_by_a_failure(tokenizer, source, tmp_path):
 
 def test_several_files_are_prepared_in_silence(tokenizer, source, tmp_path, capfd):
     (tmp_path / "more.txt").write_text("one more document")
-    manifest = prepare([source, tmp_path / "more.txt"], tokenizer, tmp_path / "data", workers=2)
+    manifest = prepare([source, tmp_path / "more.txt"], tokenizer, tmp_path / "data", executor=Executor(workers=2))
     assert manifest["num_documents"] == len(DOCUMENTS) + 1
     assert len(manifest["files"]) == 2
     assert capfd.readouterr().err == ""
@@ -107,7 +108,7 @@ def test_skipped_records_stand_in_the_manifest(tokenizer, source, tmp_path):
     source.write_text(source.read_text() + "{broken\n")
     manifest = prepare([source], tokenizer, tmp_path / "data", on_bad="skip")
     assert manifest["num_documents"] == len(DOCUMENTS)
-    assert len(manifest["skipped"]) == 1
+    assert manifest["skipped"]["not valid JSON"]["count"] == 1
 
 
 def test_an_empty_corpus_is_refused(tokenizer, tmp_path):

@@ -13,10 +13,19 @@ def tokenizer() -> None:
 
 @tokenizer_app.command("train")
 def train(
-    sources: Annotated[list[Path], typer.Argument(help=".txt/.md/.py, .jsonl(.gz/.zst), .parquet files, or folders")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help=".txt/.md/.py, .jsonl(.gz/.zst), .parquet files; folders; addresses (https://, hf://, s3://); "
+            "datasets of the hub"
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="directory of the tokenizer")],
     vocab_size: Annotated[int, typer.Option(help="number of tokens")] = 8192,
     text_key: Annotated[str, typer.Option(help="field or column that holds the text")] = "text",
+    split: Annotated[str | None, typer.Option(help="of a dataset; default train")] = None,
+    subset: Annotated[str | None, typer.Option(help="of a dataset, its configuration's name")] = None,
+    max_documents: Annotated[int | None, typer.Option(help="so many of the first documents; default all")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="pass over unreadable records")] = False,
 ) -> None:
     """Train a byte-level BPE tokenizer that marks document ends.
@@ -24,17 +33,20 @@ def train(
     Example: `calm tokenizer train corpus/train.jsonl -o tokenizer --vocab-size 8192`
     """
     from collections import Counter
+    from itertools import islice
 
-    from calm.data.documents import find_files, read_documents
+    from calm.data.documents import read_documents
+    from calm.data.sources import find_sources
     from calm.data.tokenizer import train_tokenizer
 
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty: choose another --output.")
     counts: Counter = Counter()
-    texts = read_documents(find_files(sources), text_key, "skip" if skip_bad else "error", counts)
-    trained = train_tokenizer(texts, vocab_size, progress=True)
+    skipped: dict[str, str] = {}
+    files = [file.path for file in find_sources(sources, split, subset)]
+    texts = read_documents(files, text_key, "skip" if skip_bad else "error", counts, skipped)
+    trained = train_tokenizer(islice(texts, max_documents), vocab_size, progress=True)
     trained.save_pretrained(output)
     print(f"{len(trained)} tokens from {counts['documents']:,} documents: {output}")
-    for what, number in counts.items():
-        if what.startswith("skipped"):
-            print(f"{what}" + (f" ({number} times)" if number > 1 else ""))
+    for kind, first in skipped.items():
+        print(f"skipped: {kind}, {counts[f'skipped: {kind}']:,} times; the first: {first}")

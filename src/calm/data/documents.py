@@ -1,12 +1,10 @@
-"""Reading a user's documents: .txt, .md, .py, .jsonl (also .gz, .zst, .json) and .parquet, from files or folders."""
+"""Reading a user's documents: .txt, .md, .py, .jsonl (also .gz, .zst, .json) and .parquet, local or remote."""
 
 import gzip
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import IO
 
 import fsspec
@@ -14,32 +12,32 @@ import fsspec
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")  # .json: as the paper's code names its JSON lines
 SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, ".parquet")
+DAMAGED = "damaged file"
 
 
 class BadRecordError(ValueError):
-    """A document that cannot be read; the message names the file and the place in it."""
+    """A document that cannot be read.
 
+    Args:
+        place: the file and the place in it.
+        problem: what is wrong there.
+        kind: the problem without its particulars, under which it is counted.
+    """
 
-def find_files(sources: Sequence[str | os.PathLike]) -> list[str]:
-    """The document files among ``sources``, in a fixed order; folders are searched, other files in them passed over."""
-    files: list[str] = []
-    for source in map(Path, sources):
-        if source.is_dir():
-            found = sorted(str(path) for path in source.rglob("*") if path.is_file() and path.name.endswith(SUFFIXES))
-            if not found:
-                raise ValueError(f"no documents in {source}: looked for {', '.join(SUFFIXES)}.")
-            files += found
-        elif not source.exists():
-            raise ValueError(f"no such file or folder: {source}.")
-        elif not source.name.endswith(SUFFIXES):
-            raise ValueError(f"cannot read {source}: documents are {', '.join(SUFFIXES)} files.")
-        else:
-            files.append(str(source))
-    return files
+    def __init__(self, place: str, problem: str, kind: str):
+        super().__init__(place, problem, kind)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} {self.args[1]}"
 
 
 def read_documents(
-    files: Sequence[str], text_key: str = "text", on_bad: str = "error", counts: Counter | None = None
+    files: Sequence[str],
+    text_key: str = "text",
+    on_bad: str = "error",
+    counts: Counter | None = None,
+    skipped: dict[str, str] | None = None,
 ) -> Iterator[str]:
     """The texts of the files, one after the other, without holding a file in memory.
 
@@ -47,17 +45,23 @@ def read_documents(
         text_key: field of JSON lines and column of parquet files that holds the text.
         on_bad: ``"error"`` raises :class:`BadRecordError` at the first unreadable record; ``"skip"`` passes over it
             (over the rest of the file, where the file itself is damaged).
-        counts: gets ``documents``, ``empty`` and one ``skipped: <what>`` per bad record.
+        counts: gets ``documents``, ``empty`` and, per kind of bad record, ``skipped: <kind>``.
+        skipped: gets the first bad record of every kind, as a message.
+
+    Raises:
+        OSError: when a remote file does not answer; such a file is not bad, and nothing of it may be missing.
     """
     if on_bad not in ("error", "skip"):
         raise ValueError(f'on_bad must be "error" or "skip", got {on_bad!r}.')
     counts = Counter() if counts is None else counts
+    skipped = {} if skipped is None else skipped
     for path in files:
         for text in _read_file(path, text_key):
             if isinstance(text, BadRecordError):
                 if on_bad == "error":
                     raise text
-                counts[f"skipped: {text}"] += 1
+                counts[f"skipped: {text.kind}"] += 1
+                skipped.setdefault(text.kind, str(text))
             elif text:
                 counts["documents"] += 1
                 yield text
@@ -75,9 +79,13 @@ def _read_file(path: str, text_key: str) -> Iterator[str | BadRecordError]:
         else:
             yield from _read_jsonl(path, text_key)
     except UnicodeDecodeError as error:
-        yield BadRecordError(f"{path} is not UTF-8 text (byte {error.start}).")
-    except (OSError, EOFError, zlib.error) as error:
-        yield BadRecordError(f"{path} cannot be read: {error}.")
+        yield BadRecordError(path, f"is not UTF-8 text (byte {error.start}).", "not UTF-8 text")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        yield BadRecordError(path, f"cannot be read: {error}.", DAMAGED)
+    except OSError as error:
+        if "://" in path:
+            raise OSError(f"{path} does not answer: {error!r}; run the command again to go on.") from error
+        yield BadRecordError(path, f"cannot be read: {error}.", DAMAGED)
 
 
 def _read_jsonl(path: str, text_key: str) -> Iterator[str | BadRecordError]:
@@ -90,7 +98,7 @@ def _read_jsonl(path: str, text_key: str) -> Iterator[str | BadRecordError]:
                 if line.strip():
                     yield _text_of(line, f"{path} line {number}", text_key)
     except zstandard.ZstdError as error:
-        yield BadRecordError(f"{path} cannot be read: {error}.")
+        yield BadRecordError(path, f"cannot be read: {error}.", DAMAGED)
 
 
 def _lines(raw: IO[bytes], path: str) -> Iterable[bytes]:
@@ -122,16 +130,20 @@ def _text_of(line: bytes, place: str, text_key: str) -> str | BadRecordError:
     try:
         record = json.loads(line)
     except UnicodeDecodeError:
-        return BadRecordError(f"{place} is not UTF-8 text.")
+        return BadRecordError(place, "is not UTF-8 text.", "not UTF-8 text")
     except json.JSONDecodeError as error:
-        return BadRecordError(f"{place} is not valid JSON ({error.msg}, column {error.colno}).")
+        return BadRecordError(place, f"is not valid JSON ({error.msg}, column {error.colno}).", "not valid JSON")
     if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
         fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        return BadRecordError(f"{place} has no text field {text_key!r} (found: {fields}); name it with --text-key.")
+        return BadRecordError(
+            place, f"has no text field {text_key!r} (found: {fields}); name it with --text-key.", "no text field"
+        )
     try:
         record[text_key].encode()
     except UnicodeEncodeError as error:
-        return BadRecordError(f"{place} holds half of a surrogate pair (character {error.start} of its text).")
+        return BadRecordError(
+            place, f"holds half of a surrogate pair (character {error.start} of its text).", "not UTF-8 text"
+        )
     return record[text_key]
 
 
@@ -143,16 +155,35 @@ def _read_parquet(path: str, text_key: str) -> Iterator[str | BadRecordError]:
         with fsspec.open(path, "rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
             if text_key not in file.schema_arrow.names:
                 columns = ", ".join(file.schema_arrow.names)
-                yield BadRecordError(f"{path} has no column {text_key!r} (found: {columns}); name it with --text-key.")
+                yield BadRecordError(
+                    path, f"has no column {text_key!r} (found: {columns}); name it with --text-key.", "no text column"
+                )
                 return
             kind = file.schema_arrow.field(text_key).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 yield BadRecordError(
-                    f"{path}: column {text_key!r} holds {kind}, not text; name another with --text-key."
+                    path,
+                    f"holds {kind}, not text, in its column {text_key!r}; name another with --text-key.",
+                    "no text column",
                 )
                 return
             for batch in file.iter_batches(columns=[text_key]):
                 for text in batch.column(0).to_pylist():
                     yield text or ""
     except pyarrow.ArrowException as error:
-        yield BadRecordError(f"{path} is not a readable parquet file: {error}.")
+        yield BadRecordError(path, f"is not a readable parquet file: {error}.", DAMAGED)
+
+
+def split_text(text: str, max_characters: int | None) -> Iterator[str]:
+    """Pieces of at most ``max_characters``, cut behind a line break where there is one, else in front of a space.
+
+    Byte-level tokenizers begin a new token there anyway, so that the pieces' tokens are the whole text's.
+    """
+    start = 0
+    while max_characters is not None and len(text) - start > max_characters:
+        end = start + max_characters
+        cut = text.rfind("\n", start, end) + 1 or text.rfind(" ", start + 1, end)
+        end = cut if cut > start else end
+        yield text[start:end]
+        start = end
+    yield text[start:]

@@ -1,20 +1,25 @@
-"""Documents to token files with datatrove: tokenised, separated by the end-of-text token, shuffled by document."""
+"""Documents to token files: tokenised, separated by the end-of-text token, shuffled by document."""
 
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from calm.data.blocks import MANIFEST, read_manifest
-from calm.data.documents import find_files, read_documents
+from calm.data.pipeline import COUNTS, LOGS, UNSHUFFLED, DocumentSource, Executor, num_complete, run_tasks
+from calm.data.sources import find_sources
 from calm.data.tokenizer import tokenizer_hash
 
 _MAX_TASKS = 64
-_SETTINGS = ("sources", "text_key", "on_bad", "seed", "tokenizer_sha256", "separator")
+_SETTINGS_FILE = "settings.json"
+_MAY_CHANGE = ("on_bad",)  # what is done may stay when a run goes on that stopped at a bad record
+MAX_CHARACTERS = 100_000
 SEPARATORS = ("eos", "bos")
 
 
@@ -25,123 +30,129 @@ def prepare(
     text_key: str = "text",
     on_bad: str = "error",
     seed: int = 0,
-    workers: int | None = None,
     separator: str = "eos",
-) -> dict:
+    max_characters: int | None = MAX_CHARACTERS,
+    split: str | None = None,
+    subset: str | None = None,
+    num_tasks: int | None = None,
+    executor: Executor | None = None,
+) -> dict | None:
     """Tokenise documents into ``output``: ``.ds`` files (raw uint16 or uint32 tokens), a manifest, the tokenizer.
 
-    The directory appears when it is complete, and not before. Called again with the same arguments and files of the
-    same names and sizes, nothing is done.
+    The directory appears when it is complete, and not before. Interrupted, the same call goes on with the tasks that
+    are not complete (they lie in ``.<output>.partial`` meanwhile) and makes the same files. Called again with the same
+    arguments and files of the same names and sizes, nothing is done.
 
     Args:
-        sources: files and folders, see :mod:`calm.data.documents`.
+        sources: files, folders, addresses and datasets, see :func:`calm.data.sources.find_sources`.
         on_bad: ``"error"`` stops at the first unreadable record, ``"skip"`` counts them in the manifest.
         seed: of the order of the documents.
-        workers: processes; default one per core.
         separator: what stands between documents: ``"eos"``, the end-of-text token, or ``"bos"``, the begin-of-text
             token, as the paper's models were trained.
+        max_characters: longer documents become several, cut at line breaks; None leaves them whole.
+        split, subset: of datasets, as :func:`datasets.load_dataset` calls them.
+        num_tasks: pieces of the work, of whole files each; default one per file, at most 64.
+        executor: where they run; default one process per core of this machine.
 
     Returns:
-        the manifest.
+        the manifest; None where the work is only submitted.
     """
-    output = Path(output)
-    if separator not in SEPARATORS:
-        raise ValueError(f"separator must be one of {', '.join(SEPARATORS)}, got {separator!r}.")
-    separating_token = tokenizer.eos_token if separator == "eos" else tokenizer.bos_token
-    if separating_token is None:
-        raise ValueError(f"the tokenizer has no {separator} token to put between documents: take the other separator.")
-    files = find_files(sources)
-    settings = {
-        "sources": [{"path": str(file), "bytes": os.path.getsize(file)} for file in files],
+    output, executor = Path(output), executor or Executor()
+    separating_token = _separating_token(tokenizer, separator)
+    if max_characters is not None and max_characters < 1:
+        raise ValueError(f"max_characters must be at least 1, got {max_characters}.")
+    files = find_sources(sources, split, subset)
+    if num_tasks is not None and not 1 <= num_tasks <= len(files):
+        raise ValueError(f"num_tasks must be 1 to {len(files)}, the number of files, got {num_tasks}.")
+    settings: dict[str, Any] = {
+        "sources": [{"path": file.path, "bytes": file.size} for file in files],
         "text_key": text_key,
         "on_bad": on_bad,
         "seed": seed,
         "tokenizer_sha256": tokenizer_hash(tokenizer),
         "separator": separator,
+        "max_characters": max_characters,
+        "num_tasks": num_tasks or min(len(files), _MAX_TASKS),
     }
     if (output / MANIFEST).exists():
-        manifest = {"separator": "eos"} | read_manifest(output)
-        if all(manifest.get(name) == settings[name] for name in _SETTINGS):
-            return manifest
-        changed = [name for name in _SETTINGS if manifest.get(name) != settings[name]]
-        raise ValueError(
-            f"{output} holds data prepared otherwise (different: {', '.join(changed)}): choose another output "
-            "directory or remove this one."
-        )
+        manifest = read_manifest(output)
+        if changed := _changed(manifest, settings):
+            raise ValueError(
+                f"{output} holds data prepared otherwise (different: {', '.join(changed)}): choose another output "
+                "directory or remove this one."
+            )
+        return manifest
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty and holds no prepared data: choose another output directory.")
 
     draft = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
+    _begin_or_go_on(draft, settings, tokenizer)
+    source = DocumentSource([file.path for file in files], text_key, on_bad, max_characters, draft.absolute())
+    finish = partial(_finish, draft.absolute(), output.absolute(), [str(name) for name in sources])
     try:
-        tokenizer.save_pretrained(draft / "tokenizer")
-        _tokenize(files, separating_token, draft, text_key, on_bad, seed, workers)
-        manifest = settings | _describe(draft, tokenizer)
-        if manifest["num_documents"] == 0:
-            raise ValueError(f"no text in {', '.join(map(str, sources))}: every document is empty.")
-        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        if output.exists():
-            output.rmdir()
-        draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return manifest
+        if not run_tasks(executor, source, settings["num_tasks"], separating_token, seed, finish):
+            return None
+    except (ValueError, OSError) as error:
+        if not num_complete(draft):
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        done = f"{num_complete(draft)} of {settings['num_tasks']} tasks are complete and kept in {draft}"
+        raise ValueError(f"{error} ({done}; the same command, also with --skip-bad, goes on)") from error
+    return read_manifest(output)
 
 
-def _tokenize(files, separator: str, draft: Path, text_key: str, on_bad: str, seed: int, workers: int | None) -> None:
-    from datatrove.executor import LocalPipelineExecutor
-    from datatrove.pipeline.tokens import DocumentTokenizer
-    from loguru import logger
-
-    logger.disable("datatrove")
-    tasks = min(len(files), _MAX_TASKS)
-    executor = LocalPipelineExecutor(
-        pipeline=[
-            DocumentSource(files, text_key, on_bad, draft / "counts"),
-            DocumentTokenizer(
-                str(draft),
-                str(draft / "tokenizer" / "tokenizer.json"),
-                eos_token=separator,
-                batch_size=1000,
-                seed=seed,
-            ),
-        ],
-        tasks=tasks,
-        workers=min(tasks, workers or os.cpu_count() or 1),
-        logging_dir=str(draft / "logs"),
-    )
-    executor.run()
+def _separating_token(tokenizer: PreTrainedTokenizerBase, separator: str) -> str:
+    if separator not in SEPARATORS:
+        raise ValueError(f"separator must be one of {', '.join(SEPARATORS)}, got {separator!r}.")
+    token = tokenizer.eos_token if separator == "eos" else tokenizer.bos_token
+    if token is None:
+        raise ValueError(f"the tokenizer has no {separator} token to put between documents: take the other separator.")
+    return token
 
 
-class DocumentSource:
-    """First step of the datatrove pipeline: this task's share of the files as documents."""
-
-    def __init__(self, files: list[str], text_key: str, on_bad: str, counts_folder: Path):
-        self.files, self.text_key, self.on_bad, self.counts_folder = files, text_key, on_bad, counts_folder
-
-    def __setstate__(self, state: dict) -> None:
-        from loguru import logger
-
-        logger.disable("datatrove")  # worker processes log for themselves
-        self.__dict__.update(state)
-
-    def __call__(self, data=None, rank: int = 0, world_size: int = 1):
-        from datatrove.data import Document
-
-        counts: Counter = Counter()
-        texts = read_documents(self.files[rank::world_size], self.text_key, self.on_bad, counts)
-        for index, text in enumerate(texts):
-            yield Document(text=text, id=f"{rank}/{index}")
-        self.counts_folder.mkdir(exist_ok=True)
-        (self.counts_folder / f"{rank:05d}.json").write_text(json.dumps(counts), encoding="utf-8")
+def _changed(before: dict, settings: dict[str, Any]) -> list[str]:
+    return [name for name, value in settings.items() if before.get(name) != value]
 
 
-def _describe(draft: Path, tokenizer: PreTrainedTokenizerBase) -> dict:
-    counts: Counter = Counter()
-    for path in sorted((draft / "counts").glob("*.json")):
-        counts.update(json.loads(path.read_text(encoding="utf-8")))
-    for name in ("counts", "logs"):
+def _begin_or_go_on(draft: Path, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Leave in the draft what an interrupted run of these settings completed, or make a new one."""
+    path = draft / _SETTINGS_FILE
+    if path.exists():
+        changed = _changed(json.loads(path.read_text(encoding="utf-8")), settings)
+        if set(changed) <= set(_MAY_CHANGE):
+            path.write_text(json.dumps(settings), encoding="utf-8")
+            return
+    shutil.rmtree(draft, ignore_errors=True)
+    tokenizer.save_pretrained(draft / "tokenizer")
+    path.write_text(json.dumps(settings), encoding="utf-8")
+
+
+def _finish(draft: Path, output: Path, sources: list[str]) -> None:
+    """Describe what the tasks wrote, and put the directory in place."""
+    settings = json.loads((draft / _SETTINGS_FILE).read_text(encoding="utf-8"))
+    manifest = settings | _describe(draft)
+    if manifest["num_documents"] == 0:
+        raise ValueError(f"no text in {', '.join(sources)}: every document is empty.")
+    for name in (COUNTS, LOGS, UNSHUFFLED):
         shutil.rmtree(draft / name, ignore_errors=True)
+    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    (draft / _SETTINGS_FILE).unlink()
+    if output.exists():
+        output.rmdir()
+    draft.rename(output)
+
+
+def _describe(draft: Path) -> dict:
+    from calm.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(draft)
+    counts: Counter = Counter()
+    skipped: dict[str, dict] = {}
+    for path in sorted((draft / COUNTS).glob("*.json")):
+        task = json.loads(path.read_text(encoding="utf-8"))
+        counts.update(task["counts"])
+        for kind, first in task["skipped"].items():
+            skipped.setdefault(kind, {"count": 0, "first": first})["count"] += task["counts"][f"skipped: {kind}"]
     token_bytes = 4 if len(tokenizer) > 2**16 else 2
     files = [
         {"name": path.name, "num_tokens": path.stat().st_size // token_bytes} for path in sorted(draft.glob("*.ds"))
@@ -150,7 +161,8 @@ def _describe(draft: Path, tokenizer: PreTrainedTokenizerBase) -> dict:
         "num_tokens": sum(file["num_tokens"] for file in files),
         "num_documents": counts["documents"],
         "num_empty": counts["empty"],
-        "skipped": {what.removeprefix("skipped: "): n for what, n in counts.items() if what.startswith("skipped: ")},
+        "num_cuts": counts["cuts"],
+        "skipped": skipped,
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         "token_bytes": token_bytes,

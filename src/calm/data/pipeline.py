@@ -1,0 +1,227 @@
+"""The work of `calm prepare` as a datatrove pipeline: files are read, tokenised and shuffled in tasks of their own.
+
+A task reads its share of the files and writes one token file; which task reads what depends on the number of tasks
+alone, so every executor makes the same files. A task that is cut short starts over, one that is complete is left alone.
+"""
+
+import json
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from calm.data.documents import read_documents, split_text
+
+EXECUTORS = ("local", "slurm", "ray")
+COUNTS, LOGS, UNSHUFFLED = "counts", "logs", "unshuffled"
+# A batch of documents is tokenised at once; with documents of at most 100,000 characters this bounds the memory.
+_BATCH_SIZE = 100
+
+
+@dataclass
+class Executor:
+    """Where the tasks run.
+
+    Args:
+        kind: ``"local"``, processes of this machine; ``"slurm"``, a job array (and a job that finishes the output, so
+            that the call returns when both are submitted); ``"ray"``, the cluster this process is connected to, or one
+            of this machine.
+        workers: tasks at a time; default one per core, and all of them on a cluster.
+        options: for Slurm and Ray, arguments of datatrove's executor; ``partition`` and ``time`` are needed on Slurm.
+    """
+
+    kind: str = "local"
+    workers: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in EXECUTORS:
+            raise ValueError(f"executor must be one of {', '.join(EXECUTORS)}, got {self.kind!r}.")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}.")
+        if self.kind == "slurm" and not {"partition", "time"} <= self.options.keys():
+            raise ValueError("the Slurm executor needs --partition and --time, as sbatch takes them.")
+        if self.kind == "local" and self.options:
+            raise ValueError(f"{', '.join(self.options)}: such options are for the executors slurm and ray.")
+
+
+class DocumentSource:
+    """First step of the pipeline: this task's share of the files as documents."""
+
+    def __init__(self, files: list[str], text_key: str, on_bad: str, max_characters: int | None, draft: Path):
+        self.files, self.text_key, self.on_bad = files, text_key, on_bad
+        self.max_characters, self.draft = max_characters, draft
+
+    def __setstate__(self, state: dict) -> None:
+        _silence_datatrove()  # worker processes log for themselves
+        self.__dict__.update(state)
+
+    def __call__(self, data=None, rank: int = 0, world_size: int = 1):
+        from datatrove.data import Document
+
+        counts: Counter = Counter()
+        skipped: dict[str, str] = {}
+        parent = os.getppid()
+        files = self.files[rank::world_size]
+        for text in read_documents(files, self.text_key, self.on_bad, counts, skipped):
+            if os.getppid() != parent:
+                sys.exit("the process that prepares the data is gone")  # its successor does this task again
+            for piece, part in enumerate(split_text(text, self.max_characters)):
+                counts["cuts"] += piece > 0
+                yield Document(text=part, id=f"{rank}/{counts['documents']}/{piece}")
+        folder = self.draft / COUNTS
+        folder.mkdir(exist_ok=True)
+        (folder / f"{rank:05d}.json").write_text(json.dumps({"counts": counts, "skipped": skipped}), encoding="utf-8")
+
+
+class Finish:
+    """The one step of the job that follows the tasks on Slurm."""
+
+    def __init__(self, finish: Callable[[], object]):
+        self.finish = finish
+
+    def __call__(self, data=None, rank: int = 0, world_size: int = 1):
+        self.finish()
+
+
+def run_tasks(
+    executor: Executor, source: DocumentSource, num_tasks: int, separator: str, seed: int, finish: Callable[[], object]
+) -> bool:
+    """Run the tasks and then ``finish``; False where they are only submitted."""
+    from datatrove.pipeline.tokens import DocumentTokenizer
+
+    _silence_datatrove()
+    draft = source.draft.absolute()
+    tokenize = DocumentTokenizer(
+        str(draft),
+        str(draft / "tokenizer" / "tokenizer.json"),
+        local_working_dir=str(draft / UNSHUFFLED),
+        eos_token=separator,
+        batch_size=_BATCH_SIZE,
+        seed=seed,
+        save_index=False,
+        save_final_metadata=False,
+    )
+    common: dict[str, Any] = {"pipeline": [source, tokenize], "tasks": num_tasks, "logging_dir": str(draft / LOGS)}
+    if executor.kind == "slurm":
+        _submit(executor, common, finish)
+        return False
+    with _progress(draft, num_tasks):
+        if executor.kind == "local":
+            _run_locally(executor, common)
+        else:
+            _run_on_ray(executor, common)
+    finish()
+    return True
+
+
+def num_complete(draft: Path) -> int:
+    """Tasks that are done."""
+    return len(list((draft / LOGS / "completions").glob("*")))
+
+
+def _run_locally(executor: Executor, common: dict[str, Any]) -> None:
+    from datatrove.executor import LocalPipelineExecutor
+
+    cores = os.cpu_count() or 1
+    workers = min(common["tasks"], executor.workers or cores)
+    # Cores that have no task of their own help to tokenise.
+    os.environ["RAYON_NUM_THREADS"] = str(max(1, cores // workers))
+    LocalPipelineExecutor(**common, workers=workers).run()
+
+
+def _run_on_ray(executor: Executor, common: dict[str, Any]) -> None:
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("the Ray executor takes the ray library: pip install ray.") from error
+    from datatrove.executor.ray import RayPipelineExecutor
+
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(log_to_driver=False)
+    try:
+        RayPipelineExecutor(**common, workers=executor.workers or -1, **executor.options).run()
+    finally:
+        if ours:
+            ray.shutdown()
+    draft = Path(common["logging_dir"]).parent
+    if num_complete(draft) < common["tasks"]:
+        raise ValueError(
+            f"{common['tasks'] - num_complete(draft)} of {common['tasks']} tasks failed, see {draft / LOGS / 'logs'}; "
+            "run the command again to repeat them."
+        )
+
+
+def _submit(executor: Executor, common: dict[str, Any], finish: Callable[[], object]) -> None:
+    from datatrove.executor import SlurmPipelineExecutor
+
+    options = {"job_name": "calm-prepare", "mail_type": "NONE"} | executor.options
+    if sys.prefix != sys.base_prefix:
+        options.setdefault("venv_path", f"{sys.prefix}/bin/activate")
+    tasks = SlurmPipelineExecutor(**common, workers=executor.workers or -1, **options)
+    # Its job would write into the draft after the last job has put it in place.
+    setattr(tasks, "launch_merge_stats", _no_stats)  # noqa: B010
+    # Not in the draft: this job still writes its log when it has put that in place.
+    draft = Path(common["logging_dir"]).parent
+    logs = str(draft.with_name(draft.name.removesuffix(".partial") + ".slurm"))
+    last = SlurmPipelineExecutor(
+        pipeline=[Finish(finish)], tasks=1, logging_dir=logs, depends=tasks, skip_completed=False, **options
+    )
+    setattr(last, "launch_merge_stats", _no_stats)  # noqa: B010
+    try:
+        last.run()
+    except OSError as error:
+        raise ValueError(f"the jobs could not be submitted ({error}): is `sbatch` here?") from error
+
+
+def _no_stats() -> None:
+    """In the place of a job that sums up datatrove's own counts; the manifest has ours."""
+
+
+def _silence_datatrove() -> None:
+    from loguru import logger
+
+    logger.disable("datatrove")
+
+
+@contextmanager
+def _progress(draft: Path, num_tasks: int) -> Iterator[None]:
+    """A line that shows tasks done and bytes written, as the output directory shows them."""
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("[bold]prepare"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tasks"),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[written]:,.0f} MB of tokens"),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
+    ended = threading.Event()
+
+    def watch() -> None:
+        task = progress.add_task("", total=num_tasks, written=0)
+        while not progress.finished:
+            written = sum(file.stat().st_size for file in draft.rglob("*.ds") if file.exists())
+            progress.update(task, completed=num_complete(draft), written=written / 1e6)
+            if ended.wait(0.5):
+                return
+
+    with progress:
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()

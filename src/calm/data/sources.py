@@ -1,0 +1,113 @@
+"""Where documents are: local files and folders, remote files, datasets of the Hugging Face hub."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+
+from calm.data.documents import SUFFIXES
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of documents; ``size`` in bytes, None where a server does not tell."""
+
+    path: str
+    size: int | None
+
+
+def find_sources(
+    sources: Sequence[str | os.PathLike], split: str | None = None, subset: str | None = None
+) -> list[SourceFile]:
+    """The document files among ``sources``, in a fixed order; nothing is downloaded.
+
+    Args:
+        sources: files and folders (searched; other files in them are passed over), addresses that fsspec knows
+            (``https://``, ``s3://``, ``hf://datasets/...``, with ``*``), and dataset ids of the hub such as
+            ``monology/pile-uncopyrighted``.
+        split, subset: of datasets; with one of them a folder, too, is read as a dataset of the hub's layout.
+
+    Raises ValueError that names a source that is not there or cannot be read.
+    """
+    found: list[SourceFile] = []
+    for source in [os.fspath(given) for given in sources]:
+        if "://" in source:
+            found += _remote_files(source)
+        elif _is_dataset(source, split or subset):
+            found += _dataset_files(source, split or "train", subset)
+        else:
+            found += _local_files(Path(source))
+    return found
+
+
+def _is_dataset(source: str, asked_for: str | None) -> bool:
+    if Path(source).exists():
+        return asked_for is not None and Path(source).is_dir()
+    return bool(_HUB_ID.fullmatch(source)) and not source.endswith(SUFFIXES)
+
+
+def _local_files(source: Path) -> list[SourceFile]:
+    if source.is_dir():
+        paths = sorted(path for path in source.rglob("*") if path.is_file() and path.name.endswith(SUFFIXES))
+        if not paths:
+            raise ValueError(f"no documents in {source}: looked for {', '.join(SUFFIXES)}.")
+    elif not source.exists():
+        raise ValueError(f"no such file or folder: {source}.")
+    else:
+        _check_suffix(str(source))
+        paths = [source]
+    return [SourceFile(str(path), path.stat().st_size) for path in paths]
+
+
+def _remote_files(source: str) -> list[SourceFile]:
+    try:
+        files, path = fsspec.core.url_to_fs(source)
+        if "*" in path:
+            paths = sorted(files.glob(path))
+        elif not path.endswith(SUFFIXES) and files.isdir(path):
+            paths = sorted(found for found in files.find(path) if found.endswith(SUFFIXES))
+        else:
+            _check_suffix(source)
+            paths = [path]
+        found = [SourceFile(files.unstrip_protocol(path), files.info(path).get("size")) for path in paths]
+    except (OSError, ImportError) as error:
+        raise ValueError(f"cannot read {source}: {' '.join(str(error).split()) or type(error).__name__}.") from error
+    if not found:
+        raise ValueError(f"no documents at {source}: looked for {', '.join(SUFFIXES)}.")
+    for file in found:
+        _check_suffix(file.path)
+    return found
+
+
+def _dataset_files(name: str, split: str, subset: str | None) -> list[SourceFile]:
+    """The files of a dataset's split, found as `load_dataset` finds them and pinned to the present revision."""
+    try:
+        from datasets import load_dataset_builder
+        from datasets.exceptions import DatasetNotFoundError
+    except ImportError as error:
+        raise ValueError(f"reading {name} from the hub takes the datasets library: pip install datasets.") from error
+    try:
+        splits = load_dataset_builder(name, subset).config.data_files or {}
+    except DatasetNotFoundError as error:
+        raise ValueError(f"no such file, folder or dataset of the hub: {name}.") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} is no file or folder here, and as a dataset of the hub it cannot be read: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    if split not in splits:
+        raise ValueError(f"the dataset {name} has no split {split!r}, but {', '.join(map(str, splits))}.")
+    found = []
+    for path in map(str, splits[split]):
+        found += _remote_files(path) if "://" in path else _local_files(Path(path))
+    return found
+
+
+def _check_suffix(path: str) -> None:
+    if not path.endswith(SUFFIXES):
+        raise ValueError(f"cannot read {path}: documents are {', '.join(SUFFIXES)} files.")
