@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from test_run import calm_recipe, workspace  # noqa: F401
 
+from calm.models.loading import load_model
 from calm.training.checkpoints import find_checkpoint
 from calm.training.metrics import read_metrics
 from calm.training.resume import is_complete
@@ -27,11 +28,11 @@ def same_weights(first, second, **tolerance):
             assert torch.equal(value, actual[name]), name
 
 
-def start(recipe, path, *command):
+def start(recipe, path, *command, options=()):
     path.write_text(recipe.to_yaml())
     command = command or (sys.executable,)
     return subprocess.Popen(
-        [*command, "-m", "calm.cli.main", "train", str(path)], env=os.environ | {"PYTHONPATH": "src"},
+        [*command, "-m", "calm.cli.main", "train", str(path), *options], env=os.environ | {"PYTHONPATH": "src"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -55,6 +56,32 @@ def test_two_processes_equal_one(workspace, tmp_path):  # noqa: F811
     same_weights(whole, workspace / "two_processes", rtol=1e-4, atol=1e-5)
     losses = [[record["loss"] for record in read_metrics(run) if "loss" in record] for run in
               (whole, workspace / "two_processes")]  # fmt: skip
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_sharded_run_equals_one_process_and_each_goes_on_from_the_other(workspace, tmp_path):  # noqa: F811
+    """Two steps of two processes with FSDP2, two of one process, two of two again."""
+    rate = {"lr_scheduler_type": "constant"}  # the same whatever max_steps
+    whole = train(calm_recipe(workspace, "unsharded", per_device_train_batch_size=4, max_steps=6, **rate))
+
+    def shard(max_steps):
+        steps = {"per_device_train_batch_size": 2, "max_steps": max_steps}
+        recipe = calm_recipe(workspace, "sharded", **steps, **rate, fsdp=True)
+        process = start(
+            recipe, tmp_path / "recipe.yaml", sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+            "--master_port=29518", options=["--allow-recipe-change"],
+        )  # fmt: skip
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+
+    shard(2)
+    load_model(workspace / "sharded")  # all there, and nothing of FSDP
+    alone = calm_recipe(workspace, "sharded", per_device_train_batch_size=4, max_steps=4, **rate)
+    train(alone, allow_recipe_change=True)
+    shard(6)
+    same_weights(whole, workspace / "sharded", rtol=1e-4, atol=1e-5)
+    losses = [[record["loss"] for record in read_metrics(run) if "loss" in record] for run in
+              (whole, workspace / "sharded")]  # fmt: skip
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
@@ -143,8 +170,8 @@ def test_unknown_precision_is_refused(workspace):  # noqa: F811
 def test_sharding_over_one_process_is_refused(workspace, monkeypatch):  # noqa: F811
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP shards a model over processes, and this is one process"):
-        train(calm_recipe(workspace, "sharded"))
-    assert not (workspace / "sharded").exists()
+        train(calm_recipe(workspace, "one_shard"))
+    assert not (workspace / "one_shard").exists()
 
 
 def limited(limit):
@@ -186,3 +213,9 @@ def test_gradient_checkpointing_and_bfloat16_train(workspace):  # noqa: F811
     losses = [[record["loss"] for record in read_metrics(run) if "loss" in record] for run in (plain, rounded)]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert losses[1] != losses[0]
+
+
+def test_compiled_training_is_the_same_training(workspace):  # noqa: F811
+    plain = train(calm_recipe(workspace, "not_compiled", max_steps=3))
+    compiled = train(calm_recipe(workspace, "compiled", max_steps=3, torch_compile=True))
+    same_weights(plain, compiled, rtol=1e-3, atol=1e-4)

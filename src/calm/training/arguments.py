@@ -37,7 +37,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 def check_processes(recipe: Recipe, arguments: TrainingArguments) -> None:
     """ValueError when the way the processes were started does not fit them or the recipe."""
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true") or bool(arguments.fsdp)
+    fsdp = asks_for_fsdp(arguments)
     if fsdp and arguments.world_size == 1:
         raise ValueError(
             "FSDP shards a model over processes, and this is one process: start it with `accelerate launch "
@@ -48,6 +48,11 @@ def check_processes(recipe: Recipe, arguments: TrainingArguments) -> None:
             "brier_blocks cannot be scored while the model is sharded: leave it out, and run `calm evaluate` on the "
             "trained model."
         )
+
+
+def asks_for_fsdp(arguments: TrainingArguments) -> bool:
+    """Whether the recipe (``training.fsdp``) or `accelerate launch` asks for a sharded model."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true") or bool(arguments.fsdp)
 
 
 def accumulation_steps(recipe: Recipe, num_processes: int) -> int:

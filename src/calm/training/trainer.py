@@ -7,19 +7,24 @@ training record holds the mean of everything the model reports, over all micro-b
 import json
 import shutil
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list
 from torch.utils.data import Dataset
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.brier_scores import NGRAM
 from calm.evaluation.reconstruction import LIVE_VARIANCE
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
+from calm.training import sharding
+from calm.training.arguments import asks_for_fsdp
 from calm.training.checkpoints import rotate, seal
 from calm.training.order import NumberedBlocks, ShuffledSteps, collate_numbered, noise_of_blocks
 
@@ -53,6 +58,10 @@ class CalmTrainer(Trainer):
             eval_dataset=held_out,
             data_collator=collate_numbered,
         )
+        if self.plugin is not None:
+            model: Any = self.model
+            sharding.configure(self.accelerator, self.plugin, model)
+            self.is_fsdp_enabled = True
         self.held_out_blocks = eval_dataset
         self.about = about or {}
         self.keep = keep
@@ -101,20 +110,49 @@ class CalmTrainer(Trainer):
         scores = {"eval_brier_lm": result.brier_lm, "eval_brier_lm_error": result.brier_lm_error}
         return scores | {f"eval_brier_{n}": value for n, value in enumerate(result.brier, start=1)}
 
+    @cached_property
+    def plugin(self) -> FullyShardedDataParallelPlugin | None:
+        """How the model is sharded; None where it is not."""
+        if self.args.fsdp_plugin_args is not None:  # the recipe's training.fsdp
+            return FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        if asks_for_fsdp(self.args):  # accelerate's environment
+            return getattr(self.accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
+        return None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.plugin is None:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        state = sharding.whole_optimizer_state(optimizer.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        return None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        if self.plugin is None:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        plain: Any = self.model
+        return sharding.load_weights(plain, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Moments and position come from the checkpoint, rates and decay from the recipe, which may have changed."""
         if checkpoint is None or self.optimizer is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        groups = [
-            {name: group[name] for name in _FROM_RECIPE if name in group} for group in self.optimizer.param_groups
-        ]
-        super()._load_optimizer_and_scheduler(checkpoint)
-        for group, values in zip(self.optimizer.param_groups, groups, strict=True):
-            group.update(values)
+        optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
+        groups = [{name: group[name] for name in _FROM_RECIPE if name in group} for group in optimizer.param_groups]
+        if self.plugin is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            sharding.load_optimizer_state(optimizer.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+            scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            group.update(values)
         if hasattr(scheduler, "lr_lambdas"):
             scheduler.base_lrs = [group["initial_lr"] for group in groups]
-            for group, factor in zip(self.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
                 group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
         return None
 

@@ -1,0 +1,73 @@
+"""FSDP2: weights, gradients and moments divided over the processes; checkpoints that do not show it.
+
+A checkpoint of a sharded run holds what one of a single process holds, so that any number of processes, sharded or not,
+can go on with it. The frozen autoencoder is not sharded: it stays whole, in float32, on every process.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def configure(accelerator: Any, plugin: FullyShardedDataParallelPlugin, model: torch.nn.Module) -> None:
+    """Settings of FSDP2 that a CALM needs, before the model is sharded; ValueError for FSDP1.
+
+    accelerate shards on GPUs alone and trains on processors without a word about it; here these shard as well.
+    """
+    if plugin.fsdp_version != 2:
+        raise ValueError("FSDP1 is not supported: set fsdp_version to 2 (`--fsdp_version 2` of accelerate).")
+    if hasattr(model, "head"):
+        plugin.ignored_modules = [model.autoencoder]
+    plugin.state_dict_type = plugin.state_dict_type.FULL_STATE_DICT
+    # Sums of gradients and the loss stay float32.
+    dtype = _DTYPES.get(accelerator.mixed_precision)
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype else None
+    state = accelerator.state
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.fsdp_plugin = plugin
+        state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """``optimizer.state_dict()`` as one process would have it; all processes call it."""
+    state = optimizer.state_dict()
+    for values in state["state"].values():
+        for name, value in values.items():
+            values[name] = value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    return state
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Take this process's share of the state in a file."""
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if value.shape == parameters[index].shape:
+                values[name] = _share(value, parameters[index])
+    optimizer.load_state_dict(state)
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Take this process's share of the weights in a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        for name, value in model.state_dict(keep_vars=True).items():
+            if name in file.keys():  # noqa: SIM118 - no mapping; tied weights are saved once
+                value.copy_(_share(file.get_tensor(name), value))
+
+
+def _share(whole: Tensor, like: Tensor) -> Tensor:
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
