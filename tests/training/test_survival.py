@@ -215,6 +215,7 @@ def test_gradient_checkpointing_and_bfloat16_train(workspace):  # noqa: F811
     assert losses[1] != losses[0]
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_training_is_the_same_training(workspace):  # noqa: F811
     plain = train(calm_recipe(workspace, "not_compiled", max_steps=3))
     compiled = train(calm_recipe(workspace, "compiled", max_steps=3, torch_compile=True))

@@ -17,6 +17,13 @@ def prepare(
     text_key: Annotated[str, typer.Option(help="field or column that holds the text")] = "text",
     split: Annotated[str | None, typer.Option(help="of a dataset; default train")] = None,
     subset: Annotated[str | None, typer.Option(help="of a dataset, its configuration's name")] = None,
+    conversations: Annotated[
+        bool,
+        typer.Option(
+            "--conversations",
+            help="records of prompt and response, or of messages, for fine-tuning: the loss is on responses alone",
+        ),
+    ] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="count unreadable records instead of stopping")] = False,
     seed: Annotated[int, typer.Option(help="of the order of documents")] = 0,
     separator: Annotated[
@@ -40,6 +47,8 @@ def prepare(
 
     Example: `calm prepare corpus/train.jsonl --tokenizer tokenizer -o data/train`
 
+    Example: `calm prepare chats.jsonl --conversations --tokenizer runs/calm -o data/chats`
+
     Example: `calm prepare monology/pile-uncopyrighted --tokenizer tokenizer -o data/pile --executor slurm
     --partition cpu --time 12:00:00`
     """
@@ -47,6 +56,15 @@ def prepare(
     from calm.data.prepare import prepare as run
     from calm.data.tokenizer import load_tokenizer
 
+    on_bad = "skip" if skip_bad else "error"
+    if conversations:
+        from calm.data.conversations import prepare_conversations
+
+        manifest = prepare_conversations(sources, load_tokenizer(tokenizer), output, on_bad, seed, split, subset)
+        size = f"{manifest['num_tokens']:,} tokens ({manifest['num_response_tokens']:,} in responses)"
+        print(f"{size} of {manifest['num_examples']:,} examples: {output}")
+        _print_skipped(manifest)
+        return
     given = {
         "partition": partition,
         "time": time,
@@ -54,12 +72,12 @@ def prepare(
         "mem_per_cpu_gb": memory_per_cpu,
         "sbatch_args": dict(_pair(argument) for argument in sbatch) if sbatch else None,
     }
-    manifest = run(
+    prepared = run(
         sources,
         load_tokenizer(tokenizer),
         output,
         text_key,
-        "skip" if skip_bad else "error",
+        on_bad,
         seed,
         separator,
         max_characters or None,
@@ -68,11 +86,15 @@ def prepare(
         tasks,
         Executor(executor, workers, {name: value for name, value in given.items() if value is not None}),
     )
-    if manifest is None:
+    if prepared is None:
         print(f"submitted; {output} appears when the last job ends. Repeat the command for tasks that failed.")
         return
-    cut = f" ({manifest['num_cuts']:,} cuts in long ones)" if manifest["num_cuts"] else ""
-    print(f"{manifest['num_tokens']:,} tokens of {manifest['num_documents']:,} documents{cut}: {output}")
+    cut = f" ({prepared['num_cuts']:,} cuts in long ones)" if prepared["num_cuts"] else ""
+    print(f"{prepared['num_tokens']:,} tokens of {prepared['num_documents']:,} documents{cut}: {output}")
+    _print_skipped(prepared)
+
+
+def _print_skipped(manifest: dict) -> None:
     for kind, bad in manifest["skipped"].items():
         print(f"skipped: {kind}, {bad['count']:,} times; the first: {bad['first']}")
 

@@ -33,6 +33,15 @@ def read_manifest(path: str | os.PathLike) -> dict:
     return manifest
 
 
+def check_block_size(block_size: int, patch_size: int) -> None:
+    """ValueError when a block does not hold whole patches."""
+    if block_size < 1 or block_size % patch_size:
+        raise ValueError(
+            f"block_size must be a multiple of the patch size {patch_size}, got {block_size}; "
+            f"nearest: {max(1, round(block_size / patch_size)) * patch_size}."
+        )
+
+
 class TokenBlocks(Dataset):
     """Consecutive blocks of ``block_size`` tokens, memory-mapped: nothing is read before it is asked for.
 
@@ -46,14 +55,12 @@ class TokenBlocks(Dataset):
     """
 
     def __init__(self, path: str | os.PathLike, block_size: int, patch_size: int = 1):
-        if block_size < 1 or block_size % patch_size:
-            raise ValueError(
-                f"block_size must be a multiple of the patch size {patch_size}, got {block_size}; "
-                f"nearest: {max(1, round(block_size / patch_size)) * patch_size}."
-            )
+        check_block_size(block_size, patch_size)
         self.path = Path(path)
         self.block_size = block_size
         self.manifest = read_manifest(path)
+        if self.manifest.get("kind") == "conversations":
+            raise ValueError(f"{path} holds prompts and responses; documents are needed here.")
         self._first_block = [0, *accumulate(file["num_tokens"] // block_size for file in self.manifest["files"])]
         if len(self) == 0:
             raise ValueError(

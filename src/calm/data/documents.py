@@ -4,8 +4,8 @@ import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import IO
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Any
 
 import fsspec
 
@@ -13,6 +13,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".py")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")  # .json: as the paper's code names its JSON lines
 SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, ".parquet")
 DAMAGED = "damaged file"
+_Parse = Callable[[dict[str, Any], str], Any]
 
 
 class BadRecordError(ValueError):
@@ -51,33 +52,57 @@ def read_documents(
     Raises:
         OSError: when a remote file does not answer; such a file is not bad, and nothing of it may be missing.
     """
+    counts = Counter() if counts is None else counts
+    for text in _good(files, text_key, on_bad, counts, {} if skipped is None else skipped):
+        counts["documents" if text else "empty"] += 1
+        if text:
+            yield text
+
+
+def read_records(
+    files: Sequence[str],
+    parse: _Parse,
+    on_bad: str = "error",
+    counts: Counter | None = None,
+    skipped: dict[str, str] | None = None,
+) -> Iterator[Any]:
+    """What ``parse(record, place)`` makes of every JSON line and every row of parquet; the rest as for documents.
+
+    Args:
+        parse: gets a record and where it stands; returns a :class:`BadRecordError` for a bad one.
+    """
+    counts = Counter() if counts is None else counts
+    for parsed in _good(files, parse, on_bad, counts, {} if skipped is None else skipped):
+        counts["records"] += 1
+        yield parsed
+
+
+def _good(files: Sequence[str], of: str | _Parse, on_bad: str, counts: Counter, skipped: dict[str, str]) -> Iterator:
     if on_bad not in ("error", "skip"):
         raise ValueError(f'on_bad must be "error" or "skip", got {on_bad!r}.')
-    counts = Counter() if counts is None else counts
-    skipped = {} if skipped is None else skipped
     for path in files:
-        for text in _read_file(path, text_key):
-            if isinstance(text, BadRecordError):
-                if on_bad == "error":
-                    raise text
-                counts[f"skipped: {text.kind}"] += 1
-                skipped.setdefault(text.kind, str(text))
-            elif text:
-                counts["documents"] += 1
-                yield text
-            else:
-                counts["empty"] += 1
+        for found in _read_file(path, of):
+            if not isinstance(found, BadRecordError):
+                yield found
+                continue
+            if on_bad == "error":
+                raise found
+            counts[f"skipped: {found.kind}"] += 1
+            skipped.setdefault(found.kind, str(found))
 
 
-def _read_file(path: str, text_key: str) -> Iterator[str | BadRecordError]:
+def _read_file(path: str, of: str | _Parse) -> Iterator:
+    """Texts of the field ``of``, or what ``of`` makes of the records; and what is wrong with others."""
     try:
-        if path.endswith(TEXT_SUFFIXES):
+        if path.endswith(TEXT_SUFFIXES) and callable(of):
+            yield BadRecordError(path, "holds no records: give .jsonl (.gz, .zst) or .parquet files.", DAMAGED)
+        elif path.endswith(TEXT_SUFFIXES):
             with fsspec.open(path, "rt", encoding="utf-8", newline="") as file:
                 yield file.read()
         elif path.endswith(".parquet"):
-            yield from _read_parquet(path, text_key)
+            yield from _read_parquet(path, of)
         else:
-            yield from _read_jsonl(path, text_key)
+            yield from _read_jsonl(path, of)
     except UnicodeDecodeError as error:
         yield BadRecordError(path, f"is not UTF-8 text (byte {error.start}).", "not UTF-8 text")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -88,7 +113,7 @@ def _read_file(path: str, text_key: str) -> Iterator[str | BadRecordError]:
         yield BadRecordError(path, f"cannot be read: {error}.", DAMAGED)
 
 
-def _read_jsonl(path: str, text_key: str) -> Iterator[str | BadRecordError]:
+def _read_jsonl(path: str, of: str | _Parse) -> Iterator:
     import zstandard
 
     try:
@@ -96,7 +121,11 @@ def _read_jsonl(path: str, text_key: str) -> Iterator[str | BadRecordError]:
         with fsspec.open(path, "rb") as raw:
             for number, line in enumerate(_lines(raw, path), start=1):
                 if line.strip():
-                    yield _text_of(line, f"{path} line {number}", text_key)
+                    place = f"{path} line {number}"
+                    record: Any = _record(line, place)
+                    if isinstance(record, dict):
+                        record = of(record, place) if callable(of) else _text_of(record, place, of)
+                    yield record
     except zstandard.ZstdError as error:
         yield BadRecordError(path, f"cannot be read: {error}.", DAMAGED)
 
@@ -126,17 +155,24 @@ def _zstd_lines(raw: IO[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-def _text_of(line: bytes, place: str, text_key: str) -> str | BadRecordError:
+def _record(line: bytes, place: str) -> dict | BadRecordError:
     try:
         record = json.loads(line)
     except UnicodeDecodeError:
         return BadRecordError(place, "is not UTF-8 text.", "not UTF-8 text")
     except json.JSONDecodeError as error:
         return BadRecordError(place, f"is not valid JSON ({error.msg}, column {error.colno}).", "not valid JSON")
-    if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
-        fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+    if isinstance(record, dict):
+        return record
+    return BadRecordError(place, f"is no record of named fields, but {type(record).__name__}.", "no text field")
+
+
+def _text_of(record: dict, place: str, text_key: str) -> str | BadRecordError:
+    if not isinstance(record.get(text_key), str):
         return BadRecordError(
-            place, f"has no text field {text_key!r} (found: {fields}); name it with --text-key.", "no text field"
+            place,
+            f"has no text field {text_key!r} (found: {', '.join(record)}); name it with --text-key.",
+            "no text field",
         )
     try:
         record[text_key].encode()
@@ -147,27 +183,31 @@ def _text_of(line: bytes, place: str, text_key: str) -> str | BadRecordError:
     return record[text_key]
 
 
-def _read_parquet(path: str, text_key: str) -> Iterator[str | BadRecordError]:
+def _read_parquet(path: str, of: str | _Parse) -> Iterator:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with fsspec.open(path, "rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
-            if text_key not in file.schema_arrow.names:
+            if callable(of):
+                for number, row in enumerate(row for batch in file.iter_batches() for row in batch.to_pylist()):
+                    yield of(row, f"{path} row {number}")
+                return
+            if of not in file.schema_arrow.names:
                 columns = ", ".join(file.schema_arrow.names)
                 yield BadRecordError(
-                    path, f"has no column {text_key!r} (found: {columns}); name it with --text-key.", "no text column"
+                    path, f"has no column {of!r} (found: {columns}); name it with --text-key.", "no text column"
                 )
                 return
-            kind = file.schema_arrow.field(text_key).type
+            kind = file.schema_arrow.field(of).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 yield BadRecordError(
                     path,
-                    f"holds {kind}, not text, in its column {text_key!r}; name another with --text-key.",
+                    f"holds {kind}, not text, in its column {of!r}; name another with --text-key.",
                     "no text column",
                 )
                 return
-            for batch in file.iter_batches(columns=[text_key]):
+            for batch in file.iter_batches(columns=[of]):
                 for text in batch.column(0).to_pylist():
                     yield text or ""
     except pyarrow.ArrowException as error:

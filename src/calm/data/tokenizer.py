@@ -95,7 +95,10 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
 def _load(path: Path) -> PreTrainedTokenizerBase:
     file = path if path.is_file() else path / "tokenizer.model"
     if path.is_dir() and (path / "tokenizer.json").is_file():
-        return AutoTokenizer.from_pretrained(path)
+        # A model of the paper's code has a configuration that says no model_type, and AutoTokenizer asks for one.
+        config = path / "config.json"
+        known = not config.is_file() or "model_type" in json.loads(config.read_text(encoding="utf-8"))
+        return (AutoTokenizer if known else PreTrainedTokenizerFast).from_pretrained(path)
     if file.is_file() and file.suffix == ".model":
         return llama3_tokenizer(file)
     if file.is_file():

@@ -10,7 +10,7 @@ from calm.data.blocks import MANIFEST, read_manifest
 from calm.data.tokenizer import load_tokenizer, tokenizer_hash
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.configuration_calm import CalmConfig
-from calm.models.loading import load_autoencoder
+from calm.models.loading import load_autoencoder, load_language_model, load_model
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.outline import outline
@@ -19,8 +19,10 @@ from calm.training.token_loss import use_linear_cross_entropy
 
 
 def build_model(recipe: Recipe) -> PreTrainedModel:
-    """A freshly initialised model of the recipe's stage, for the recipe's data."""
+    """The recipe's model for the recipe's data: freshly initialised, or as far as it was trained already."""
     tokens = _token_ids(recipe.data.train)
+    if "pretrained" in recipe.model:
+        return _pretrained(recipe)
     if recipe.stage == "autoencoder":
         return CalmAutoencoder(CalmAutoencoderConfig(**tokens | recipe.model))
     if recipe.stage == "baseline":
@@ -30,9 +32,47 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     autoencoder = load_autoencoder(recipe.model["autoencoder"])
     _check_same_tokenizer(recipe.model["autoencoder"], recipe.data.train)
     model = CalmForCausalLM.from_autoencoder(autoencoder, _backbone(recipe, autoencoder.config, tokens), _head(recipe))
+    if "backbone_weights" in recipe.model:
+        _load_backbone(model, recipe.model["backbone_weights"])
     if read_manifest(recipe.data.train).get("separator") == "bos":
         model.config.document_separator_id = tokens["bos_token_id"]
     return model
+
+
+def _pretrained(recipe: Recipe) -> PreTrainedModel:
+    """A trained model of the recipe's stage, in float32."""
+    path = recipe.model["pretrained"]
+    separate = recipe.model.get("autoencoder")  # of a released model that comes without its own
+    model = load_model(path, torch.float32, load_autoencoder(separate) if separate else None)
+    stage = {CalmAutoencoder: "autoencoder", CalmForCausalLM: "calm"}.get(type(model), "baseline")
+    if stage != recipe.stage:
+        raise ValueError(f"model.pretrained: {path} holds a {type(model).__name__}, which is of stage {stage}.")
+    _check_same_tokenizer(path, recipe.data.train)
+    if stage == "baseline":
+        use_linear_cross_entropy(model)
+    elif isinstance(model, CalmForCausalLM):
+        # Where the model takes documents to end, its texts end too.
+        known = model.config.eos_token_id
+        ends = {*(known if isinstance(known, list) else [known]), model.config.separator_id} - {None}
+        model.generation_config.eos_token_id = sorted(ends)
+    return model.train()
+
+
+def _load_backbone(model: CalmForCausalLM, path: str) -> None:
+    """Take the weights of a token model's backbone; ValueError where the shapes differ."""
+    source = load_language_model(path, torch.float32)
+    if isinstance(source, CalmForCausalLM):
+        raise ValueError(f"model.backbone_weights: {path} holds a CALM; `model.pretrained` goes on with one.")
+    given, wanted = source.base_model.state_dict(), model.backbone.state_dict()
+    differing = [name for name in wanted if name not in given or given[name].shape != wanted[name].shape]
+    if differing or given.keys() - wanted.keys():
+        name = (differing or sorted(given.keys() - wanted.keys()))[0]
+        shapes = " and ".join(str(tuple(state[name].shape)) for state in (given, wanted) if name in state)
+        raise ValueError(
+            f"model.backbone_weights: the token model in {path} has another shape than model.backbone ({name}: "
+            f"{shapes}); give model.backbone its sizes."
+        )
+    model.backbone.load_state_dict(given)
 
 
 def outline_model(recipe: Recipe, folder: Path) -> PreTrainedModel:
@@ -47,6 +87,8 @@ def outline_model(recipe: Recipe, folder: Path) -> PreTrainedModel:
     Raises ValueError when the vocabulary or the autoencoder stand nowhere.
     """
     tokens = _token_ids(recipe.data.train) if (Path(recipe.data.train) / MANIFEST).is_file() else {}
+    if "pretrained" in recipe.model:
+        return outline(recipe.model["pretrained"])
     vocab_size = recipe.model if recipe.stage == "autoencoder" else recipe.model["backbone"]
     if not tokens and "vocab_size" not in vocab_size:
         raise ValueError(
@@ -104,6 +146,6 @@ def _token_ids(data: str) -> dict[str, int | None]:
 def _check_same_tokenizer(model: str, data: str) -> None:
     if tokenizer_hash(load_tokenizer(model)) != tokenizer_hash(load_tokenizer(data)):
         raise ValueError(
-            f"the autoencoder in {model} and the data in {data} belong to different tokenizers: run `calm prepare "
-            f"--tokenizer {model}`, or train an autoencoder on this data."
+            f"the model in {model} and the data in {data} belong to different tokenizers: run `calm prepare "
+            f"--tokenizer {model}`, or train a model on this data."
         )

@@ -12,6 +12,8 @@ model:                               # stage autoencoder: fields of CalmAutoenco
   autoencoder: runs/autoencoder      # stage calm: a trained autoencoder,
   backbone: {hidden_size: 256}       #   the backbone's fields (`model_type` if it is no Llama),
   head: {type: energy}               #   and the head's; stage baseline: the backbone alone
+  backbone_weights: runs/baseline    # stage calm, optional: start from a token model's weights of the same shape
+  pretrained: runs/calm              # instead of all that: go on from a trained model, to fine-tune it
 tokens_per_step: 524288              # over all processes; sets gradient_accumulation_steps. Optional
 precision: auto                      # auto (bfloat16 on GPUs that have it) | float32 | bfloat16 | float16
 brier_blocks: 32                     # BrierLM on so many validation blocks with every evaluation. Optional
@@ -33,7 +35,7 @@ import yaml
 
 STAGES = ("autoencoder", "calm", "baseline")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-MODEL_PARTS = {"calm": ("autoencoder", "backbone", "head"), "baseline": ("backbone",)}
+MODEL_PARTS = {"calm": ("autoencoder", "backbone", "head", "backbone_weights"), "baseline": ("backbone",)}
 
 # The paper's optimiser, and habits that suit language models; a recipe may change every one of them.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -86,11 +88,13 @@ class Recipe:
                 _check_keys(self.model[part], fields, f"model.{part}")
         _check_types(self, {"output_dir": str, "seed": int}, "the recipe")
         _check_types(self.data, {"train": str, "block_size": int}, "data")
-        if self.stage != "autoencoder" and not self.model.get("backbone"):
+        if "pretrained" in self.model:
+            self._check_pretrained()
+        elif self.stage != "autoencoder" and not self.model.get("backbone"):
             raise ValueError(
                 f"stage {self.stage} needs model.backbone: at least its hidden_size and num_hidden_layers."
             )
-        if self.stage == "calm" and "autoencoder" not in self.model:
+        elif self.stage == "calm" and "autoencoder" not in self.model:
             raise ValueError("stage calm needs model.autoencoder: the directory of a trained autoencoder.")
         from transformers import TrainingArguments
 
@@ -110,6 +114,15 @@ class Recipe:
             for name, value in self.training.items()
         }
         self.training = TRAINING_DEFAULTS | given
+
+    def _check_pretrained(self) -> None:
+        beside = self.model.keys() - {"pretrained"} - ({"autoencoder"} if self.stage == "calm" else set())
+        if beside:
+            raise ValueError(
+                f"model.pretrained says all there is to say about the model; leave out {', '.join(sorted(beside))}."
+            )
+        if not isinstance(self.model["pretrained"], str):
+            raise ValueError(f"model.pretrained must name a directory or hub id, got {self.model['pretrained']!r}.")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
@@ -181,10 +194,10 @@ def _check_types(values: Any, types: dict[str, type], where: str) -> None:
 
 def _model_fields(stage: str) -> Collection[str]:
     if stage != "autoencoder":
-        return MODEL_PARTS[stage]
+        return (*MODEL_PARTS[stage], "pretrained")
     from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 
-    return {each.name for each in dataclasses.fields(CalmAutoencoderConfig)}
+    return {each.name for each in dataclasses.fields(CalmAutoencoderConfig)} | {"pretrained"}
 
 
 def _backbone_fields(model: dict[str, Any]) -> Collection[str] | None:

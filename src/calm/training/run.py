@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, TrainerState, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
-from calm.data.blocks import TokenBlocks
+from calm.data.blocks import TokenBlocks, read_manifest
+from calm.data.conversations import ConversationBlocks
 from calm.data.tokenizer import load_tokenizer
 from calm.files import write_whole
 from calm.training.arguments import check_processes, training_arguments
@@ -71,6 +72,12 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
     trainer.remove_callback(TqdmCallback)
     trainer.remove_callback(PrinterCallback)
     with nullcontext(progress) if progress else make_progress(disable=arguments.process_index > 0) as shown:
+        if arguments.process_index == 0 and isinstance(train_blocks, ConversationBlocks) and train_blocks.num_cut:
+            shown.console.out(
+                f"{train_blocks.num_cut:,} of {len(train_blocks.lengths):,} examples are longer than a block of "
+                f"{recipe.data.block_size} tokens: the front of their prompts is left out",
+                highlight=False,
+            )
         checkpoint = checkpoint_to_resume(trainer, recipe, partial(shown.console.out, highlight=False))
         if arguments.process_index == 0:
             trainer.add_callback(ProgressCallback(shown, f"train {recipe.stage}"))
@@ -141,10 +148,12 @@ def _more_memory(trainer: CalmTrainer, recipe: Recipe, error: Exception) -> str:
     )
 
 
-def load_blocks(recipe: Recipe, model: PreTrainedModel) -> tuple[TokenBlocks, TokenBlocks | None]:
+Blocks = TokenBlocks | ConversationBlocks
+
+
+def load_blocks(recipe: Recipe, model: PreTrainedModel) -> tuple[Blocks, Blocks | None]:
     """Training and validation blocks; ValueError when they do not fit the model or each other."""
-    patch_size = getattr(model.config, "patch_size", 1)
-    blocks = TokenBlocks(recipe.data.train, recipe.data.block_size, patch_size)
+    blocks = _blocks(recipe, recipe.data.train, model)
     if blocks.manifest["vocab_size"] > model.config.vocab_size:
         raise ValueError(
             f"{recipe.data.train} was prepared with {blocks.manifest['vocab_size']} tokens, the model knows "
@@ -152,10 +161,22 @@ def load_blocks(recipe: Recipe, model: PreTrainedModel) -> tuple[TokenBlocks, To
         )
     if recipe.data.validation is None:
         return blocks, None
-    validation = TokenBlocks(recipe.data.validation, recipe.data.block_size, patch_size)
+    validation = _blocks(recipe, recipe.data.validation, model)
     if validation.manifest["tokenizer_sha256"] != blocks.manifest["tokenizer_sha256"]:
         raise ValueError(
             f"{recipe.data.train} and {recipe.data.validation} were prepared with different tokenizers: run "
             "`calm prepare` for both with one."
         )
     return blocks, validation
+
+
+def _blocks(recipe: Recipe, path: str, model: PreTrainedModel) -> Blocks:
+    patch_size = getattr(model.config, "patch_size", 1)
+    if read_manifest(path).get("kind") != "conversations":
+        return TokenBlocks(path, recipe.data.block_size, patch_size)
+    if recipe.stage == "autoencoder":
+        raise ValueError(f"an autoencoder is trained on documents, and {path} holds prompts and responses.")
+    if recipe.brier_blocks is not None and path == recipe.data.validation:
+        raise ValueError(f"brier_blocks needs documents in data.validation, and {path} holds prompts and responses.")
+    separator = getattr(model.config, "separator_id", None)
+    return ConversationBlocks(path, recipe.data.block_size, patch_size, separator)

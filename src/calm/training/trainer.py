@@ -18,6 +18,7 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from calm.data.blocks import TokenBlocks
 from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.brier_scores import NGRAM
 from calm.evaluation.reconstruction import LIVE_VARIANCE
@@ -80,17 +81,31 @@ class CalmTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         numbers = inputs.pop("number")
+        weight = inputs.pop("weight", 1)
         plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if isinstance(plain, CalmAutoencoder | CalmForCausalLM):
             step = self.state.global_step if model.training else _EVALUATION
             inputs["generator"] = noise_of_blocks(numbers, self.args.seed, step, inputs["input_ids"].device)
         outputs = model(**inputs)
         if model.training:
+            outputs.loss = outputs.loss * weight
             loss = outputs.loss.detach()
             good = loss.isfinite() | (self._first_bad_step >= 0)
             self._first_bad_step = torch.where(good, self._first_bad_step, self.state.global_step + 1)
             self.averages.add({"loss": loss} | report(plain, outputs), inputs["input_ids"].numel())
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Where blocks differ in their number of targets, micro-batches weigh as much as they have of them."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        dataset: Any = self.train_dataset
+        model: Any = self.model
+        if batches and not isinstance(dataset.blocks, TokenBlocks):
+            counts = torch.stack([num_targets(batch["labels"], model.config) for batch in batches])
+            mean = self.accelerator.gather(counts).float().mean()
+            for batch, count in zip(batches, counts, strict=True):
+                batch["weight"] = count / mean
+        return batches, num_items
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Held-out loss and, where the recipe asks for it, BrierLM on some of the held-out blocks."""
@@ -232,6 +247,12 @@ class Averages:
         if path.exists():
             state = json.loads(path.read_text(encoding="utf-8"))
             self.sums, self.count = state["sums"], state["count"]
+
+
+def num_targets(labels: torch.Tensor, config: Any) -> torch.Tensor:
+    """Patches (or tokens) of a batch that its loss is the mean of."""
+    patch_size = getattr(config, "patch_size", 1)
+    return labels[:, patch_size:].ne(-100).unflatten(1, (-1, patch_size)).all(-1).sum()
 
 
 def blocks_per_step(args) -> int:
