@@ -105,20 +105,21 @@ def kill_once(recipe: Path, output: Path, chance: random.Random, seconds: float,
     """The last step with a checkpoint when the run was killed, and whether one was being written."""
     process = subprocess.Popen(command(recipe, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if writing:
-        target = chance.randrange(1, STEPS // 2)
-        while process.poll() is None and not (len(sealed(output)) >= target and unsealed(output)):
-            time.sleep(0.0005)
-        time.sleep(chance.uniform(0, 0.01))
+        target = chance.randrange(1, STEPS // 2 - 1)
+        while process.poll() is None and not (newest(output) >= 2 * target and unsealed(output)):
+            time.sleep(0.0002)
+        time.sleep(chance.uniform(0, 0.005))
     else:
-        time.sleep(chance.uniform(0.2, 1) * seconds)
+        time.sleep(chance.uniform(0.4, 0.95) * seconds)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    steps = max([int(path.name.split("-")[1]) for path in sealed(output)], default=0)
-    return steps, bool(unsealed(output))
+    return newest(output), bool(unsealed(output))
 
 
-def sealed(output: Path) -> list[Path]:
-    return [path.parent for path in (output / "checkpoints").glob("checkpoint-*/complete.json")]
+def newest(output: Path) -> int:
+    """The last step with a whole checkpoint."""
+    sealed = (output / "checkpoints").glob("checkpoint-*/complete.json")
+    return max([int(path.parent.name.split("-")[1]) for path in sealed], default=0)
 
 
 def unsealed(output: Path) -> list[Path]:
