@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "evaluation": {"functional", "models", "data", "evaluation", "completions", "device"},
     "training": {"functional", "models", "data", "evaluation", "training", "files"},
     "report": {"evaluation", "report"},
+    "serving": {"functional", "models", "data", "serving", "device"},
 }
 
 

@@ -16,6 +16,7 @@ from calm.cli.harness import HARNESS_ARGUMENTS, harness
 from calm.cli.info import info
 from calm.cli.prepare import prepare
 from calm.cli.quickstart import quickstart
+from calm.cli.serve import serve
 from calm.cli.tokenizer import tokenizer_app
 from calm.cli.train import train
 
@@ -34,6 +35,7 @@ app.command()(evaluate)
 app.command()(bandwidth)
 app.command()(generate)
 app.command(context_settings=HARNESS_ARGUMENTS)(harness)
+app.command()(serve)
 app.command()(convert)
 app.command()(info)
 

@@ -1,0 +1,51 @@
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="directory of a trained model, CALM or baseline, or a hub id")],
+    baseline: Annotated[str | None, typer.Option(help="a second model, shown beside the first on the page")] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; one that others reach needs a key")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="a key per line; requests must bring one as a bearer token")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="listen on other addresses without a key: everyone there may generate")
+    ] = False,
+    max_batch: Annotated[int, typer.Option(help="sequences that run at a time, each in a slot of the cache")] = 16,
+    max_queue: Annotated[int, typer.Option(help="sequences that may wait; beyond it requests get 503")] = 256,
+    context: Annotated[int, typer.Option(help="tokens of prompt and continuation, at most; sizes the cache")] = 4096,
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer, where the model has none beside it")] = None,
+    name: Annotated[str | None, typer.Option(help="name of the model in requests; default its directory's")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; auto is float32 on a CPU")] = "auto",
+) -> None:
+    """Serve a model: OpenAI's API with continuous batching, and a page to play with.
+
+    Example: `calm serve runs/quickstart/calm --baseline runs/quickstart/baseline`, then open http://127.0.0.1:8000
+    """
+    from calm.serving.run import run_server
+    from calm.serving.service import Limits
+
+    keys = [] if api_key_file is None else _read_keys(api_key_file)
+    models = {name or _name_of(model): (model, tokenizer or model)}
+    if baseline is not None:
+        other = _name_of(baseline)
+        models[other if other not in models else f"{other}-baseline"] = (baseline, baseline)
+    run_server(models, Limits(max_batch, max_queue, context), host, port, keys, insecure, device, dtype)
+
+
+def _read_keys(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"no file of API keys at {path}.")
+    keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not keys:
+        raise ValueError(f"{path} holds no API key: write one per line.")
+    return keys
+
+
+def _name_of(model: str) -> str:
+    return Path(model).resolve().name if Path(model).exists() else model

@@ -1,0 +1,140 @@
+"""From jobs to answers: whole, or as server-sent events while they are generated."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from calm.serving.engine import Chunk, Job
+from calm.serving.errors import error_document
+from calm.serving.schemas import SamplingRequest
+from calm.serving.service import Service
+
+
+@dataclass
+class Answer:
+    """Documents of one answer, whole or as events."""
+
+    kind: str
+    model: str
+    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def document(self, choices: list[dict], chunk: bool, **more: Any) -> dict:
+        kind = f"{self.kind}.chunk" if chunk and self.kind == "chat.completion" else self.kind
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices} | more
+
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict:
+        content: dict[str, Any] = {"text": text}
+        if self.kind == "chat.completion":
+            content = {"message": {"role": "assistant", "content": text}}
+        return {"index": index, **content, "finish_reason": finish_reason, "logprobs": None}
+
+    def delta(self, index: int, chunk: Chunk) -> dict:
+        content: dict[str, Any] = {"text": chunk.text}
+        if self.kind == "chat.completion":
+            content = {"delta": {"role": "assistant", "content": chunk.text}}
+        return {"index": index, **content, "finish_reason": chunk.finish_reason, "logprobs": None}
+
+
+async def respond(
+    kind: str, service: Service, body: SamplingRequest, prompts: list[list[int]], max_tokens: int, request: Request
+) -> Response:
+    """Generate what a request asks for; a client that goes away ends it.
+
+    Args:
+        kind: of the answer, ``"text_completion"`` or ``"chat.completion"``.
+    """
+    answer = Answer(kind, service.name)
+    events: asyncio.Queue[tuple[int, Chunk]] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def emit(index: int, chunk: Chunk) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(events.put_nowait, (index, chunk))
+
+    jobs = service.jobs(body, prompts, max_tokens, emit)
+    service.engine.submit(jobs)
+    usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": 0, "total_tokens": 0}
+    if body.stream:
+        asked = body.stream_options is not None and body.stream_options.include_usage
+        content = _events(answer, jobs, events, usage, asked)
+        return StreamingResponse(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    gone = asyncio.create_task(_client_gone(request))
+    try:
+        texts, reasons = await _collect(jobs, events, gone)
+    finally:
+        gone.cancel()
+        for job in jobs:
+            job.cancel()  # those that have ended do not mind
+    _count(usage, jobs)
+    choices = [
+        answer.choice(index, text, reason) for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+    ]
+    return JSONResponse(answer.document(choices, chunk=False, usage=usage))
+
+
+async def _collect(
+    jobs: list[Job], events: "asyncio.Queue[tuple[int, Chunk]]", gone: asyncio.Task
+) -> tuple[list[str], list[str]]:
+    """All texts; they stay short when the client is gone, and nobody will see them."""
+    texts, reasons = [""] * len(jobs), [""] * len(jobs)
+    while not all(reasons):
+        event = asyncio.create_task(events.get())
+        await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not event.done():
+            event.cancel()
+            return texts, reasons
+        index, chunk = event.result()
+        if chunk.finish_reason == "error":
+            raise RuntimeError("a step of the engine failed")
+        texts[index] += chunk.text
+        reasons[index] = chunk.finish_reason or ""
+    return texts, reasons
+
+
+async def _events(
+    answer: Answer, jobs: list[Job], events: "asyncio.Queue[tuple[int, Chunk]]", usage: dict, with_usage: bool
+) -> AsyncIterator[str]:
+    """Server-sent events; left early, because the client is gone, they end the jobs."""
+    running = len(jobs)
+    try:
+        while running:
+            index, chunk = await events.get()
+            running -= chunk.finish_reason is not None
+            if chunk.finish_reason == "error":
+                yield _event(error_document(500, "the server failed in the middle of this answer", "internal_error"))
+                return
+            about = {
+                "tokens": chunk.num_tokens, "drawn": chunk.num_drawn, "decoded": chunk.num_decoded,
+                "milliseconds": round(chunk.milliseconds, 2),
+            }  # fmt: skip
+            more = {"usage": None} if with_usage else {}
+            yield _event(answer.document([answer.delta(index, chunk)], chunk=True, calm=about, **more))
+        if with_usage:
+            _count(usage, jobs)
+            yield _event(answer.document([], chunk=True, usage=usage))
+        yield "data: [DONE]\n\n"
+    finally:
+        for job in jobs:
+            job.cancel()
+
+
+def _event(document: dict) -> str:
+    return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"
+
+
+def _count(usage: dict, jobs: list[Job]) -> None:
+    usage["completion_tokens"] = sum(job.num_tokens for job in jobs)
+    usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+async def _client_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

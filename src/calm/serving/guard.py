@@ -1,0 +1,110 @@
+"""What every request meets first: the host it names, its key, its size."""
+
+import hmac
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from calm.serving.errors import error_document
+from calm.serving.telemetry import Metrics
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_OPEN = ("/", "/health", "/page.js", "/page.css")
+_PATHS = (*_OPEN, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
+
+
+class Guard:
+    """ASGI middleware; counts requests as well.
+
+    Args:
+        api_keys: one of them is asked for as a bearer token, where there are any.
+        hosts: names a request may give as its host, so that no page of another site can reach a server of this
+            machine by a name of its own; None allows all.
+        max_body: bytes.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        metrics: Metrics,
+        api_keys: Sequence[str] = (),
+        hosts: Sequence[str] | None = None,
+        max_body: int = 2**20,
+    ):
+        self.app, self.metrics, self.hosts, self.max_body = app, metrics, hosts, max_body
+        self.api_keys = [key.encode() for key in api_keys]
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        send = self._counted(scope["path"], send)
+        if self.hosts is not None and _host(headers.get(b"host", b"")) not in self.hosts:
+            await refuse(send, 421, "this server answers to " + ", ".join(self.hosts), "wrong_host")
+        elif not self._knows(headers.get(b"authorization", b"")) and scope["path"] not in _OPEN:
+            await refuse(send, 401, "a valid API key is needed: Authorization: Bearer KEY", "invalid_api_key")
+        else:
+            body = await self._read(headers, receive)
+            if body is None:
+                await refuse(send, 413, f"the request is larger than {self.max_body:,} bytes", "request_too_large")
+            else:
+                await self.app(scope, _replay(body, receive), send)
+
+    def _counted(self, path: str, send: Any) -> Any:
+        async def count(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                known = path if path in _PATHS else "other"
+                self.metrics.requests.labels(known, message["status"]).inc()
+            await send(message)
+
+        return count
+
+    def _knows(self, authorization: bytes) -> bool:
+        if not self.api_keys:
+            return True
+        given = authorization.removeprefix(b"Bearer ")
+        # All of them, each in constant time: nothing can be learned from how long it takes.
+        matches = [hmac.compare_digest(given, key) for key in self.api_keys]
+        return any(matches)
+
+    async def _read(self, headers: dict[bytes, bytes], receive: Any) -> bytes | None:
+        """The body; None when it is too large."""
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self.max_body:
+            return None
+        body = b""
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if len(body) > self.max_body:
+                return None
+            if not message.get("more_body", False):
+                return body
+
+
+def _replay(body: bytes, receive: Any) -> Any:
+    given = False
+
+    async def again() -> dict:
+        nonlocal given
+        if given:
+            return await receive()  # what comes next is that the client is gone
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _host(header: bytes) -> str:
+    name = header.decode("latin-1")
+    return name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+
+
+async def refuse(send: Any, status: int, message: str, code: str) -> None:
+    body = json.dumps(error_document(status, message, code)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 413:
+        headers.append((b"connection", b"close"))  # the rest of the body is not read
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

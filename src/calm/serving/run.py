@@ -1,0 +1,69 @@
+"""Loading models and running the server until it is told to stop."""
+
+import ipaddress
+import logging
+import socket
+from collections.abc import Sequence
+
+import uvicorn
+
+from calm.data.tokenizer import load_tokenizer
+from calm.device import resolve_device, resolve_dtype
+from calm.models.loading import load_language_model
+from calm.serving.app import create_app
+from calm.serving.guard import LOOPBACK
+from calm.serving.service import Limits, Service
+from calm.serving.telemetry import Metrics
+
+
+def run_server(
+    models: dict[str, tuple[str, str]],
+    limits: Limits,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_keys: Sequence[str] = (),
+    insecure: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; requests that run then are finished, new ones refused.
+
+    Args:
+        models: by name, the directory or hub id of a model and of its tokenizer; the first is the default.
+        insecure: allow an address that others can reach without a key.
+    """
+    local = _is_loopback(host)
+    if not (local or api_keys or insecure):
+        raise ValueError(
+            f"{host} can be reached from elsewhere: give --api-key-file, or --insecure to let everyone generate."
+        )
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port."
+        ) from error
+    target = resolve_device(device)
+    metrics = Metrics()
+    services = []
+    for name, (path, tokenizer) in models.items():
+        model = load_language_model(path, resolve_dtype(dtype, target))
+        model.to(target)  # type: ignore[arg-type]
+        services.append(Service(name, model, load_tokenizer(tokenizer), limits, metrics))
+        kind = f"CALM, {services[-1].patch_size} tokens a step" if services[-1].is_calm else "token model"
+        print(f"{name}: {kind}; {services[-1].memory()}")
+    # A name that leads here from another site would let that site's pages in.
+    hosts = LOOPBACK if local else None
+    app = create_app(services, metrics, api_keys, hosts)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"http://{shown}:{listener.getsockname()[1]}  (Ctrl-C ends it when all requests are answered)", flush=True)
+    logging.basicConfig(level=logging.WARNING)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=30)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

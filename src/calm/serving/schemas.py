@@ -1,0 +1,142 @@
+"""Requests as OpenAI's API has them, and what of them a model without token probabilities refuses."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+_SAMPLES = "a continuous model gives samples of text, not probabilities of tokens"
+_SAFER = f"{_SAMPLES}; a lower temperature makes text safer"
+# Parameters without a meaning here: values that ask for nothing, and why others are refused.
+_REFUSED: dict[str, tuple[tuple, str]] = {
+    "top_p": ((1,), _SAFER),
+    "top_k": ((0, -1), _SAFER),
+    "min_p": ((0,), _SAFER),
+    "frequency_penalty": ((0,), _SAFER),
+    "presence_penalty": ((0,), _SAFER),
+    "repetition_penalty": ((1,), _SAFER),
+    "logit_bias": (({},), _SAMPLES),
+    "logprobs": ((False, 0), _SAMPLES),
+    "top_logprobs": ((0,), _SAMPLES),
+    "best_of": ((1,), f"{_SAMPLES}, so that none is known to be the best; ask for n"),
+    "echo": ((False,), "the prompt is not repeated"),
+    "suffix": (("",), "the model only continues"),
+    "tools": (([],), "this server knows no tools"),
+    "tool_choice": (("none", "auto"), "this server knows no tools"),
+    "functions": (([],), "this server knows no tools"),
+    "function_call": (("none", "auto"), "this server knows no tools"),
+    "response_format": (({"type": "text"},), "text cannot be forced into a format"),
+    "modalities": ((["text"],), "this server gives text"),
+}
+# Parameters that ask nothing of the model.
+_IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+
+Text = Annotated[str, StringConstraints(strict=True)]
+Token = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    include_usage: bool = False
+
+
+class SamplingRequest(BaseModel):
+    """What completions and chats have in common."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    model: Text | None = None
+    temperature: float | None = Field(None, description="in (0, 1]; default: what the model's files say")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="the same seed gives the same text; default: a new one")
+    n: int = Field(1, ge=1, le=128, description="texts of every prompt")
+    stop: Text | list[Text] | None = Field(None, description="texts that end the answer, at most 16; left out of it")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    sampler: Literal["batch", "exact"] | None = None
+    num_candidates: int | None = Field(None, ge=1, le=4096, description="draws the batch sampler chooses from")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for name, (neutral, reason) in _REFUSED.items():
+            if name in values and values[name] is not None and not any(_equal(values[name], each) for each in neutral):
+                raise ValueError(f"{name} is not supported: {reason}")
+        return {name: value for name, value in values.items() if name not in _REFUSED and name not in _IGNORED}
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        texts = [stop] if isinstance(stop, str) else stop or []
+        if len(texts) > 16 or any(not 0 < len(text) <= 1000 for text in texts):
+            raise ValueError("stop takes at most 16 texts of 1 to 1000 characters")
+        for text in texts:
+            check_text(text)
+        return stop
+
+    @property
+    def stop_texts(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class CompletionRequest(SamplingRequest):
+    prompt: Text | list[Text] | list[Token] | list[list[Token]] = Field(
+        "", description="a text, token ids, or a list of either; an empty text starts a new document"
+    )
+    max_tokens: int = Field(128, ge=1, le=2**20)
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: Any) -> Any:
+        texts = [prompt] if isinstance(prompt, str) else [text for text in prompt if isinstance(text, str)]
+        for text in texts:
+            check_text(text)
+        return prompt
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str) or all(isinstance(token, int) for token in self.prompt):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+    text: Text
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    role: Text
+    content: Text | list[TextPart]
+    name: Text | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Message":
+        check_text(self.text)
+        check_text(self.role)
+        return self
+
+
+class ChatRequest(SamplingRequest):
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, le=2**20, description="default: what the context has room for")
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**20, description="the newer name of max_tokens")
+
+
+def check_text(text: str) -> None:
+    """ValueError for what JSON can say and no text can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a text holds half of a surrogate pair (character {error.start})") from error
+
+
+def _equal(value: Any, neutral: Any) -> bool:
+    # 1 == True in Python, and not in JSON.
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

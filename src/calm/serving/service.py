@@ -1,0 +1,128 @@
+"""A model that is served: its engine, its tokenizer, and how requests become jobs."""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from calm.models.modeling_calm import CalmForCausalLM
+from calm.serving.engine import Chunk, Engine, Job
+from calm.serving.schemas import ChatRequest, CompletionRequest, SamplingRequest
+from calm.serving.stepping import Sampling, stepper_of
+from calm.serving.telemetry import Metrics, Telemetry
+
+
+@dataclass
+class Limits:
+    """
+    Args:
+        max_batch: sequences that run at a time.
+        max_queue: sequences that may wait.
+        context: tokens of prompt and continuation together; at most what the model was made for.
+    """
+
+    max_batch: int = 16
+    max_queue: int = 256
+    context: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_queue", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+class Service:
+    """One model under a name."""
+
+    def __init__(
+        self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: Limits, metrics: Metrics
+    ):
+        self.name, self.tokenizer = name, tokenizer
+        self.is_calm = isinstance(model, CalmForCausalLM)
+        self.saved: Any = model.generation_config
+        stepper = stepper_of(model.eval())
+        self.patch_size = stepper.patch_size
+        positions = getattr(stepper.backbone_config, "max_position_embeddings", None) or limits.context
+        context = min(limits.context, positions * stepper.patch_size)
+        self.engine = Engine(stepper, tokenizer, limits.max_batch, context, limits.max_queue, Telemetry(metrics, name))
+
+    def describe(self) -> dict[str, Any]:
+        """An entry of `/v1/models`."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "calm",
+            "kind": "calm" if self.is_calm else "token model",
+            "patch_size": self.patch_size,
+            "context": self.engine.context,
+            "temperature": self.default("temperature", 1.0),
+            "chat": self.tokenizer.chat_template is not None,
+        }
+
+    def default(self, name: str, otherwise: Any) -> Any:
+        value = getattr(self.saved, name, None)
+        return otherwise if value is None else value
+
+    def sampling(self, request: SamplingRequest) -> Sampling:
+        """ValueError for settings of a CALM where this is none."""
+        given = {"sampler": request.sampler, "num_candidates": request.num_candidates}
+        temperature = request.temperature
+        if temperature is None:
+            temperature = float(self.default("temperature", 1.0))
+        if not self.is_calm:
+            if any(value is not None for value in given.values()):
+                raise ValueError(f"sampler and num_candidates are settings of a CALM, and {self.name} is a token model")
+            return Sampling(temperature)
+        sampler = request.sampler or self.default("sampler", "batch")
+        candidates = request.num_candidates or self.default("num_candidates", 200)
+        return Sampling(temperature, sampler, candidates)
+
+    def encode_prompts(self, request: CompletionRequest) -> list[list[int]]:
+        """Token ids of all prompts; ValueError where there are none, or more texts than can wait."""
+        prompts = request.prompts
+        if not 0 < len(prompts) * request.n <= self.engine.max_queue:
+            raise ValueError(
+                f"{len(prompts)} prompts with {request.n} texts each were asked for; 1 to {self.engine.max_queue} "
+                "texts are possible at once"
+            )
+        return [prompt if isinstance(prompt, list) else self._encode(prompt) for prompt in prompts]
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def encode_chat(self, request: ChatRequest) -> list[int]:
+        """ValueError when the tokenizer has no chat template, or it does not take the messages."""
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"{self.name} has no chat template: it continues texts and was not taught to answer. Use "
+                "/v1/completions, or fine-tune it on messages."
+            )
+        messages = [{"role": message.role, "content": message.text} for message in request.messages]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates raise what they like
+            raise ValueError(f"the chat template does not take these messages: {error}") from error
+        return self._encode(str(text))
+
+    def jobs(
+        self, request: SamplingRequest, prompts: list[list[int]], max_tokens: int, emit: Callable[[int, Chunk], None]
+    ) -> list[Job]:
+        """A job for every text of every prompt, checked; text i has the seed of the request plus i."""
+        seed = request.seed if request.seed is not None else secrets.randbits(32)
+        sampling = self.sampling(request)
+        jobs = []
+        for index, prompt in enumerate(prompt for prompt in prompts for _ in range(request.n)):
+            emit_one = lambda chunk, index=index: emit(index, chunk)  # noqa: E731
+            jobs.append(Job(prompt, max_tokens, sampling, (seed + index) % 2**63, emit_one, request.stop_texts))
+            self.engine.check(jobs[-1])
+        return jobs
+
+    def memory(self) -> str:
+        """What the cache takes, for the line at the start."""
+        cache = self.engine.cache
+        size = f"{cache.num_bytes / 2**20:,.0f} MiB"
+        positions = f"{cache.num_slots} slots of {self.engine.context} tokens ({cache.num_positions} positions)"
+        return f"key/value cache {size}: {positions}, {str(self.engine.stepper.dtype).removeprefix('torch.')}"

@@ -1,0 +1,94 @@
+"""The keys and values of all running sequences: one slot each, of fixed size, allocated once.
+
+Running sequences stand in the slots 0 to n - 1, whatever their lengths: a step of n sequences looks at the front of the
+cache without copying it.
+
+Shapes: n running sequences, P positions (patches, or tokens of a token model).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class SlotCache(Cache):
+    """A cache for ``num_slots`` sequences of at most ``num_positions`` positions.
+
+    Raises ValueError for backbones whose layers do not all attend to all positions.
+    """
+
+    def __init__(self, config: Any, num_slots: int, num_positions: int, dtype: torch.dtype, device: torch.device):
+        other = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+        if other or getattr(config, "sliding_window", None):
+            raise ValueError(
+                f"a {config.model_type} backbone with {', '.join(sorted(other)) or 'sliding'} layers cannot be served: "
+                "the slots hold full attention alone."
+            )
+        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (num_slots, num_heads, num_positions, head_size)
+        self._slots = [_SlotLayer(shape, dtype, device) for _ in range(config.num_hidden_layers)]
+        super().__init__(layers=list(self._slots))
+        self.num_slots, self.num_positions = num_slots, num_positions
+        self.num_bytes = sum(2 * layer.keys.nbytes for layer in self._slots)
+
+    def put(self, slot: int, cache: Any) -> None:
+        """Move a single sequence's keys and values into a slot."""
+        for layer, source in zip(self._slots, cache.layers, strict=True):
+            layer.keys[slot, :, : source.keys.shape[2]] = source.keys[0]
+            layer.values[slot, :, : source.values.shape[2]] = source.values[0]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Let the sequence of one slot, so many positions long, take another."""
+        for layer in self._slots:
+            layer.keys[target, :, :length] = layer.keys[source, :, :length]
+            layer.values[target, :, :length] = layer.values[source, :, :length]
+
+    def next_step(self, positions: Tensor) -> Tensor:
+        """Set where the next step writes, ``[n]``; returns its attention mask ``[n, 1, 1, P]``."""
+        length = int(positions.max()) + 1
+        for layer in self._slots:
+            layer.positions, layer.length = positions, length
+        visible = torch.arange(length, device=positions.device) <= positions[:, None]
+        dtype = self._slots[0].keys.dtype
+        hidden = torch.zeros(visible.shape, dtype=dtype, device=positions.device)
+        return hidden.masked_fill(~visible, torch.finfo(dtype).min)[:, None, None]
+
+
+class _SlotLayer(CacheLayerMixin):
+    """One layer's share; ``update`` takes one new position of every running sequence."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.keys, self.values = torch.zeros((2, *shape), dtype=dtype, device=device).unbind()
+        self.positions = torch.zeros(0, dtype=torch.long, device=device)
+        self.length = 0
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is left to do."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        count = len(self.positions)
+        rows = torch.arange(count, device=self.positions.device)
+        self.keys[rows, :, self.positions] = key_states[:, :, 0]
+        self.values[rows, :, self.positions] = value_states[:, :, 0]
+        return self.keys[:count, :, : self.length], self.values[:count, :, : self.length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length, 0
+
+    def get_seq_length(self, *args) -> int:
+        return max(self.length - 1, 0)
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+    def get_max_cache_shape(self) -> int:
+        """The older name."""
+        return self.get_max_length()

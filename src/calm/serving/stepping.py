@@ -1,0 +1,135 @@
+"""What the engine asks of a model: read a prompt, draw what comes next, take a step with all running sequences.
+
+Shapes: n sequences, K tokens of a chunk (1 of a token model), D hidden.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from calm.functional.temperature import check_candidates
+from calm.models.generation import NextChunk
+from calm.models.modeling_calm import CalmForCausalLM
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How chunks are drawn; sequences that agree in it are drawn together."""
+
+    temperature: float = 1.0
+    sampler: str = "batch"
+    num_candidates: int = 200
+
+
+class Stepper(Protocol):
+    """A model as the engine sees it."""
+
+    patch_size: int
+    vocab_size: int
+    end_ids: set[int]
+    backbone_config: Any
+    dtype: torch.dtype
+    device: torch.device
+
+    def check(self, sampling: Sampling) -> None:
+        """ValueError for settings the model cannot follow."""
+
+    def num_positions(self, num_prompt: int, max_tokens: int) -> int:
+        """Positions that a prompt and so many new tokens take."""
+
+    def prefill(self, ids: list[int]) -> tuple[Tensor, Cache, int]:
+        """Read a prompt: the condition ``[1, D]`` of what follows, the cache, the positions read."""
+
+    def draw(self, conditions: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> NextChunk:
+        """The next K tokens of every row of ``[n, D]``."""
+
+    def step(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """Feed chunks ``[n, K]`` back at positions ``[n]``: the next conditions ``[n, D]``."""
+
+
+def stepper_of(model: PreTrainedModel) -> Stepper:
+    return CalmStepper(model) if isinstance(model, CalmForCausalLM) else TokenStepper(model)
+
+
+class CalmStepper:
+    """Stepper of a CALM: K tokens a step."""
+
+    def __init__(self, model: CalmForCausalLM):
+        self.model = model
+        self.patch_size = model.config.patch_size
+        self.vocab_size = model.config.vocab_size
+        self.end_ids = _end_ids(model)
+        self.backbone_config = model.config.backbone_config
+        self.dtype, self.device = model.dtype, model.device
+
+    def check(self, sampling: Sampling) -> None:
+        check_candidates(sampling.num_candidates, sampling.temperature)
+
+    def num_positions(self, num_prompt: int, max_tokens: int) -> int:
+        # The last chunk is not fed back.
+        return max(1, -(-num_prompt // self.patch_size)) + -(-max_tokens // self.patch_size) - 1
+
+    def prefill(self, ids: list[int]) -> tuple[Tensor, Cache, int]:
+        prompt = torch.tensor([ids], dtype=torch.long, device=self.device)
+        aligned, patch_mask = self.model.align_prompt(prompt)
+        state = self.model.prefill(aligned, patch_mask)
+        return state.hidden, state.past_key_values, patch_mask.shape[1]
+
+    def draw(self, conditions: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> NextChunk:
+        return self.model.next_chunk(
+            conditions, sampling.temperature, sampling.sampler, sampling.num_candidates, generators
+        )
+
+    def step(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        outputs = self.model(
+            tokens, attention_mask=mask, position_ids=positions[:, None], past_key_values=cache, use_cache=True
+        )
+        return outputs.last_hidden_state[:, -1]
+
+
+class TokenStepper:
+    """Stepper of an autoregressive model: one token a step."""
+
+    patch_size = 1
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.vocab_size = model.config.vocab_size
+        self.end_ids = _end_ids(model)
+        self.backbone_config = model.config
+        self.dtype, self.device = model.dtype, model.device
+
+    def check(self, sampling: Sampling) -> None:
+        if not 0 < sampling.temperature <= 2:
+            raise ValueError(f"temperature must lie in (0, 2] for a token model, got {sampling.temperature}.")
+
+    def num_positions(self, num_prompt: int, max_tokens: int) -> int:
+        return max(1, num_prompt) + max_tokens - 1
+
+    def prefill(self, ids: list[int]) -> tuple[Tensor, Cache, int]:
+        prompt = torch.tensor([ids or [min(self.end_ids, default=0)]], device=self.device)
+        outputs = self.model.base_model(prompt, use_cache=True)
+        return outputs.last_hidden_state[:, -1], outputs.past_key_values, prompt.shape[1]
+
+    def draw(self, conditions: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> NextChunk:
+        logits = self.model.get_output_embeddings()(conditions).float() / sampling.temperature
+        rows = zip(logits.softmax(-1), generators, strict=True)
+        tokens = torch.stack([row.multinomial(1, generator=generator) for row, generator in rows])
+        ones = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
+        return NextChunk(tokens, ones, ones)
+
+    def step(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        outputs = self.model.base_model(
+            tokens, attention_mask=mask, position_ids=positions[:, None], past_key_values=cache, use_cache=True
+        )
+        return outputs.last_hidden_state[:, -1]
+
+
+def _end_ids(model: Any) -> set[int]:
+    saved = model.generation_config.eos_token_id
+    ends = saved if saved is not None else model.config.eos_token_id
+    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
