@@ -80,7 +80,7 @@ def _static(name: str, kind: str) -> Any:
     content = resources.files("calm.serving").joinpath("page", name).read_bytes()
 
     async def page() -> Response:
-        policy = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Options": "nosniff"}
+        policy = {"Content-Security-Policy": "default-src 'self'; img-src data:", "X-Content-Type-Options": "nosniff"}
         return Response(content, media_type=f"{kind}; charset=utf-8", headers=policy)
 
     return page

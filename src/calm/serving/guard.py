@@ -8,6 +8,7 @@ from typing import Any
 from calm.serving.errors import error_document
 from calm.serving.telemetry import Metrics
 
+_PATIENCE = 16  # times the largest body
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _OPEN = ("/", "/health", "/page.js", "/page.css")
 _PATHS = (*_OPEN, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
@@ -45,7 +46,7 @@ class Guard:
         elif not self._knows(headers.get(b"authorization", b"")) and scope["path"] not in _OPEN:
             await refuse(send, 401, "a valid API key is needed: Authorization: Bearer KEY", "invalid_api_key")
         else:
-            body = await self._read(headers, receive)
+            body = await self._read(receive)
             if body is None:
                 await refuse(send, 413, f"the request is larger than {self.max_body:,} bytes", "request_too_large")
             else:
@@ -68,19 +69,21 @@ class Guard:
         matches = [hmac.compare_digest(given, key) for key in self.api_keys]
         return any(matches)
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Any) -> bytes | None:
-        """The body; None when it is too large."""
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self.max_body:
-            return None
-        body = b""
-        while True:
+    async def _read(self, receive: Any) -> bytes | None:
+        """The body; None when it is too large, in which case some more of it is read and forgotten.
+
+        A client that is still sending would not see an answer, but a broken connection.
+        """
+        parts, size = [], 0
+        while size <= _PATIENCE * self.max_body:
             message = await receive()
-            body += message.get("body", b"")
-            if len(body) > self.max_body:
-                return None
+            part = message.get("body", b"")
+            size += len(part)
+            if size <= self.max_body:
+                parts.append(part)
             if not message.get("more_body", False):
-                return body
+                break
+        return b"".join(parts) if size <= self.max_body else None
 
 
 def _replay(body: bytes, receive: Any) -> Any:

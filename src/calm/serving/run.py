@@ -2,8 +2,10 @@
 
 import ipaddress
 import logging
+import signal
 import socket
 from collections.abc import Sequence
+from types import FrameType
 
 import uvicorn
 
@@ -59,7 +61,15 @@ def run_server(
     print(f"http://{shown}:{listener.getsockname()[1]}  (Ctrl-C ends it when all requests are answered)", flush=True)
     logging.basicConfig(level=logging.WARNING)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=30)
-    uvicorn.Server(config).run(sockets=[listener])
+    _Server(config).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Ends in its own time and without an error when it is told to; a second Ctrl-C ends it at once."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 def _is_loopback(host: str) -> bool:

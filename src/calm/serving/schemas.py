@@ -35,8 +35,9 @@ Token = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
+    include_obfuscation: bool = Field(False, description="accepted, and not done")
 
 
 class SamplingRequest(BaseModel):

@@ -23,7 +23,7 @@ async function loadModels() {
   element("about").textContent =
     `${first.id}: ${first.patch_size} tokens per step, context of ${first.context.toLocaleString()} tokens`;
   element("temperature").value = first.temperature;
-  element("length").max = first.context;
+  element("length").max = Math.min(...models.map((model) => model.context));
   element("chat-row").hidden = !models.every((model) => model.chat);
   showTemperature();
   element("panes").replaceChildren(...models.map(newPane));

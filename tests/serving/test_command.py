@@ -1,0 +1,87 @@
+"""`calm serve` as a process."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+
+import httpx2 as httpx
+import pytest
+from typer.testing import CliRunner
+
+from calm.cli.main import app
+
+
+@pytest.fixture(scope="module")
+def model(calm, tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    calm.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def process(model):
+    started = subprocess.Popen(
+        [sys.executable, "-m", "calm.cli.main", "serve", str(model), "--port", "0", "--max-batch", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    yield started
+    started.kill()
+    started.communicate()
+
+
+def address_of(process):
+    first = process.stdout.readline()
+    assert "tiny: CALM, 3 tokens a step; key/value cache" in first
+    assert "2 slots of 768 tokens (256 positions), float32" in first
+    return process.stdout.readline().split()[0]
+
+
+def test_a_server_that_is_told_to_end_answers_what_it_was_asked(process):
+    address = address_of(process)
+    texts, asked = {}, threading.Barrier(5)
+
+    def ask(number):
+        body = {"prompt": "a", "max_tokens": 600, "seed": number, "stream": True}
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as answer:
+            asked.wait(timeout=60)
+            texts[number] = [line for line in answer.iter_lines() if line]
+
+    clients = [threading.Thread(target=ask, args=(number,)) for number in range(4)]  # two run, two wait
+    for client in clients:
+        client.start()
+    asked.wait(timeout=60)
+    process.send_signal(signal.SIGTERM)
+    for client in clients:
+        client.join()
+    for lines in texts.values():
+        assert lines[-1] == "data: [DONE]"
+        assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("length", "stop")
+    assert len(texts) == 4
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read() == ""
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{address}/health")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--host", "0.0.0.0"], "0.0.0.0 can be reached from elsewhere: give --api-key-file, or --insecure"),
+        (["--api-key-file", "nowhere.txt"], "no file of API keys at nowhere.txt"),
+        (["--max-batch", "0"], "max_batch must be at least 1, got 0"),
+        (["--host", "not a host", "--insecure"], "cannot listen on not a host"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_line(model, options, message):
+    result = CliRunner().invoke(app, ["serve", str(model), *options])
+    assert isinstance(result.exception, ValueError)
+    assert message in str(result.exception)
+
+
+def test_a_port_that_is_taken_is_named(model, process):
+    port = address_of(process).rsplit(":", 1)[1]
+    result = CliRunner().invoke(app, ["serve", str(model), "--port", port])
+    assert f"cannot listen on 127.0.0.1:{port}" in str(result.exception)

@@ -1,0 +1,189 @@
+"""Continuous batching: what a sequence gets does not depend on what runs beside it."""
+
+import queue
+
+import pytest
+import torch
+
+from calm.serving.engine import Engine, Job, QueueFullError
+from calm.serving.stepping import Sampling, stepper_of
+from calm.serving.telemetry import Metrics, Telemetry
+from calm.serving.text import TextStream
+
+
+class Collected:
+    """A job and what it emitted."""
+
+    def __init__(self, prompt, max_tokens, sampling, seed, stop=()):
+        self.events = queue.Queue()
+        self.job = Job(prompt, max_tokens, sampling, seed, self.events.put, stop)
+
+    def chunks(self):
+        chunks = []
+        while not (chunks and chunks[-1].finish_reason):
+            chunks.append(self.events.get(timeout=60))
+        return chunks
+
+    def text(self):
+        return "".join(chunk.text for chunk in self.chunks())
+
+
+@pytest.fixture
+def engine_of(tokenizer):
+    engines = []
+
+    def make(model, max_batch=4, context=300, max_queue=64):
+        telemetry = Telemetry(Metrics(), "model")
+        engines.append(Engine(stepper_of(model), tokenizer, max_batch, context, max_queue, telemetry))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.stop()
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text)["input_ids"]
+
+
+def requests(tokenizer):
+    settings = [Sampling(1.0), Sampling(0.5, "batch", 32), Sampling(0.7, "batch", 16), Sampling(0.5, "exact", 32)]
+    prompts = ["the quick", "", "über größere Öfen", "a", "lazy dogs and foxes jump over the quick brown"]
+    return [
+        (ids_of(tokenizer, prompts[i % 5]), 5 + 7 * (i % 4), settings[i % 3 if i % 7 else 3], 100 + i)
+        for i in range(24)
+    ]
+
+
+def test_every_sequence_gets_what_generate_gives_it_alone(calm, tokenizer, engine_of):
+    """24 sequences of four kinds through 4 slots: they join and leave at different steps."""
+    asked = requests(tokenizer)
+    jobs = [Collected(*request) for request in asked]
+    engine = engine_of(calm)
+    engine.submit([each.job for each in jobs])
+    for (prompt, max_tokens, sampling, seed), collected in zip(asked, jobs, strict=True):
+        out = calm.generate(
+            torch.tensor([prompt], dtype=torch.long),
+            max_new_tokens=max_tokens,
+            temperature=sampling.temperature,
+            sampler=sampling.sampler,
+            num_candidates=sampling.num_candidates,
+            generator=[torch.Generator().manual_seed(seed)],
+        )
+        expected = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+        chunks = collected.chunks()
+        assert "".join(chunk.text for chunk in chunks) == expected
+        assert all(chunk.num_tokens <= 3 for chunk in chunks)
+        assert {chunk.finish_reason for chunk in chunks[:-1]} <= {None}
+
+
+def test_a_token_model_is_served_in_the_same_way(baseline, tokenizer, engine_of):
+    asked = [(ids_of(tokenizer, "the quick brown"), 20, Sampling(temperature), seed)
+             for seed, temperature in enumerate([1.0, 0.7, 1.3] * 4)]  # fmt: skip
+    jobs = [Collected(*request) for request in asked]
+    engine_of(baseline).submit([each.job for each in jobs])
+    for (prompt, max_tokens, sampling, seed), collected in zip(asked, jobs, strict=True):
+        generator, ids = torch.Generator().manual_seed(seed), list(prompt)
+        while len(ids) < len(prompt) + max_tokens:
+            logits = baseline(torch.tensor([ids])).logits[0, -1] / sampling.temperature
+            ids.append(int(logits.softmax(-1).multinomial(1, generator=generator)))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        assert collected.text() == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+
+
+def test_cancelled_sequences_give_up_their_slots(calm, tokenizer, engine_of):
+    engine = engine_of(calm, max_batch=2)
+    engine.stepper.end_ids = set()  # so that texts have their full length
+    long = [Collected(ids_of(tokenizer, "fox"), 250, Sampling(), seed) for seed in range(2)]
+    engine.submit([each.job for each in long])
+    short = Collected(ids_of(tokenizer, "fox"), 6, Sampling(), 7)
+    engine.submit([short.job])
+    long[0].events.get(timeout=60)
+    long[0].job.cancel()
+    waiting = Collected([], 6, Sampling(), 7)
+    assert short.chunks()[-1].finish_reason == "length"  # before the other long one, which still runs
+    assert long[1].job.num_tokens < 250
+    assert long[0].chunks()[-1].finish_reason == "cancelled"
+    engine.submit([waiting.job])
+    waiting.job.cancel()
+    assert waiting.chunks()[-1].finish_reason in ("cancelled", "length")
+    assert long[1].chunks()[-1].finish_reason == "length"
+
+
+def test_stop_strings_and_the_end_of_text_end_a_sequence(calm, tokenizer, engine_of):
+    engine = engine_of(calm)
+    engine.stepper.end_ids = set()
+    prompt = ids_of(tokenizer, "the quick")
+    plain = Collected(prompt, 60, Sampling(), 3)
+    engine.submit([plain.job])
+    text = plain.text()
+    stop = text[10:13]
+    stopped = Collected(prompt, 60, Sampling(), 3, [stop, "never in it"])
+    engine.submit([stopped.job])
+    chunks = stopped.chunks()
+    assert "".join(chunk.text for chunk in chunks) == text[: text.index(stop)]
+    assert chunks[-1].finish_reason == "stop"
+
+
+def test_what_cannot_be_done_is_refused_before_it_waits(calm, tokenizer, engine_of):
+    engine = engine_of(calm, context=30, max_queue=2)
+    with pytest.raises(ValueError, match=r"prompt \(2 tokens\) and max_tokens \(50\) exceed the context of 30 tokens"):
+        engine.check(Collected([1, 2], 50, Sampling(), 0).job)
+    with pytest.raises(ValueError, match="token ids outside 0 to 299"):
+        engine.check(Collected([300], 5, Sampling(), 0).job)
+    with pytest.raises(ValueError, match=r"temperature must lie in \(0, 1\]"):
+        engine.check(Collected([], 5, Sampling(0.0), 0).job)
+    with pytest.raises(QueueFullError):
+        engine.submit([Collected([], 5, Sampling(), 0).job for _ in range(3)])
+    engine.stop()
+    with pytest.raises(QueueFullError, match="shutting down"):
+        engine.submit([Collected([], 5, Sampling(), 0).job])
+
+
+def test_a_step_that_fails_is_told_and_the_engine_goes_on(calm, tokenizer, engine_of, monkeypatch, caplog):
+    engine = engine_of(calm)
+    engine.stepper.end_ids = set()
+    monkeypatch.setattr(engine.stepper, "draw", None)
+    failed = Collected([], 5, Sampling(), 0)
+    engine.submit([failed.job])
+    assert failed.chunks()[-1].finish_reason == "error"
+    assert "a step failed" in caplog.text
+    monkeypatch.undo()
+    fine = Collected([], 5, Sampling(), 0)
+    engine.submit([fine.job])
+    assert fine.chunks()[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_text_comes_in_whole_characters_and_is_all_there(tokenizer, size):
+    text = "größer, 漢字, \U0001f600\U0001f680: the quick\n\n brown  fox"
+    ids = ids_of(tokenizer, text)
+    stream = TextStream(tokenizer)
+    pieces = [
+        stream.add(ids[start : start + size], last=start + size >= len(ids)) for start in range(0, len(ids), size)
+    ]
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_half_a_character_at_the_end_is_not_held_back_for_ever(tokenizer):
+    ids = ids_of(tokenizer, "漢")[:-1]
+    stream = TextStream(tokenizer)
+    assert stream.add(ids) == ""
+    assert stream.add([], last=True) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_nothing_of_a_stop_string_gets_out(tokenizer, size):
+    ids = ids_of(tokenizer, "the quick brown fox jumps")
+    stream, out = TextStream(tokenizer, ["own f", "jumps"]), ""
+    for start in range(0, len(ids), size):
+        out += stream.add(ids[start : start + size])
+        assert "the quick br".startswith(out)
+        if stream.stopped:
+            break
+    assert out == "the quick br"
+    stream = TextStream(tokenizer, ["fox!"])
+    assert stream.add(ids_of(tokenizer, "a fox")) == "a "
+    assert stream.add(ids_of(tokenizer, "es"), last=True) == "foxes"
