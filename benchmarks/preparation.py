@@ -107,37 +107,43 @@ def survival(folder: Path, tokenizer: str, arguments: argparse.Namespace) -> dic
     print(f"{arguments.gigabytes} GB of text in {arguments.files} files ({compressed / 1e9:.2f} GB compressed)")
     command = prepare_command([str(source)], tokenizer, str(folder / "data"), os.cpu_count() or 1)
     chance = random.Random(0)
-    peak, start = 0, time.perf_counter()
+    peak, start, interrupted = 0, time.perf_counter(), set()
     targets = sorted(chance.sample(range(1, arguments.files), arguments.kills))
     for target in [*targets, None]:
         process = subprocess.Popen(command, start_new_session=True)
         wait = chance.uniform(0, 5)
         while process.poll() is None:
             peak = max(peak, tree_memory(process.pid))
-            done = len(list((folder / ".data.partial" / "logs" / "completions").glob("*")))
-            if target is not None and done >= target:
+            done = {int(path.name) for path in (folder / ".data.partial" / "logs" / "completions").glob("*")}
+            if target is not None and len(done) >= target:
                 time.sleep(wait)
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                print(f"killed after {done} of {arguments.files} tasks, {time.perf_counter() - start:.0f} s")
+                # Tasks are begun in their order, one per core.
+                interrupted |= {task for task in range(max(done) + 1 + (os.cpu_count() or 1)) if task not in done}
+                seconds = time.perf_counter() - start
+                print(f"killed after {len(done)} of {arguments.files} tasks, {seconds:.0f} s", flush=True)
                 break
             time.sleep(0.1)
         else:
             assert process.returncode == 0, process.returncode
     seconds = time.perf_counter() - start
     manifest = json.loads((folder / "data" / "manifest.json").read_text())
-    digests = {file["name"]: digest(folder / "data" / file["name"]) for file in manifest["files"]}
-    # What a kill interrupted, prepared again without one: the same bytes.
-    alone = folder / "alone"
-    subprocess.run([*command[:-1], str(alone)], check=True, capture_output=True)
-    same = sum(digest(alone / name) == value for name, value in digests.items())
     print(f"{manifest['num_tokens']:,} tokens in {seconds:.0f} s with {arguments.kills} kills")
-    print(f"peak memory of all processes {peak / 2**20:,.0f} MiB")
-    print(f"files equal to an uninterrupted run's: {same} of {len(digests)}")
+    print(f"peak memory of all processes {peak / 2**20:,.0f} MiB", flush=True)
+    # What a kill interrupted, prepared again alone: the same bytes.
+    files = sorted(source.iterdir())
+    interrupted &= set(range(len(files)))
+    same = 0
+    for task in sorted(interrupted):
+        alone = folder / f"alone-{task}"
+        subprocess.run(prepare_command([str(files[task])], tokenizer, str(alone), 1), check=True, capture_output=True)
+        same += digest(next(alone.glob("*.ds"))) == digest(folder / "data" / manifest["files"][task]["name"])
+    print(f"interrupted tasks whose files equal those of an uninterrupted run: {same} of {len(interrupted)}")
     return {
         "gigabytes": arguments.gigabytes, "compressed_bytes": compressed, "num_tokens": manifest["num_tokens"],
         "num_documents": manifest["num_documents"], "seconds": seconds, "peak_bytes": peak, "kills": arguments.kills,
-        "same_files": same, "files": len(digests),
+        "same_files": same, "interrupted": len(interrupted),
     }  # fmt: skip
 
 
