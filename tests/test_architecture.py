@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "calm"
 MAY_IMPORT = {
     "functional": {"functional"},
     "models": {"functional", "models"},
-    "data": {"data"},
+    "data": {"data", "files"},
     "evaluation": {"functional", "models", "data", "evaluation", "completions", "device"},
     "training": {"functional", "models", "data", "evaluation", "training", "files"},
     "report": {"evaluation", "report"},

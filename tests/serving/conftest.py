@@ -56,7 +56,10 @@ def baseline(tokenizer):
 def serving(models, limits=None, **options):
     """A real server on a free port of the loopback interface; gives its address and its services."""
     metrics = Metrics()
-    services = [Service(name, *model, limits or Limits(max_batch=4, context=400), metrics) for name, model in models]
+    services = [
+        Service(name, *model, limits or Limits(max_batch=4, max_queue=64, context=400), metrics)
+        for name, model in models
+    ]
     server = uvicorn.Server(
         uvicorn.Config(create_app(services, metrics, **options), log_level="error", access_log=False)
     )

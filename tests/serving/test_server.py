@@ -76,6 +76,8 @@ def test_the_client_of_openai_chats_where_there_is_a_template(client, calm, toke
     parts = [{"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "quick"}]}]
     chunks = client.chat.completions.create(model="chat", messages=parts, max_tokens=20, seed=2, stream=True)
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == expected
+    with pytest.raises(openai.BadRequestError, match="1 prompts with 100 texts each were asked for; 1 to 64"):
+        client.chat.completions.create(model="chat", messages=messages, n=100)
     with pytest.raises(openai.BadRequestError, match="calm has no chat template"):
         client.chat.completions.create(model="calm", messages=messages)
 
@@ -120,7 +122,7 @@ def test_what_a_model_cannot_follow_is_refused_with_the_reason(client, given, me
 def test_neutral_values_of_the_same_parameters_are_fine(client):
     client.completions.create(
         model="calm", prompt="a", max_tokens=3, top_p=1, presence_penalty=0, frequency_penalty=0, logit_bias={},
-        best_of=1, echo=False, user="me", stop=None,
+        best_of=1, echo=False, user="me", stop=None, n=None, stream=None,
     )  # fmt: skip
 
 
@@ -241,6 +243,7 @@ def test_keys_and_hosts_are_checked(calm, tokenizer):
             assert http.get("/metrics").status_code == 401
             assert http.get("/health").status_code == http.get("/").status_code == 200
             assert http.get("/health", headers={"host": "evil.example"}).status_code == 421
+            assert http.get("/health", headers={"host": "127.0.0.1"}).status_code == 200
             assert "access-control-allow-origin" not in http.get("/health", headers={"origin": "http://evil"}).headers
         with pytest.raises(openai.AuthenticationError, match="a valid API key is needed"):
             openai.OpenAI(base_url=f"{address}/v1", api_key="wrong").models.list()
@@ -253,6 +256,7 @@ def test_a_fault_of_the_server_says_nothing_about_it(calm, tokenizer, monkeypatc
         answer = httpx.post(f"{address}/v1/completions", json={"prompt": "a"})
         assert answer.status_code == 500
         assert answer.json()["error"]["message"] == "the server failed at this request"
+        assert metric(address, "calm_requests_total", status="500") == 1
         with httpx.stream("POST", f"{address}/v1/completions", json={"prompt": "a", "stream": True}) as stream:
             events = [line for line in stream.iter_lines() if line]
         assert json.loads(events[0].removeprefix("data: "))["error"]["code"] == "internal_error"

@@ -5,6 +5,7 @@ import gzip
 import http.server
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -175,14 +176,46 @@ def test_what_is_complete_survives_a_bad_record_and_serves_when_bad_ones_are_ski
     assert not (tmp_path / ".data.partial").exists()
 
 
-def test_what_other_settings_left_behind_is_not_used(tmp_path, tokenizer, folder):
+def test_what_other_settings_left_behind_is_neither_used_nor_lost(tmp_path, tokenizer, folder):
     (folder / "z.jsonl").write_text("{broken\n")
     with pytest.raises(ValueError, match="4 of 5 tasks are complete"):
         prepare([folder], tokenizer, tmp_path / "data", seed=1, executor=Executor(workers=1))
-    (folder / "z.jsonl").unlink()
-    prepare([folder], tokenizer, tmp_path / "data", seed=2)
-    prepare([folder], tokenizer, tmp_path / "fresh", seed=2)
-    assert contents(tmp_path / "data") == contents(tmp_path / "fresh")
+    with pytest.raises(ValueError, match=r"holds 4 complete tasks .* \(different: seed\): repeat its"):
+        prepare([folder], tokenizer, tmp_path / "data", seed=2)
+    manifest = prepare([folder], tokenizer, tmp_path / "data", seed=1, on_bad="skip")
+    assert manifest["skipped"]["not valid JSON"]["count"] == 1
+
+
+def test_a_kill_while_the_output_is_put_in_place_loses_nothing(tmp_path, tokenizer, folder, monkeypatch):
+    prepare([folder], tokenizer, tmp_path / "whole")
+    remove, calls = shutil.rmtree, []
+
+    def killed(path, *arguments, **options):
+        if str(path).endswith(("counts", "logs")):
+            calls.append(path)
+            if len(calls) in (1, 3):
+                raise KeyboardInterrupt
+        remove(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            prepare([folder], tokenizer, tmp_path / "data")
+    prepare([folder], tokenizer, tmp_path / "data")
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+    assert not (tmp_path / ".data.partial").exists()
+
+
+def test_an_output_inside_a_source_is_refused(tmp_path, tokenizer, folder):
+    with pytest.raises(ValueError, match="lies inside the source"):
+        prepare([folder], tokenizer, folder / "prepared")
+
+
+def test_lines_that_no_reader_takes_are_bad_records(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ' + "9" * 5000 + "}\n" + "[" * 100_000 + '\n{"text": "good"}\n')
+    assert list(read_documents([str(tmp_path / "a.jsonl")], on_bad="skip")) == ["good"]
+    with pytest.raises(ValueError, match=r"a\.jsonl line 1 cannot be read as JSON"):
+        list(read_documents([str(tmp_path / "a.jsonl")]))
 
 
 def test_slurm_gets_a_job_array_and_a_job_that_finishes(tmp_path, tokenizer, folder, monkeypatch):
@@ -212,6 +245,12 @@ def test_slurm_gets_a_job_array_and_a_job_that_finishes(tmp_path, tokenizer, fol
     finish = next(i for i, job in enumerate(jobs) if ".data.slurm/executor.pik" in job)
     assert "--dependency=afterok:100" in (tmp_path / f"arguments-{finish}").read_text()
 
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho $3 RUNNING\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    with pytest.raises(ValueError, match=r"jobs 100,101 of Slurm are still at work on this: repeat the command when"):
+        prepare([folder], tokenizer, tmp_path / "data", num_tasks=2, executor=executor)
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")
+
     for script, index in [(tasks, task) for task in range(2)] + [(jobs[finish], 0)]:
         slurm = {"SLURM_ARRAY_TASK_ID": str(index), "SLURM_NODELIST": "localhost", "RUN_OFFSET": "0"}
         subprocess.run(["bash", "-c", script], env=os.environ | slurm, check=True, capture_output=True)
@@ -223,7 +262,7 @@ def test_slurm_gets_a_job_array_and_a_job_that_finishes(tmp_path, tokenizer, fol
 def test_slurm_without_sbatch_or_its_options_is_refused(tmp_path, tokenizer, folder):
     with pytest.raises(ValueError, match="needs --partition and --time"):
         Executor("slurm")
-    with pytest.raises(ValueError, match="is `sbatch` here"):
+    with pytest.raises(ValueError, match="look at `sbatch`"):
         prepare(
             [folder],
             tokenizer,

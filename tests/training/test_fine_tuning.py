@@ -220,6 +220,9 @@ def test_the_backbone_starts_from_a_token_model(workspace):  # noqa: F811
     values.model["backbone"] = BACKBONE | {"intermediate_size": 64}
     with pytest.raises(ValueError, match=r"has another shape than model\.backbone \(layers\.0\.mlp\."):
         build_model(values)
+    values.model["backbone"] = BACKBONE | {"rope_theta": 123.0}
+    with pytest.raises(ValueError, match="has rope_parameters"):
+        build_model(values)
     values.model["backbone_weights"] = str(train(calm_recipe(workspace, "to_tune", max_steps=6)))
     with pytest.raises(ValueError, match=r"holds a CALM; `model\.pretrained` goes on with one"):
         build_model(values)

@@ -65,7 +65,7 @@ def test_a_sharded_run_equals_one_process_and_each_goes_on_from_the_other(worksp
     whole = train(calm_recipe(workspace, "unsharded", per_device_train_batch_size=4, max_steps=6, **rate))
 
     def shard(max_steps):
-        steps = {"per_device_train_batch_size": 2, "max_steps": max_steps}
+        steps = {"per_device_train_batch_size": 2, "max_steps": max_steps, "save_steps": 1}
         recipe = calm_recipe(workspace, "sharded", **steps, **rate, fsdp=True)
         process = start(
             recipe, tmp_path / "recipe.yaml", sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",

@@ -162,6 +162,8 @@ def _record(line: bytes, place: str) -> dict | BadRecordError:
         return BadRecordError(place, "is not UTF-8 text.", "not UTF-8 text")
     except json.JSONDecodeError as error:
         return BadRecordError(place, f"is not valid JSON ({error.msg}, column {error.colno}).", "not valid JSON")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        return BadRecordError(place, f"cannot be read as JSON ({error}).", "not valid JSON")
     if isinstance(record, dict):
         return record
     return BadRecordError(place, f"is no record of named fields, but {type(record).__name__}.", "no text field")

@@ -6,11 +6,12 @@ alone, so every executor makes the same files. A task that is cut short starts o
 
 import json
 import os
+import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from calm.data.documents import read_documents, split_text
 
 EXECUTORS = ("local", "slurm", "ray")
-COUNTS, LOGS, UNSHUFFLED = "counts", "logs", "unshuffled"
+COUNTS, LOGS, UNSHUFFLED, JOBS = "counts", "logs", "unshuffled", "slurm_jobs"
 # Documents that are tokenised at once, at some 100 bytes a character. Larger batches are hardly faster.
 _BATCH_SIZE = 10
 
@@ -123,6 +124,27 @@ def run_tasks(
     return True
 
 
+def check_no_jobs(draft: Path) -> None:
+    """ValueError while jobs of Slurm work on a draft: others beside them would mix up the tasks."""
+    if not was_submitted(draft):
+        return
+    jobs = (draft / JOBS).read_text(encoding="utf-8")
+    try:
+        listed = subprocess.run(["squeue", "--noheader", "--jobs", jobs], capture_output=True, text=True).stdout.split()
+    except OSError:
+        listed = []
+    if listed:
+        raise ValueError(
+            f"jobs {jobs} of Slurm are still at work on this: repeat the command when they have ended, or `scancel` "
+            "them."
+        )
+
+
+def was_submitted(draft: Path) -> bool:
+    """Whether jobs of Slurm were given a draft to work on."""
+    return (draft / JOBS).exists()
+
+
 def num_complete(draft: Path) -> int:
     """Tasks that are done."""
     return len(list((draft / LOGS / "completions").glob("*")))
@@ -181,9 +203,13 @@ def _submit(executor: Executor, common: dict[str, Any], finish: Callable[[], obj
     )
     setattr(last, "launch_merge_stats", _no_stats)  # noqa: B010
     try:
+        tasks.run()
+        (draft / JOBS).write_text(str(tasks.job_id), encoding="utf-8")
         last.run()
-    except OSError as error:
-        raise ValueError(f"the jobs could not be submitted ({error}): is `sbatch` here?") from error
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"the jobs could not be submitted ({error}): look at `sbatch` and its options.") from error
+    with suppress(FileNotFoundError):  # the last job has ended already
+        (draft / JOBS).write_text(f"{tasks.job_id},{last.job_id}", encoding="utf-8")
 
 
 def _no_stats() -> None:

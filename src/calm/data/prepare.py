@@ -12,13 +12,24 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from calm.data.blocks import MANIFEST, read_manifest
-from calm.data.pipeline import COUNTS, LOGS, UNSHUFFLED, DocumentSource, Executor, num_complete, run_tasks
+from calm.data.pipeline import (
+    COUNTS,
+    JOBS,
+    LOGS,
+    UNSHUFFLED,
+    DocumentSource,
+    Executor,
+    check_no_jobs,
+    num_complete,
+    run_tasks,
+    was_submitted,
+)
 from calm.data.sources import find_sources
 from calm.data.tokenizer import tokenizer_hash
+from calm.files import write_whole
 
 _MAX_TASKS = 64
 _SETTINGS_FILE = "settings.json"
-_MAY_CHANGE = ("on_bad",)  # what is done may stay when a run goes on that stopped at a bad record
 MAX_CHARACTERS = 100_000
 SEPARATORS = ("eos", "bos")
 
@@ -61,6 +72,7 @@ def prepare(
     separating_token = _separating_token(tokenizer, separator)
     if max_characters is not None and max_characters < 1:
         raise ValueError(f"max_characters must be at least 1, got {max_characters}.")
+    _check_outside(output, sources)
     files = find_sources(sources, split, subset)
     if num_tasks is not None and not 1 <= num_tasks <= len(files):
         raise ValueError(f"num_tasks must be 1 to {len(files)}, the number of files, got {num_tasks}.")
@@ -86,14 +98,17 @@ def prepare(
         raise ValueError(f"{output} is not empty and holds no prepared data: choose another output directory.")
 
     draft = output.with_name(f".{output.name}.partial")
-    _begin_or_go_on(draft, settings, tokenizer)
+    check_no_jobs(draft)
+    if _begin_or_go_on(draft, settings, tokenizer):
+        _put_in_place(draft, output)
+        return read_manifest(output)
     source = DocumentSource([file.path for file in files], text_key, on_bad, max_characters, draft.absolute())
     finish = partial(_finish, draft.absolute(), output.absolute(), [str(name) for name in sources])
     try:
         if not run_tasks(executor, source, settings["num_tasks"], separating_token, seed, finish):
             return None
     except (ValueError, OSError) as error:
-        if not num_complete(draft):
+        if not num_complete(draft) and not was_submitted(draft):
             shutil.rmtree(draft, ignore_errors=True)
             raise
         done = f"{num_complete(draft)} of {settings['num_tasks']} tasks are complete and kept in {draft}"
@@ -110,21 +125,39 @@ def _separating_token(tokenizer: PreTrainedTokenizerBase, separator: str) -> str
     return token
 
 
+def _check_outside(output: Path, sources: Sequence[str | os.PathLike]) -> None:
+    for source in map(Path, sources):
+        if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+            raise ValueError(f"the output {output} lies inside the source {source}, and would be read as documents.")
+
+
 def _changed(before: dict, settings: dict[str, Any]) -> list[str]:
     return [name for name, value in settings.items() if before.get(name) != value]
 
 
-def _begin_or_go_on(draft: Path, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Leave in the draft what an interrupted run of these settings completed, or make a new one."""
+def _begin_or_go_on(draft: Path, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Make a draft, or leave one of these settings as it is; returns whether all its tasks are complete.
+
+    Raises ValueError rather than lose what a run of other settings has completed.
+    """
     path = draft / _SETTINGS_FILE
     if path.exists():
-        changed = _changed(json.loads(path.read_text(encoding="utf-8")), settings)
-        if set(changed) <= set(_MAY_CHANGE):
-            path.write_text(json.dumps(settings), encoding="utf-8")
-            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = _changed(before, settings)
+        if before["on_bad"] == "error" and changed == ["on_bad"]:
+            changed = []  # a run that stopped at a bad record goes on without it; what is complete had none
+        if changed and num_complete(draft):
+            raise ValueError(
+                f"{draft} holds {num_complete(draft)} complete tasks of an interrupted run with other settings "
+                f"(different: {', '.join(changed)}): repeat its command, or remove it."
+            )
+        if not changed:
+            write_whole(path, json.dumps(settings))
+            return (draft / MANIFEST).exists()
     shutil.rmtree(draft, ignore_errors=True)
     tokenizer.save_pretrained(draft / "tokenizer")
-    path.write_text(json.dumps(settings), encoding="utf-8")
+    write_whole(path, json.dumps(settings))
+    return False
 
 
 def _finish(draft: Path, output: Path, sources: list[str]) -> None:
@@ -133,13 +166,19 @@ def _finish(draft: Path, output: Path, sources: list[str]) -> None:
     manifest = settings | _describe(draft)
     if manifest["num_documents"] == 0:
         raise ValueError(f"no text in {', '.join(sources)}: every document is empty.")
-    for name in (COUNTS, LOGS, UNSHUFFLED):
+    # From here on only this remains to be done, however often it is cut short.
+    write_whole(draft / MANIFEST, json.dumps(manifest, indent=1))
+    _put_in_place(draft, output)
+
+
+def _put_in_place(draft: Path, output: Path) -> None:
+    for name in (COUNTS, UNSHUFFLED, LOGS):
         shutil.rmtree(draft / name, ignore_errors=True)
-    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    (draft / _SETTINGS_FILE).unlink()
+    (draft / JOBS).unlink(missing_ok=True)
     if output.exists():
         output.rmdir()
     draft.rename(output)
+    (output / _SETTINGS_FILE).unlink()
 
 
 def _describe(draft: Path) -> dict:

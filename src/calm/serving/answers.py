@@ -5,13 +5,14 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from calm.serving.engine import Chunk, Job
+from calm.serving.engine import Chunk, EngineError, Job
 from calm.serving.errors import error_document
 from calm.serving.schemas import SamplingRequest
 from calm.serving.service import Service
@@ -56,7 +57,7 @@ async def respond(
     loop = asyncio.get_running_loop()
 
     def emit(index: int, chunk: Chunk) -> None:
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the server has ended, and nobody waits for this
             loop.call_soon_threadsafe(events.put_nowait, (index, chunk))
 
     jobs = service.jobs(body, prompts, max_tokens, emit)
@@ -65,7 +66,7 @@ async def respond(
     if body.stream:
         asked = body.stream_options is not None and body.stream_options.include_usage
         content = _events(answer, jobs, events, usage, asked)
-        return StreamingResponse(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return _Stream(content, jobs)
     gone = asyncio.create_task(_client_gone(request))
     try:
         texts, reasons = await _collect(jobs, events, gone)
@@ -93,7 +94,7 @@ async def _collect(
             return texts, reasons
         index, chunk = event.result()
         if chunk.finish_reason == "error":
-            raise RuntimeError("a step of the engine failed")
+            raise EngineError("a step of the engine failed")
         texts[index] += chunk.text
         reasons[index] = chunk.finish_reason or ""
     return texts, reasons
@@ -102,28 +103,39 @@ async def _collect(
 async def _events(
     answer: Answer, jobs: list[Job], events: "asyncio.Queue[tuple[int, Chunk]]", usage: dict, with_usage: bool
 ) -> AsyncIterator[str]:
-    """Server-sent events; left early, because the client is gone, they end the jobs."""
+    """Server-sent events."""
     running = len(jobs)
-    try:
-        while running:
-            index, chunk = await events.get()
-            running -= chunk.finish_reason is not None
-            if chunk.finish_reason == "error":
-                yield _event(error_document(500, "the server failed in the middle of this answer", "internal_error"))
-                return
-            about = {
-                "tokens": chunk.num_tokens, "drawn": chunk.num_drawn, "decoded": chunk.num_decoded,
-                "milliseconds": round(chunk.milliseconds, 2),
-            }  # fmt: skip
-            more = {"usage": None} if with_usage else {}
-            yield _event(answer.document([answer.delta(index, chunk)], chunk=True, calm=about, **more))
-        if with_usage:
-            _count(usage, jobs)
-            yield _event(answer.document([], chunk=True, usage=usage))
-        yield "data: [DONE]\n\n"
-    finally:
-        for job in jobs:
-            job.cancel()
+    while running:
+        index, chunk = await events.get()
+        running -= chunk.finish_reason is not None
+        if chunk.finish_reason == "error":
+            yield _event(error_document(500, "the server failed in the middle of this answer", "internal_error"))
+            return
+        about = {
+            "tokens": chunk.num_tokens, "drawn": chunk.num_drawn, "decoded": chunk.num_decoded,
+            "milliseconds": round(chunk.milliseconds, 2),
+        }  # fmt: skip
+        more = {"usage": None} if with_usage else {}
+        yield _event(answer.document([answer.delta(index, chunk)], chunk=True, calm=about, **more))
+    if with_usage:
+        _count(usage, jobs)
+        yield _event(answer.document([], chunk=True, usage=usage))
+    yield "data: [DONE]\n\n"
+
+
+class _Stream(StreamingResponse):
+    """Events of jobs, which end with it: also where the client is gone before the first event."""
+
+    def __init__(self, content: AsyncIterator[str], jobs: list[Job]):
+        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.jobs = jobs
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for job in self.jobs:
+                job.cancel()
 
 
 def _event(document: dict) -> str:

@@ -27,6 +27,10 @@ class QueueFullError(RuntimeError):
     """No more requests are taken for now."""
 
 
+class EngineError(RuntimeError):
+    """A step failed by a fault of the server; the log says more."""
+
+
 @dataclass
 class Chunk:
     """What a sequence gained in a step; the last one has a ``finish_reason``: stop, length, cancelled or error."""
@@ -181,19 +185,18 @@ class Engine:
                 if not self._waiting:
                     return
                 job = self._waiting.popleft()
+            slot = len(self._running)
             try:
                 condition, cache, length = self.stepper.prefill(job.prompt_ids)
+                self.cache.put(slot, cache)
+                self._conditions = torch.cat([self._conditions[:slot].to(condition), condition])
+                generator = torch.Generator(self.stepper.device).manual_seed(job.seed)
+                text = TextStream(self.tokenizer, job.stop)
             except Exception:
                 log.exception("a prompt could not be read")
                 self._finish(job, Chunk("", 0, finish_reason="error"))
                 continue
-            slot = len(self._running)
-            self.cache.put(slot, cache)
-            self._conditions = torch.cat([self._conditions[:slot].to(condition), condition])
-            generator = torch.Generator(self.stepper.device).manual_seed(job.seed)
-            self._running.append(
-                _Running(job, generator, TextStream(self.tokenizer, job.stop), length, time.perf_counter())
-            )
+            self._running.append(_Running(job, generator, text, length, time.perf_counter()))
 
     def _step(self) -> None:
         """A chunk for every running sequence, and a step of the backbone for those that go on."""
@@ -256,14 +259,21 @@ class Engine:
         chunk = Chunk(text, len(tokens), drawn, decoded, 1000 * (now - running.since), reason)
         running.since = now
         if reason is None:
-            job.emit(chunk)
+            self._emit(job, chunk)
         else:
             self._finish(job, chunk)
         return reason is not None
 
     def _finish(self, job: Job, chunk: Chunk) -> None:
         self.telemetry.finished(chunk.finish_reason)
-        job.emit(chunk)
+        self._emit(job, chunk)
+
+    def _emit(self, job: Job, chunk: Chunk) -> None:
+        try:
+            job.emit(chunk)
+        except Exception:  # nobody may end the engine
+            log.exception("a chunk could not be handed over")
+            job.cancel()
 
     def _free(self, slot: int) -> None:
         """End a slot; the last running sequence takes its place."""

@@ -7,10 +7,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from calm.serving.engine import QueueFullError
+from calm.serving.engine import EngineError, QueueFullError
 
 log = logging.getLogger(__name__)
 _RETRY_AFTER = "1"  # seconds
+_FAILED = "the server failed at this request"
 
 
 def error_document(status: int, message: str, code: str, param: str | None = None) -> dict:
@@ -45,6 +46,10 @@ def add_error_handlers(app: FastAPI) -> None:
         document = error_document(503, f"too many requests for now: {error}", "queue_full")
         return JSONResponse(document, 503, {"Retry-After": _RETRY_AFTER})
 
+    @app.exception_handler(EngineError)
+    async def struck(request: Request, error: EngineError) -> JSONResponse:
+        return JSONResponse(error_document(500, _FAILED, "internal_error"), 500)
+
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
@@ -53,4 +58,4 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
         log.error("a request failed", exc_info=error)
-        return JSONResponse(error_document(500, "the server failed at this request", "internal_error"), 500)
+        return JSONResponse(error_document(500, _FAILED, "internal_error"), 500)

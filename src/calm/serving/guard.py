@@ -100,7 +100,7 @@ def _replay(body: bytes, receive: Any) -> Any:
 
 
 def _host(header: bytes) -> str:
-    name = header.decode("latin-1")
+    name = header.decode("latin-1").lower()
     return name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
 
 

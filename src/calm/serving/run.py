@@ -55,7 +55,7 @@ def run_server(
         kind = f"CALM, {services[-1].patch_size} tokens a step" if services[-1].is_calm else "token model"
         print(f"{name}: {kind}; {services[-1].memory()}")
     # A name that leads here from another site would let that site's pages in.
-    hosts = LOOPBACK if local else None
+    hosts = (*LOOPBACK, host.lower()) if local else None
     app = create_app(services, metrics, api_keys, hosts)
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listener.getsockname()[1]}  (Ctrl-C ends it when all requests are answered)", flush=True)

@@ -32,6 +32,9 @@ _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "p
 
 Text = Annotated[str, StringConstraints(strict=True)]
 Token = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+# The first error of a list is enough, and a list may be long.
+Texts = Annotated[list[Text], Field(fail_fast=True)]
+Tokens = Annotated[list[Token], Field(fail_fast=True)]
 
 
 class StreamOptions(BaseModel):
@@ -63,7 +66,12 @@ class SamplingRequest(BaseModel):
         for name, (neutral, reason) in _REFUSED.items():
             if name in values and values[name] is not None and not any(_equal(values[name], each) for each in neutral):
                 raise ValueError(f"{name} is not supported: {reason}")
-        return {name: value for name, value in values.items() if name not in _REFUSED and name not in _IGNORED}
+        # null stands for the default.
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in _REFUSED and name not in _IGNORED and not (value is None and name in cls.model_fields)
+        }
 
     @field_validator("stop")
     @classmethod
@@ -81,7 +89,7 @@ class SamplingRequest(BaseModel):
 
 
 class CompletionRequest(SamplingRequest):
-    prompt: Text | list[Text] | list[Token] | list[list[Token]] = Field(
+    prompt: Text | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)] = Field(
         "", description="a text, token ids, or a list of either; an empty text starts a new document"
     )
     max_tokens: int = Field(128, ge=1, le=2**20)

@@ -83,12 +83,15 @@ class Service:
     def encode_prompts(self, request: CompletionRequest) -> list[list[int]]:
         """Token ids of all prompts; ValueError where there are none, or more texts than can wait."""
         prompts = request.prompts
-        if not 0 < len(prompts) * request.n <= self.engine.max_queue:
+        self._check_count(len(prompts), request.n)
+        return [prompt if isinstance(prompt, list) else self._encode(prompt) for prompt in prompts]
+
+    def _check_count(self, num_prompts: int, num_texts: int) -> None:
+        if not 0 < num_prompts * num_texts <= self.engine.max_queue:
             raise ValueError(
-                f"{len(prompts)} prompts with {request.n} texts each were asked for; 1 to {self.engine.max_queue} "
+                f"{num_prompts} prompts with {num_texts} texts each were asked for; 1 to {self.engine.max_queue} "
                 "texts are possible at once"
             )
-        return [prompt if isinstance(prompt, list) else self._encode(prompt) for prompt in prompts]
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -100,6 +103,7 @@ class Service:
                 f"{self.name} has no chat template: it continues texts and was not taught to answer. Use "
                 "/v1/completions, or fine-tune it on messages."
             )
+        self._check_count(1, request.n)
         messages = [{"role": message.role, "content": message.text} for message in request.messages]
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

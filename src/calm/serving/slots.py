@@ -37,8 +37,10 @@ class SlotCache(Cache):
     def put(self, slot: int, cache: Any) -> None:
         """Move a single sequence's keys and values into a slot."""
         for layer, source in zip(self._slots, cache.layers, strict=True):
-            layer.keys[slot, :, : source.keys.shape[2]] = source.keys[0]
-            layer.values[slot, :, : source.values.shape[2]] = source.values[0]
+            length = source.keys.shape[2]
+            layer.keys[slot, :, :length], layer.values[slot, :, :length] = source.keys[0], source.values[0]
+            # Nothing of a former sequence stays: masked positions are weighted 0, and 0 times NaN is NaN.
+            layer.keys[slot, :, length:], layer.values[slot, :, length:] = 0, 0
 
     def move(self, source: int, target: int, length: int) -> None:
         """Let the sequence of one slot, so many positions long, take another."""

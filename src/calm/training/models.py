@@ -33,6 +33,7 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     _check_same_tokenizer(recipe.model["autoencoder"], recipe.data.train)
     model = CalmForCausalLM.from_autoencoder(autoencoder, _backbone(recipe, autoencoder.config, tokens), _head(recipe))
     if "backbone_weights" in recipe.model:
+        _check_same_tokenizer(recipe.model["backbone_weights"], recipe.data.train)
         _load_backbone(model, recipe.model["backbone_weights"])
     if read_manifest(recipe.data.train).get("separator") == "bos":
         model.config.document_separator_id = tokens["bos_token_id"]
@@ -58,6 +59,11 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
     return model.train()
 
 
+_SAME_CONFIG = (
+    "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rope_parameters",
+)  # fmt: skip
+
+
 def _load_backbone(model: CalmForCausalLM, path: str) -> None:
     """Take the weights of a token model's backbone; ValueError where the shapes differ."""
     source = load_language_model(path, torch.float32)
@@ -72,6 +78,14 @@ def _load_backbone(model: CalmForCausalLM, path: str) -> None:
             f"model.backbone_weights: the token model in {path} has another shape than model.backbone ({name}: "
             f"{shapes}); give model.backbone its sizes."
         )
+    # What shapes do not show, and weights mean nothing without.
+    for name in _SAME_CONFIG:
+        theirs, ours = (getattr(each.config, name, None) for each in (source, model.backbone))
+        if theirs != ours:
+            raise ValueError(
+                f"model.backbone_weights: the token model in {path} has {name} {theirs}, model.backbone {ours}; give "
+                "model.backbone the same."
+            )
     model.backbone.load_state_dict(given)
 
 

@@ -41,10 +41,14 @@ def configure(accelerator: Any, plugin: FullyShardedDataParallelPlugin, model: t
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """``optimizer.state_dict()`` as one process would have it; all processes call it."""
     state = optimizer.state_dict()
-    for values in state["state"].values():
-        for name, value in values.items():
-            values[name] = value.full_tensor().cpu() if isinstance(value, DTensor) else value
-    return state
+    # New dictionaries: those of the state are the optimiser's own.
+    return state | {
+        "state": {
+            index: {name: value.full_tensor().cpu() if isinstance(value, DTensor) else value
+                    for name, value in values.items()}
+            for index, values in state["state"].items()
+        }
+    }  # fmt: skip
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> None:

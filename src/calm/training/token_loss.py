@@ -24,10 +24,11 @@ def use_linear_cross_entropy(model: PreTrainedModel) -> None:
         loss = linear_cross_entropy(states, model.get_output_embeddings().weight, labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss)
 
+    # Small logits of a new model would not show a soft cap.
+    if any("logit" in name and value for name, value in model.config.to_dict().items()):
+        return
     ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
     with torch.no_grad():
         same = torch.allclose(plain_forward(ids, labels=ids).loss, forward(ids, labels=ids).loss, rtol=1e-4)
     if same:
         model.forward = forward
-        # The mean over one micro-batch: the Trainer must divide it by the accumulation steps itself.
-        model.accepts_loss_kwargs = False  # type: ignore[assignment]

@@ -63,6 +63,8 @@ class CalmTrainer(Trainer):
             model: Any = self.model
             sharding.configure(self.accelerator, self.plugin, model)
             self.is_fsdp_enabled = True
+        # compute_loss gives the mean of a micro-batch, whatever the model could do with a count of its tokens.
+        self.model_accepts_loss_kwargs = False
         self.held_out_blocks = eval_dataset
         self.about = about or {}
         self.keep = keep
