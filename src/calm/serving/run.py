@@ -2,11 +2,13 @@
 
 import ipaddress
 import logging
+import os
 import signal
 import socket
 from collections.abc import Sequence
 from types import FrameType
 
+import torch
 import uvicorn
 
 from calm.data.tokenizer import load_tokenizer
@@ -45,7 +47,12 @@ def run_server(
         raise ValueError(
             f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port."
         ) from error
+    # Every chunk goes out at once; accepted connections take this from the listener.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     target = resolve_device(device)
+    if target.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # A core for the event loop: threads of a product that wait for one that is not running cost more than it gives.
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     metrics = Metrics()
     services = []
     for name, (path, tokenizer) in models.items():
