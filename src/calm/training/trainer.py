@@ -130,11 +130,11 @@ class CalmTrainer(Trainer):
     @cached_property
     def plugin(self) -> FullyShardedDataParallelPlugin | None:
         """How the model is sharded; None where it is not."""
-        if self.args.fsdp_plugin_args is not None:  # the recipe's training.fsdp
-            return FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-        if asks_for_fsdp(self.args):  # accelerate's environment
-            return getattr(self.accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
-        return None
+        if not asks_for_fsdp(self.args):
+            return None
+        # The one accelerate shards with; on processors it keeps none.
+        kept = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return kept or FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.plugin is None:
