@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2 as httpx
@@ -92,17 +93,17 @@ def load(model: str, baseline: str, arguments: argparse.Namespace) -> dict:
     serve = [sys.executable, "-m", "calm.cli.main", "serve"]
     size = ["--context", "1024", "--max-queue", str(2 * most)]
     servers = {
-        "CALM, batched": ([*serve, model, "--max-batch", str(most), *size], arguments.clients),
-        "CALM, one at a time": ([*serve, model, "--max-batch", "1", *size], arguments.clients),
-        "token model, batched": ([*serve, baseline, "--max-batch", str(most), *size], arguments.clients),
-        "token model, plain loop": ([sys.executable, __file__, "--plain-server", baseline], arguments.clients),
+        "CALM, batched": [*serve, model, "--max-batch", str(most), *size],
+        "CALM, one at a time": [*serve, model, "--max-batch", "1", *size],
+        "token model, batched": [*serve, baseline, "--max-batch", str(most), *size],
+        "token model, plain loop": [sys.executable, __file__, "--plain-server", baseline],
     }
     rates: dict[tuple[str, int], list[dict]] = {}
     for repeat in range(arguments.repeats):
-        for name, (command, clients) in servers.items():
+        for name, command in servers.items():
             with Server(command) as address:
                 asyncio.run(clients_of(address, 1, 2, arguments))  # warm
-                for count in clients:
+                for count in arguments.clients:
                     total = max(8, arguments.rounds * count) if name != "token model, plain loop" else max(4, count)
                     measured = asyncio.run(clients_of(address, count, total, arguments))
                     rates.setdefault((name, count), []).append(measured)
@@ -111,9 +112,9 @@ def load(model: str, baseline: str, arguments: argparse.Namespace) -> dict:
     rows = []
     columns = ("tokens/s", "x 1 client", "x plain loop", "first p50", "first p95", "all p50", "all p95")
     print(f"\n{'':26}{'clients':>8}" + "".join(f"{column:>13}" for column in columns) + "   (ms)")
+    of = {each: statistics.median(run["tokens_per_second"] for run in runs) for each, runs in rates.items()}
     for (name, count), runs in rates.items():
         row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        of = {other: statistics.median(run["tokens_per_second"] for run in rates[other]) for other in rates}
         row |= {
             "server": name, "clients": count,
             "to_one_client": row["tokens_per_second"] / of[name, arguments.clients[0]],
@@ -225,7 +226,7 @@ def check(model: str) -> dict:
 
     texts: dict[int, str] = {}
 
-    async def client(http: httpx.AsyncClient, numbers: "range | object") -> None:
+    async def client(http: httpx.AsyncClient, numbers: Iterator[int]) -> None:
         for number in numbers:
             answer = await http.post("/v1/completions", json=body(number))
             texts[number] = answer.json()["choices"][0]["text"]

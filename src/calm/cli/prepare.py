@@ -3,20 +3,16 @@ from typing import Annotated
 
 import typer
 
+from calm.cli.sources import Sources, Split, Subset, print_skipped
+
 
 def prepare(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            help=".txt/.md/.py, .jsonl(.gz/.zst), .parquet files; folders; addresses (https://, hf://, s3://); "
-            "datasets of the hub"
-        ),
-    ],
+    sources: Sources,
     tokenizer: Annotated[str, typer.Option(help="directory of a tokenizer or model, or a hub id")],
     output: Annotated[Path, typer.Option("--output", "-o", help="directory of the token files")],
     text_key: Annotated[str, typer.Option(help="field or column that holds the text")] = "text",
-    split: Annotated[str | None, typer.Option(help="of a dataset; default train")] = None,
-    subset: Annotated[str | None, typer.Option(help="of a dataset, its configuration's name")] = None,
+    split: Split = None,
+    subset: Subset = None,
     conversations: Annotated[
         bool,
         typer.Option(
@@ -96,7 +92,7 @@ def prepare(
 
 def _print_skipped(manifest: dict) -> None:
     for kind, bad in manifest["skipped"].items():
-        print(f"skipped: {kind}, {bad['count']:,} times; the first: {bad['first']}")
+        print_skipped(kind, bad["count"], bad["first"])
 
 
 def _pair(argument: str) -> tuple[str, str]:

@@ -3,6 +3,8 @@ from typing import Annotated
 
 import typer
 
+from calm.cli.sources import Sources, Split, Subset, print_skipped
+
 tokenizer_app = typer.Typer(help="Tokenizers.", no_args_is_help=True)
 
 
@@ -13,18 +15,12 @@ def tokenizer() -> None:
 
 @tokenizer_app.command("train")
 def train(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            help=".txt/.md/.py, .jsonl(.gz/.zst), .parquet files; folders; addresses (https://, hf://, s3://); "
-            "datasets of the hub"
-        ),
-    ],
+    sources: Sources,
     output: Annotated[Path, typer.Option("--output", "-o", help="directory of the tokenizer")],
     vocab_size: Annotated[int, typer.Option(help="number of tokens")] = 8192,
     text_key: Annotated[str, typer.Option(help="field or column that holds the text")] = "text",
-    split: Annotated[str | None, typer.Option(help="of a dataset; default train")] = None,
-    subset: Annotated[str | None, typer.Option(help="of a dataset, its configuration's name")] = None,
+    split: Split = None,
+    subset: Subset = None,
     max_documents: Annotated[int | None, typer.Option(help="so many of the first documents; default all")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="pass over unreadable records")] = False,
 ) -> None:
@@ -49,4 +45,4 @@ def train(
     trained.save_pretrained(output)
     print(f"{len(trained)} tokens from {counts['documents']:,} documents: {output}")
     for kind, first in skipped.items():
-        print(f"skipped: {kind}, {counts[f'skipped: {kind}']:,} times; the first: {first}")
+        print_skipped(kind, counts[f"skipped: {kind}"], first)

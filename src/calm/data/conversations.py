@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.data.blocks import MANIFEST, check_block_size, read_manifest
 from calm.data.documents import BadRecordError, read_records
+from calm.data.output import draft_of, find_prepared, put_in_place
 from calm.data.sources import find_sources
 from calm.data.tokenizer import tokenizer_hash
 
@@ -58,13 +59,9 @@ def prepare_conversations(
         "seed": seed,
         "tokenizer_sha256": tokenizer_hash(tokenizer),
     }
-    if (output / MANIFEST).exists():
-        manifest = read_manifest(output)
-        if all(manifest.get(name) == value for name, value in settings.items()):
-            return manifest
-        raise ValueError(f"{output} holds data prepared otherwise: choose another output directory or remove this one.")
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty and holds no prepared data: choose another output directory.")
+    prepared = find_prepared(output, sources, settings)
+    if prepared is not None:
+        return prepared
     paths = [file.path for file in files]
     records = read_records(paths, partial(_exchanges, tokenizer=tokenizer), on_bad, counts, skipped)
     pairs = (pair for exchanges in records for pair in exchanges)
@@ -80,7 +77,7 @@ def prepare_conversations(
         raise ValueError(f"no prompts and responses in {', '.join(map(str, sources))}.")
 
     order = np.random.default_rng(seed).permutation(len(lengths))
-    draft = output.with_name(f".{output.name}.partial")
+    draft = draft_of(output)
     shutil.rmtree(draft, ignore_errors=True)
     tokenizer.save_pretrained(draft / "tokenizer")
     np.concatenate([tokens[index] for index in order]).tofile(draft / _TOKENS)
@@ -97,9 +94,7 @@ def prepare_conversations(
         "files": [{"name": _TOKENS, "num_tokens": num_tokens}],
     }
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    if output.exists():
-        output.rmdir()
-    draft.rename(output)
+    put_in_place(draft, output)
     return manifest
 
 

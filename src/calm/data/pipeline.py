@@ -100,7 +100,7 @@ def run_tasks(
     from datatrove.pipeline.tokens import DocumentTokenizer
 
     _silence_datatrove()
-    draft = source.draft.absolute()
+    draft = source.draft
     tokenize = DocumentTokenizer(
         str(draft),
         str(draft / "tokenizer" / "tokenizer.json"),
@@ -113,13 +113,13 @@ def run_tasks(
     )
     common: dict[str, Any] = {"pipeline": [source, tokenize], "tasks": num_tasks, "logging_dir": str(draft / LOGS)}
     if executor.kind == "slurm":
-        _submit(executor, common, finish)
+        _submit(executor, draft, common, finish)
         return False
     with _progress(draft, num_tasks):
         if executor.kind == "local":
             _run_locally(executor, common)
         else:
-            _run_on_ray(executor, common)
+            _run_on_ray(executor, draft, common)
     finish()
     return True
 
@@ -163,7 +163,7 @@ def _run_locally(executor: Executor, common: dict[str, Any]) -> None:
     LocalPipelineExecutor(**common, workers=workers).run()
 
 
-def _run_on_ray(executor: Executor, common: dict[str, Any]) -> None:
+def _run_on_ray(executor: Executor, draft: Path, common: dict[str, Any]) -> None:
     try:
         import ray
     except ImportError as error:
@@ -178,7 +178,6 @@ def _run_on_ray(executor: Executor, common: dict[str, Any]) -> None:
     finally:
         if ours:
             ray.shutdown()
-    draft = Path(common["logging_dir"]).parent
     if num_complete(draft) < common["tasks"]:
         raise ValueError(
             f"{common['tasks'] - num_complete(draft)} of {common['tasks']} tasks failed, see {draft / LOGS / 'logs'}; "
@@ -186,22 +185,21 @@ def _run_on_ray(executor: Executor, common: dict[str, Any]) -> None:
         )
 
 
-def _submit(executor: Executor, common: dict[str, Any], finish: Callable[[], object]) -> None:
+def _submit(executor: Executor, draft: Path, common: dict[str, Any], finish: Callable[[], object]) -> None:
     from datatrove.executor import SlurmPipelineExecutor
 
     options = {"job_name": "calm-prepare", "mail_type": "NONE"} | executor.options
     if sys.prefix != sys.base_prefix:
         options.setdefault("venv_path", f"{sys.prefix}/bin/activate")
     tasks = SlurmPipelineExecutor(**common, workers=executor.workers or -1, **options)
-    # Its job would write into the draft after the last job has put it in place.
-    setattr(tasks, "launch_merge_stats", _no_stats)  # noqa: B010
     # Not in the draft: this job still writes its log when it has put that in place.
-    draft = Path(common["logging_dir"]).parent
     logs = str(draft.with_name(draft.name.removesuffix(".partial") + ".slurm"))
     last = SlurmPipelineExecutor(
         pipeline=[Finish(finish)], tasks=1, logging_dir=logs, depends=tasks, skip_completed=False, **options
     )
-    setattr(last, "launch_merge_stats", _no_stats)  # noqa: B010
+    for jobs in (tasks, last):
+        # Their job would write into the draft after the last one has put it in place.
+        setattr(jobs, "launch_merge_stats", _no_stats)  # noqa: B010
     try:
         tasks.run()
         (draft / JOBS).write_text(str(tasks.job_id), encoding="utf-8")

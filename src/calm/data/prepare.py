@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from calm.data.blocks import MANIFEST, read_manifest
+from calm.data.output import changed_settings, draft_of, find_prepared, put_in_place
 from calm.data.pipeline import (
     COUNTS,
     JOBS,
@@ -25,7 +26,7 @@ from calm.data.pipeline import (
     was_submitted,
 )
 from calm.data.sources import find_sources
-from calm.data.tokenizer import tokenizer_hash
+from calm.data.tokenizer import load_tokenizer, tokenizer_hash
 from calm.files import write_whole
 
 _MAX_TASKS = 64
@@ -72,7 +73,6 @@ def prepare(
     separating_token = _separating_token(tokenizer, separator)
     if max_characters is not None and max_characters < 1:
         raise ValueError(f"max_characters must be at least 1, got {max_characters}.")
-    _check_outside(output, sources)
     files = find_sources(sources, split, subset)
     if num_tasks is not None and not 1 <= num_tasks <= len(files):
         raise ValueError(f"num_tasks must be 1 to {len(files)}, the number of files, got {num_tasks}.")
@@ -86,21 +86,14 @@ def prepare(
         "max_characters": max_characters,
         "num_tasks": num_tasks or min(len(files), _MAX_TASKS),
     }
-    if (output / MANIFEST).exists():
-        manifest = read_manifest(output)
-        if changed := _changed(manifest, settings):
-            raise ValueError(
-                f"{output} holds data prepared otherwise (different: {', '.join(changed)}): choose another output "
-                "directory or remove this one."
-            )
+    manifest = find_prepared(output, sources, settings)
+    if manifest is not None:
         return manifest
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty and holds no prepared data: choose another output directory.")
 
-    draft = output.with_name(f".{output.name}.partial")
+    draft = draft_of(output)
     check_no_jobs(draft)
     if _begin_or_go_on(draft, settings, tokenizer):
-        _put_in_place(draft, output)
+        _tidy_and_put_in_place(draft, output)
         return read_manifest(output)
     source = DocumentSource([file.path for file in files], text_key, on_bad, max_characters, draft.absolute())
     finish = partial(_finish, draft.absolute(), output.absolute(), [str(name) for name in sources])
@@ -125,16 +118,6 @@ def _separating_token(tokenizer: PreTrainedTokenizerBase, separator: str) -> str
     return token
 
 
-def _check_outside(output: Path, sources: Sequence[str | os.PathLike]) -> None:
-    for source in map(Path, sources):
-        if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
-            raise ValueError(f"the output {output} lies inside the source {source}, and would be read as documents.")
-
-
-def _changed(before: dict, settings: dict[str, Any]) -> list[str]:
-    return [name for name, value in settings.items() if before.get(name) != value]
-
-
 def _begin_or_go_on(draft: Path, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Make a draft, or leave one of these settings as it is; returns whether all its tasks are complete.
 
@@ -143,7 +126,7 @@ def _begin_or_go_on(draft: Path, settings: dict[str, Any], tokenizer: PreTrained
     path = draft / _SETTINGS_FILE
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = _changed(before, settings)
+        changed = changed_settings(before, settings)
         if before["on_bad"] == "error" and changed == ["on_bad"]:
             changed = []  # a run that stopped at a bad record goes on without it; what is complete had none
         if changed and num_complete(draft):
@@ -168,22 +151,18 @@ def _finish(draft: Path, output: Path, sources: list[str]) -> None:
         raise ValueError(f"no text in {', '.join(sources)}: every document is empty.")
     # From here on only this remains to be done, however often it is cut short.
     write_whole(draft / MANIFEST, json.dumps(manifest, indent=1))
-    _put_in_place(draft, output)
+    _tidy_and_put_in_place(draft, output)
 
 
-def _put_in_place(draft: Path, output: Path) -> None:
+def _tidy_and_put_in_place(draft: Path, output: Path) -> None:
     for name in (COUNTS, UNSHUFFLED, LOGS):
         shutil.rmtree(draft / name, ignore_errors=True)
     (draft / JOBS).unlink(missing_ok=True)
-    if output.exists():
-        output.rmdir()
-    draft.rename(output)
+    put_in_place(draft, output)
     (output / _SETTINGS_FILE).unlink()
 
 
 def _describe(draft: Path) -> dict:
-    from calm.data.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(draft)
     counts: Counter = Counter()
     skipped: dict[str, dict] = {}

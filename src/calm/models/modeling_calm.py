@@ -20,6 +20,11 @@ from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.released import from_pretrained
 
 
+def target_patches(labels: Tensor, patch_size: int) -> Tensor:
+    """Which patches behind the first have a loss, those without a label -100: ``[B, L * K] -> [B, L - 1]``."""
+    return labels[:, patch_size:].ne(-100).unflatten(-1, (-1, patch_size)).all(-1)
+
+
 @dataclass
 class CalmOutput(ModelOutput):
     """
@@ -183,7 +188,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         patch_size = self.config.patch_size
         target_ids = labels[:, patch_size:]
-        is_target = target_ids.ne(-100).unflatten(-1, (-1, patch_size)).all(-1)  # [B, L - 1]
+        is_target = target_patches(labels, patch_size)
         target_ids = target_ids.clamp(min=0)
         with torch.no_grad():
             posterior = self.autoencoder.encode(target_ids)

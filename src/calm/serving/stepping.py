@@ -3,8 +3,9 @@
 Shapes: n sequences, K tokens of a chunk (1 of a token model), D hidden.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,53 +26,55 @@ class Sampling:
     num_candidates: int = 200
 
 
-class Stepper(Protocol):
-    """A model as the engine sees it."""
+class Stepper(ABC):
+    """A model as the engine sees it.
 
-    patch_size: int
-    vocab_size: int
-    end_ids: set[int]
-    backbone_config: Any
-    dtype: torch.dtype
-    device: torch.device
+    Args:
+        reader: the part of the model that reads chunks, with the backbone's cache.
+    """
 
+    def __init__(self, model: Any, reader: Any, backbone_config: Any, patch_size: int):
+        self.model, self.reader, self.backbone_config, self.patch_size = model, reader, backbone_config, patch_size
+        self.vocab_size = model.config.vocab_size
+        self.end_ids = _end_ids(model)
+        self.dtype, self.device = model.dtype, model.device
+
+    @abstractmethod
     def check(self, sampling: Sampling) -> None:
         """ValueError for settings the model cannot follow."""
 
-    def num_positions(self, num_prompt: int, max_tokens: int) -> int:
-        """Positions that a prompt and so many new tokens take."""
-
+    @abstractmethod
     def prefill(self, ids: list[int]) -> tuple[Tensor, Cache, int]:
         """Read a prompt: the condition ``[1, D]`` of what follows, the cache, the positions read."""
 
+    @abstractmethod
     def draw(self, conditions: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> NextChunk:
         """The next K tokens of every row of ``[n, D]``."""
 
+    def num_positions(self, num_prompt: int, max_tokens: int) -> int:
+        """Positions that a prompt and so many new tokens take; the last chunk is not fed back."""
+        return max(1, -(-num_prompt // self.patch_size)) + -(-max_tokens // self.patch_size) - 1
+
     def step(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """Feed chunks ``[n, K]`` back at positions ``[n]``: the next conditions ``[n, D]``."""
+        outputs = self.reader(
+            tokens, attention_mask=mask, position_ids=positions[:, None], past_key_values=cache, use_cache=True
+        )
+        return outputs.last_hidden_state[:, -1]
 
 
 def stepper_of(model: PreTrainedModel) -> Stepper:
     return CalmStepper(model) if isinstance(model, CalmForCausalLM) else TokenStepper(model)
 
 
-class CalmStepper:
+class CalmStepper(Stepper):
     """Stepper of a CALM: K tokens a step."""
 
     def __init__(self, model: CalmForCausalLM):
-        self.model = model
-        self.patch_size = model.config.patch_size
-        self.vocab_size = model.config.vocab_size
-        self.end_ids = _end_ids(model)
-        self.backbone_config = model.config.backbone_config
-        self.dtype, self.device = model.dtype, model.device
+        super().__init__(model, model, model.config.backbone_config, model.config.patch_size)
 
     def check(self, sampling: Sampling) -> None:
         check_candidates(sampling.num_candidates, sampling.temperature)
-
-    def num_positions(self, num_prompt: int, max_tokens: int) -> int:
-        # The last chunk is not fed back.
-        return max(1, -(-num_prompt // self.patch_size)) + -(-max_tokens // self.patch_size) - 1
 
     def prefill(self, ids: list[int]) -> tuple[Tensor, Cache, int]:
         prompt = torch.tensor([ids], dtype=torch.long, device=self.device)
@@ -84,35 +87,20 @@ class CalmStepper:
             conditions, sampling.temperature, sampling.sampler, sampling.num_candidates, generators
         )
 
-    def step(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-        outputs = self.model(
-            tokens, attention_mask=mask, position_ids=positions[:, None], past_key_values=cache, use_cache=True
-        )
-        return outputs.last_hidden_state[:, -1]
 
-
-class TokenStepper:
+class TokenStepper(Stepper):
     """Stepper of an autoregressive model: one token a step."""
 
-    patch_size = 1
-
     def __init__(self, model: Any):
-        self.model = model
-        self.vocab_size = model.config.vocab_size
-        self.end_ids = _end_ids(model)
-        self.backbone_config = model.config
-        self.dtype, self.device = model.dtype, model.device
+        super().__init__(model, model.base_model, model.config, patch_size=1)
 
     def check(self, sampling: Sampling) -> None:
         if not 0 < sampling.temperature <= 2:
             raise ValueError(f"temperature must lie in (0, 2] for a token model, got {sampling.temperature}.")
 
-    def num_positions(self, num_prompt: int, max_tokens: int) -> int:
-        return max(1, num_prompt) + max_tokens - 1
-
     def prefill(self, ids: list[int]) -> tuple[Tensor, Cache, int]:
         prompt = torch.tensor([ids or [min(self.end_ids, default=0)]], device=self.device)
-        outputs = self.model.base_model(prompt, use_cache=True)
+        outputs = self.reader(prompt, use_cache=True)
         return outputs.last_hidden_state[:, -1], outputs.past_key_values, prompt.shape[1]
 
     def draw(self, conditions: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> NextChunk:
@@ -121,12 +109,6 @@ class TokenStepper:
         tokens = torch.stack([row.multinomial(1, generator=generator) for row, generator in rows])
         ones = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
         return NextChunk(tokens, ones, ones)
-
-    def step(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-        outputs = self.model.base_model(
-            tokens, attention_mask=mask, position_ids=positions[:, None], past_key_values=cache, use_cache=True
-        )
-        return outputs.last_hidden_state[:, -1]
 
 
 def _end_ids(model: Any) -> set[int]:

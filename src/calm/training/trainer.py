@@ -23,7 +23,7 @@ from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.brier_scores import NGRAM
 from calm.evaluation.reconstruction import LIVE_VARIANCE
 from calm.models.modeling_autoencoder import CalmAutoencoder
-from calm.models.modeling_calm import CalmForCausalLM
+from calm.models.modeling_calm import CalmForCausalLM, target_patches
 from calm.training import sharding
 from calm.training.arguments import asks_for_fsdp
 from calm.training.checkpoints import rotate, seal
@@ -83,14 +83,15 @@ class CalmTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         numbers = inputs.pop("number")
-        weight = inputs.pop("weight", 1)
+        weight = inputs.pop("weight", None)
         plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if isinstance(plain, CalmAutoencoder | CalmForCausalLM):
             step = self.state.global_step if model.training else _EVALUATION
             inputs["generator"] = noise_of_blocks(numbers, self.args.seed, step, inputs["input_ids"].device)
         outputs = model(**inputs)
         if model.training:
-            outputs.loss = outputs.loss * weight
+            if weight is not None:
+                outputs.loss = outputs.loss * weight
             loss = outputs.loss.detach()
             good = loss.isfinite() | (self._first_bad_step >= 0)
             self._first_bad_step = torch.where(good, self._first_bad_step, self.state.global_step + 1)
@@ -103,7 +104,8 @@ class CalmTrainer(Trainer):
         dataset: Any = self.train_dataset
         model: Any = self.model
         if batches and not isinstance(dataset.blocks, TokenBlocks):
-            counts = torch.stack([num_targets(batch["labels"], model.config) for batch in batches])
+            patch_size = getattr(model.config, "patch_size", 1)
+            counts = torch.stack([target_patches(batch["labels"], patch_size).sum() for batch in batches])
             mean = self.accelerator.gather(counts).float().mean()
             for batch, count in zip(batches, counts, strict=True):
                 batch["weight"] = count / mean
@@ -249,12 +251,6 @@ class Averages:
         if path.exists():
             state = json.loads(path.read_text(encoding="utf-8"))
             self.sums, self.count = state["sums"], state["count"]
-
-
-def num_targets(labels: torch.Tensor, config: Any) -> torch.Tensor:
-    """Patches (or tokens) of a batch that its loss is the mean of."""
-    patch_size = getattr(config, "patch_size", 1)
-    return labels[:, patch_size:].ne(-100).unflatten(1, (-1, patch_size)).all(-1).sum()
 
 
 def blocks_per_step(args) -> int:
