@@ -17,6 +17,7 @@ from calm.cli.info import info
 from calm.cli.prepare import prepare
 from calm.cli.quickstart import quickstart
 from calm.cli.serve import serve
+from calm.cli.study import report, study
 from calm.cli.tokenizer import tokenizer_app
 from calm.cli.train import train
 
@@ -33,6 +34,8 @@ app.command()(prepare)
 app.command()(train)
 app.command()(evaluate)
 app.command()(bandwidth)
+app.command()(study)
+app.command()(report)
 app.command()(generate)
 app.command(context_settings=HARNESS_ARGUMENTS)(harness)
 app.command()(serve)

@@ -148,6 +148,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
         use_cache: bool = False,
+        target_ids: Tensor | None = None,
         noise: Tensor | None = None,
         target_noise: Tensor | None = None,
         generator: Generator = None,
@@ -160,6 +161,8 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
                 backbone takes it.
             labels: ``[B, T]``, usually ``input_ids``. A patch with any label -100 is no target.
             position_ids: ``[B, L]``, positions of the patches.
+            target_ids: ``[S, B, L - 1, K]``, S continuations of every context that are the targets of its loss in place
+                of the text; for the energy head. The labels then only say which patches count.
             noise, target_noise: of the head's loss, ``[N, B, L - 1, ...]`` and ``[M, B, L - 1, Z]``; given both, the
                 loss is deterministic.
             generator: source of the noise otherwise; one, or a list of one per row: the loss of a row then does not
@@ -175,23 +178,23 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         hidden = outputs.last_hidden_state
         output = CalmOutput(last_hidden_state=hidden, past_key_values=outputs.past_key_values)
         if labels is not None:
-            output.loss, output.metrics = self._loss(hidden, labels, noise, target_noise, generator)
+            output.loss, output.metrics = self._loss(hidden, labels, target_ids, noise, target_noise, generator)
         return output
 
     def _loss(
         self,
         hidden: Tensor,
         labels: Tensor,
+        target_ids: Tensor | None,
         noise: Tensor | None,
         target_noise: Tensor | None,
         generator: Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         patch_size = self.config.patch_size
-        target_ids = labels[:, patch_size:]
         is_target = target_patches(labels, patch_size)
-        target_ids = target_ids.clamp(min=0)
+        ids = labels[:, patch_size:].clamp(min=0) if target_ids is None else target_ids.flatten(-2)
         with torch.no_grad():
-            posterior = self.autoencoder.encode(target_ids)
+            posterior = self.autoencoder.encode(ids)
         head_loss = self.head.loss(hidden[:, :-1], posterior, noise, target_noise, generator)
         # Positions that are no target are computed and weighted 0: shapes stay fixed, and no device waits for a count.
         weight = is_target / is_target.sum().clamp(min=1)

@@ -45,7 +45,7 @@ def create_app(
     async def models() -> dict:
         return {"object": "list", "data": [service.describe() for service in services]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")  # a hub id holds a slash
     async def model(name: str) -> dict:
         return service_of(name).describe()
 

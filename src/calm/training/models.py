@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from calm.data.blocks import MANIFEST, read_manifest
 from calm.data.tokenizer import load_tokenizer, tokenizer_hash
@@ -57,6 +57,25 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
         ends = {*(known if isinstance(known, list) else [known]), model.config.separator_id} - {None}
         model.generation_config.eos_token_id = sorted(ends)
     return model.train()
+
+
+def load_teacher(recipe: Recipe, model: Any, arguments: TrainingArguments) -> tuple[PreTrainedModel, int] | None:
+    """The token model of the recipe's distillation on the run's device, and how many continuations it draws."""
+    if recipe.distillation is None:
+        return None
+    path, count = recipe.distillation.teacher, recipe.distillation.num_continuations
+    head = model.config.head_config
+    if head.type != "energy" or head.num_target_samples % count:
+        raise ValueError(
+            "distillation needs an energy head whose num_target_samples is a multiple of num_continuations "
+            f"({count}): every continuation gives as many targets. This head: {head.type}"
+            + (f" with {head.num_target_samples}." if head.type == "energy" else ".")
+        )
+    teacher = load_language_model(path, torch.bfloat16 if arguments.bf16 else torch.float32)
+    if isinstance(teacher, CalmForCausalLM):
+        raise ValueError(f"distillation.teacher: {path} holds a CALM; a token model is needed.")
+    _check_same_tokenizer(path, recipe.data.train)
+    return teacher.to(arguments.device), count  # type: ignore[arg-type]
 
 
 _SAME_CONFIG = (

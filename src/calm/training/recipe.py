@@ -14,6 +14,9 @@ model:                               # stage autoencoder: fields of CalmAutoenco
   head: {type: energy}               #   and the head's; stage baseline: the backbone alone
   backbone_weights: runs/baseline    # stage calm, optional: start from a token model's weights of the same shape
   pretrained: runs/calm              # instead of all that: go on from a trained model, to fine-tune it
+distillation:                        # stage calm with an energy head, optional: the targets of the loss are
+  teacher: runs/baseline             #   continuations that a token model draws,
+  num_continuations: 4               #   so many of every context
 tokens_per_step: 524288              # over all processes; sets gradient_accumulation_steps. Optional
 precision: auto                      # auto (bfloat16 on GPUs that have it) | float32 | bfloat16 | float16
 brier_blocks: 32                     # BrierLM on so many validation blocks with every evaluation. Optional
@@ -64,12 +67,19 @@ class DataRecipe:
 
 
 @dataclass
+class DistillationRecipe:
+    teacher: str
+    num_continuations: int = 4
+
+
+@dataclass
 class Recipe:
     stage: str
     output_dir: str
     data: DataRecipe
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    distillation: DistillationRecipe | None = None
     seed: int = 0
     tokens_per_step: int | None = None
     brier_blocks: int | None = None
@@ -82,10 +92,10 @@ class Recipe:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
         if self.precision != "auto" and {"bf16", "fp16"} & self.training.keys():
             raise ValueError("give precision or training.bf16 and training.fp16, not both.")
-        _check_keys(self.model, _model_fields(self.stage), "model")
+        check_keys(self.model, _model_fields(self.stage), "model")
         for part, fields in (("backbone", _backbone_fields(self.model)), ("head", _head_fields(self.model))):
             if fields is not None:
-                _check_keys(self.model[part], fields, f"model.{part}")
+                check_keys(self.model[part], fields, f"model.{part}")
         _check_types(self, {"output_dir": str, "seed": int}, "the recipe")
         _check_types(self.data, {"train": str, "block_size": int}, "data")
         if "pretrained" in self.model:
@@ -96,6 +106,8 @@ class Recipe:
             )
         elif self.stage == "calm" and "autoencoder" not in self.model:
             raise ValueError("stage calm needs model.autoencoder: the directory of a trained autoencoder.")
+        if self.distillation is not None:
+            self._check_distillation(self.distillation)
         from transformers import TrainingArguments
 
         if self.brier_blocks is not None:
@@ -107,7 +119,7 @@ class Recipe:
             if "gradient_accumulation_steps" in self.training:
                 raise ValueError("give tokens_per_step or training.gradient_accumulation_steps, not both.")
         names = {each.name for each in dataclasses.fields(TrainingArguments) if each.init}
-        _check_keys(self.training, names - set(_RESERVED_TRAINING), "training")
+        check_keys(self.training, names - set(_RESERVED_TRAINING), "training")
         # YAML reads a bare `no` as false; every strategy has "no" among its values.
         given = {
             name: "no" if value is False and name.endswith("_strategy") else value
@@ -124,21 +136,38 @@ class Recipe:
         if not isinstance(self.model["pretrained"], str):
             raise ValueError(f"model.pretrained must name a directory or hub id, got {self.model['pretrained']!r}.")
 
+    def _check_distillation(self, distillation: DistillationRecipe) -> None:
+        _check_types(distillation, {"teacher": str, "num_continuations": int}, "distillation")
+        head = self.model.get("head") or {}
+        if self.stage != "calm" or head.get("type", "energy") != "energy":
+            raise ValueError("distillation is for stage calm with an energy head: its loss compares draws with draws.")
+        if distillation.num_continuations < 1:
+            raise ValueError(
+                f"distillation.num_continuations must be at least 1, got {distillation.num_continuations}."
+            )
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """Build and check a recipe; ValueError names an unknown or missing key."""
-        _check_keys(values, {each.name for each in dataclasses.fields(cls)}, "the recipe")
+        check_keys(values, {each.name for each in dataclasses.fields(cls)}, "the recipe")
         for name in ("stage", "output_dir", "data"):
             if name not in values:
                 raise ValueError(f"the recipe lacks {name!r}.")
         data = values["data"]
         if not isinstance(data, dict):
             raise ValueError(f"data must be a mapping (train, validation, block_size), got {data!r}.")
-        _check_keys(data, {each.name for each in dataclasses.fields(DataRecipe)}, "data")
+        check_keys(data, {each.name for each in dataclasses.fields(DataRecipe)}, "data")
         for name in ("train", "block_size"):
             if name not in data:
                 raise ValueError(f"data lacks {name!r}.")
-        return cls(**values | {"data": DataRecipe(**data)})
+        given: dict[str, Any] = {"data": DataRecipe(**data)}
+        distillation = values.get("distillation")
+        if distillation is not None:
+            check_keys(distillation, {each.name for each in dataclasses.fields(DistillationRecipe)}, "distillation")
+            if "teacher" not in distillation:
+                raise ValueError("distillation lacks 'teacher': the directory of a trained token model.")
+            given["distillation"] = DistillationRecipe(**distillation)
+        return cls(**values | given)
 
     @classmethod
     def load(cls, path: str | os.PathLike, overrides: Sequence[str] = ()) -> "Recipe":
@@ -175,7 +204,8 @@ def _set_dotted(values: dict[str, Any], path: list[str], value: Any, override: s
     values[path[-1]] = value
 
 
-def _check_keys(given: Any, allowed: Collection[str], where: str) -> None:
+def check_keys(given: Any, allowed: Collection[str], where: str) -> None:
+    """ValueError that names a key which is none of those allowed."""
     if not isinstance(given, dict):
         raise ValueError(f"{where} must be a mapping of keys, got {given!r}.")
     for key in given:

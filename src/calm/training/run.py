@@ -20,7 +20,7 @@ from calm.files import write_whole
 from calm.training.arguments import check_processes, training_arguments
 from calm.training.interruption import InterruptionCallback, TrainingInterruptedError
 from calm.training.metrics import JsonlCallback
-from calm.training.models import build_model
+from calm.training.models import build_model, load_teacher
 from calm.training.progress import ProgressCallback, make_progress
 from calm.training.recipe import Recipe
 from calm.training.resume import COMPLETE, RECIPE, check_output, checkpoint_to_resume, data_fingerprint, is_complete
@@ -52,6 +52,7 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
     set_seed(recipe.seed)
     model = build_model(recipe)
     train_blocks, validation_blocks = load_blocks(recipe, model)
+    teacher = load_teacher(recipe, model, arguments)
 
     if arguments.process_index == 0:
         output.mkdir(parents=True, exist_ok=True)
@@ -68,6 +69,7 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
         brier_blocks=recipe.brier_blocks,
         about={"data": data_fingerprint(recipe)},
         keep=recipe.training["save_total_limit"],
+        teacher=teacher,
     )
     trainer.remove_callback(TqdmCallback)
     trainer.remove_callback(PrinterCallback)

@@ -1,6 +1,7 @@
 """The energy head: noise and a hidden state in, a latent vector out, in one step.
 
-Shapes: N head samples, D hidden, Z latent, U noise, ... any leading dimensions.
+Shapes: N head samples, M target draws, S possible next patches, D hidden, Z latent, U noise, ... any leading
+dimensions.
 """
 
 from collections.abc import Sequence
@@ -94,15 +95,22 @@ class EnergyHead(Head):
         target_noise: Tensor | None = None,
         generator: Generator = None,
     ) -> HeadLoss:
-        """Negative energy score of N draws against M draws of the posterior; noise ``[N, ..., U]``."""
+        """Negative energy score of N draws against M draws of the posterior; noise ``[N, ..., U]``.
+
+        Of S possible next patches, each gives M / S of the draws.
+        """
         config = self.config
+        mean, std = posterior.mean.float(), posterior.log_std.float().exp()
+        if mean.dim() == hidden.dim():
+            mean, std = mean[None], std[None]
+        center = mean.mean(0)
         if noise is None:
             noise = self.draw_noise(hidden, config.num_samples, generator, row_dim=1)
         samples = self.sample(hidden, noise).float()
         # Distances do not change with the origin; that of the differences of squares lies among the points.
-        errors = (samples - posterior.mean.float()).movedim(0, -2)  # [..., N, Z]
+        errors = (samples - center).movedim(0, -2)  # [..., N, Z]
         diversity = mean_distance_of_pairs(errors, config.alpha)
-        fidelity = self._fidelity(errors, posterior, target_noise, generator)
+        fidelity = self._fidelity(errors, mean - center, std, target_noise, generator)
         loss = 2 * fidelity - diversity
         metrics = {"energy_score": -loss, "fidelity": fidelity, "diversity": diversity}
         if config.mean_pull_weight:
@@ -112,24 +120,27 @@ class EnergyHead(Head):
         return HeadLoss(loss, metrics)
 
     def _fidelity(
-        self, errors: Tensor, posterior: Posterior, target_noise: Tensor | None, generator: Generator
+        self, errors: Tensor, mean: Tensor, std: Tensor, target_noise: Tensor | None, generator: Generator
     ) -> Tensor:
-        """Mean distance of the samples to M draws of the posterior, both seen from its mean: ``[..., N, Z] -> [...]``.
+        """Mean distance of the samples ``[..., N, Z]`` to M draws of the posteriors ``[S, ..., Z]``, ``[...]``.
 
         One row at a time: the draws of one are all that is held at once, and nothing of them is kept for the backward
         pass.
         """
-        std = posterior.log_std.float().exp()
-        num_targets = self.config.num_target_samples
+        num_patches, num_targets = len(mean), self.config.num_target_samples
         distances = []
-        for row in range(len(std)):
+        for row in range(mean.shape[1]):
             if target_noise is None:
-                shape = (*std.shape[1:-1], num_targets, std.shape[-1])
+                shape = (*mean.shape[2:-1], num_targets, mean.shape[-1])
                 source = generator[row] if isinstance(generator, Sequence) else generator
                 noise = normal(shape, source, std.device)
             else:
                 noise = target_noise[:, row].movedim(0, -2).float().clone()
-            targets = noise.mul_(std[row].unsqueeze(-2))
+            targets = noise.unflatten(-2, (num_patches, -1))  # [..., S, M / S, Z]
+            targets.mul_(std[:, row].movedim(0, -2).unsqueeze(-2))
+            if num_patches > 1:
+                targets.add_(mean[:, row].movedim(0, -2).unsqueeze(-2))
+            targets = targets.flatten(-3, -2)
             distances.append(mean_distance(errors[row], targets, self.config.alpha))
         return torch.stack(distances)
 

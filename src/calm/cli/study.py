@@ -1,0 +1,33 @@
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def study(
+    plan: Annotated[Path, typer.Argument(help="YAML: models, how they are scored, what is reported")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="directory of models, scores and report")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ..., for all recipes")] = None,
+) -> None:
+    """Train and score the models of a plan, and compare them.
+
+    What is done is not done again, and a model under way goes on from its last checkpoint: start the same command again
+    after a kill. `timeout --signal TERM 9m calm study ...` does as much as fits into nine minutes.
+
+    Example: `calm study recipes/single_gpu/cpu/plan.yaml -o runs/study`
+    """
+    from calm.study import Plan, run_study
+    from calm.training.progress import make_progress
+
+    with make_progress() as progress:
+        report = run_study(Plan.load(plan), output, overrides or [], progress)
+    print(report.read_text(encoding="utf-8"))
+
+
+def report(
+    study: Annotated[Path, typer.Argument(help="directory of `calm study`")],
+) -> None:
+    """Draw the tables and plots of a study again, from the scores that are there."""
+    from calm.report.study import write_report
+
+    print(write_report(study).read_text(encoding="utf-8"))

@@ -1,0 +1,159 @@
+"""How fluent generated texts are: what another model thinks of them, how they repeat themselves, how fast they come.
+
+Perplexity alone can be fooled: a text that goes in circles is easy to predict. So it stands beside repetition and
+diversity, and beside the same figures of the text that people wrote.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from calm.data.blocks import TokenBlocks
+from calm.models.modeling_calm import CalmForCausalLM
+
+_AT_ONCE = 16
+_REPEATED = 4  # tokens of an n-gram that counts as said again
+_DISTINCT = (1, 2, 4)
+
+
+@dataclass
+class FluencyResult:
+    """Of texts that continue prompts from held-out documents; the prompts themselves do not count."""
+
+    perplexity: float  # of the judge
+    repetition: float  # share of 4-grams that stand in the same text before
+    distinct: dict[str, float]  # different n-grams per n-gram, over all texts
+    tokens_per_second: float | None  # one batch of 16 texts at a time; None of the documents
+    temperature: float | None
+    num_texts: int
+    num_tokens: int
+    samples: list[dict[str, str]]  # the first few: prompt, text
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate_fluency(
+    model: PreTrainedModel,
+    judge: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: TokenBlocks,
+    num_texts: int = 64,
+    prompt_tokens: int = 32,
+    new_tokens: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> FluencyResult:
+    """Let a model continue the beginnings of held-out blocks, and judge what it writes.
+
+    Args:
+        judge: a token model with the same tokenizer.
+        prompt_tokens: of every prompt, a multiple of the model's patch size.
+        seed: text i has the random numbers of seed + i (a token model's those of its batch).
+    """
+    prompts = _beginnings(blocks, num_texts, prompt_tokens)
+    texts: list[list[int]] = []
+    started = time.perf_counter()
+    for first in range(0, len(prompts), _AT_ONCE):
+        batch = prompts[first : first + _AT_ONCE].to(model.device)
+        texts += _continue(model, batch, new_tokens, temperature, seed + first)
+    rate = sum(map(len, texts)) / (time.perf_counter() - started)
+    return _judged(judge, tokenizer, prompts, texts, rate, temperature)
+
+
+@torch.no_grad()
+def fluency_of_text(
+    judge: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: TokenBlocks,
+    num_texts: int = 64,
+    prompt_tokens: int = 32,
+    new_tokens: int = 64,
+) -> FluencyResult:
+    """The same figures of how the documents themselves go on."""
+    whole = _beginnings(blocks, num_texts, prompt_tokens + new_tokens)
+    return _judged(judge, tokenizer, whole[:, :prompt_tokens], whole[:, prompt_tokens:].tolist(), None, None)
+
+
+def _beginnings(blocks: TokenBlocks, num_blocks: int, length: int) -> Tensor:
+    if length > blocks.block_size:
+        raise ValueError(f"prompts and texts of {length} tokens do not fit into blocks of {blocks.block_size}.")
+    return torch.cat([batch[:, :length] for batch in blocks.batches(num_blocks, _AT_ONCE)])
+
+
+def _continue(model: Any, prompts: Tensor, new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
+    if isinstance(model, CalmForCausalLM):
+        generators = [torch.Generator(model.device).manual_seed(seed + row) for row in range(len(prompts))]
+        out = model.generate(prompts, max_new_tokens=new_tokens, temperature=temperature, generator=generators)
+    else:
+        with torch.random.fork_rng():  # transformers' generate takes no generator
+            torch.manual_seed(seed)
+            out = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=new_tokens,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                pad_token_id=model.config.pad_token_id,
+            )
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends])}
+    return [_until(row, ends) for row in out[:, prompts.shape[1] :].tolist()]
+
+
+def _until(tokens: list[int], ends: set[int | None]) -> list[int]:
+    return next((tokens[:place] for place, token in enumerate(tokens) if token in ends), tokens)
+
+
+def _judged(
+    judge: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Tensor,
+    texts: list[list[int]],
+    rate: float | None,
+    temperature: float | None,
+) -> FluencyResult:
+    surprise, count, again, grams = 0.0, 0, 0, 0
+    for prompt, text in zip(prompts.tolist(), texts, strict=True):
+        surprise += _surprise(judge, prompt, text)
+        count += len(text)
+        seen: set[tuple[int, ...]] = set()
+        for gram in _grams(text, _REPEATED):
+            again += gram in seen
+            seen.add(gram)
+            grams += 1
+    several = {n: [gram for text in texts for gram in _grams(text, n)] for n in _DISTINCT}
+    return FluencyResult(
+        perplexity=math.exp(surprise / max(1, count)),
+        repetition=again / max(1, grams),
+        distinct={str(n): len(set(all_of_n)) / max(1, len(all_of_n)) for n, all_of_n in several.items()},
+        tokens_per_second=rate,
+        temperature=temperature,
+        num_texts=len(texts),
+        num_tokens=count,
+        samples=[
+            {"prompt": str(tokenizer.decode(prompt)), "text": str(tokenizer.decode(text))}
+            for prompt, text in zip(prompts.tolist()[:4], texts, strict=False)
+        ],
+    )
+
+
+def _surprise(judge: Any, prompt: list[int], text: list[int]) -> float:
+    """Nats of the judge for a text behind its prompt."""
+    if not text:
+        return 0.0
+    ids = torch.tensor([prompt + text], device=judge.device)
+    logits = judge(ids).logits[0, len(prompt) - 1 : -1].float()
+    return float(torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum"))
+
+
+def _grams(tokens: list[int], n: int) -> Iterator[tuple[int, ...]]:
+    return (tuple(tokens[place : place + n]) for place in range(len(tokens) - n + 1))

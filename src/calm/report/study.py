@@ -1,0 +1,142 @@
+"""The report of a study, from what its models left behind: tables, plots, samples; `calm report`."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from calm.report.scatter import Panel, plot_panels
+
+PLAN, SCORE, REPORT = "plan.yaml", "score.json", "report.md"
+_COSTS = {
+    "total_flops": "training FLOPs, autoencoder and teacher included",
+    "inference_flops_per_token": "FLOPs per generated token",
+}
+
+
+def write_report(run: str | os.PathLike) -> Path:
+    """Write ``report.md`` and its plots into the directory of a study; models that are not done yet are left out."""
+    run = Path(run)
+    if not (run / PLAN).is_file():
+        raise ValueError(f"no study in {run}: {PLAN} is missing; `calm study` makes it.")
+    plan = yaml.safe_load((run / PLAN).read_text(encoding="utf-8"))
+    labels = {name: model.get("label", name) for name, model in plan["models"].items()}
+    scores = {name: json.loads(path.read_text()) for name in labels if (path := run / name / SCORE).exists()}
+    if not scores:
+        raise ValueError(f"no model of the study in {run} is done yet: no {SCORE} in it.")
+    sections = plan["report"] or [{"title": "All models", "rows": list(labels)}]
+    lines = ["# Study", "", _protocol(scores), ""]
+    for number, section in enumerate(sections, start=1):
+        lines += [f"## {section['title']}", "", *([section["text"].strip(), ""] if "text" in section else [])]
+        drawn = {line: [n for n in names if n in scores] for line, names in section.get("lines", {}).items()}
+        if any(drawn.values()):
+            name = f"plot_{number}.png"
+            try:
+                plot_panels(_panels(section["title"], drawn, scores, labels), run / name)
+                lines += [f"![{section['title']}]({name})", ""]
+            except ImportError:
+                lines += ["(Plots need matplotlib: install `calm-lm[report]`.)", ""]
+        rows = [*section.get("rows", []), *(name for names in drawn.values() for name in names)]
+        lines += _tables({name: scores[name] for name in dict.fromkeys(rows) if name in scores}, labels)
+    lines += _fluency(run, labels)
+    (run / REPORT).write_text("\n".join(lines), encoding="utf-8")
+    return run / REPORT
+
+
+def _protocol(scores: dict[str, dict]) -> str:
+    first = next((score for score in scores.values() if "brier" in score), None)
+    if first is None:
+        return ""
+    return (
+        f"Language models are scored on {first['num_positions']:,} n-grams in {first['num_blocks']:,} held-out blocks "
+        f"of {first['block_size']} tokens, one every {first['stride']} tokens, with {first['num_samples']} draws; ± is "
+        f"one standard error over blocks (text {first['data_sha256'][:12]}). FLOPs count the whole way to a model: its "
+        "autoencoder, its teacher, the token model its backbone was taken from."
+    )
+
+
+def _panels(title: str, drawn: dict[str, list[str]], scores: dict[str, dict], labels: dict[str, str]) -> list[Panel]:
+    return [
+        Panel(
+            f"{title}: BrierLM",
+            meaning,
+            "BrierLM",
+            {
+                line: sorted((scores[name][key], scores[name]["brier_lm"], labels[name]) for name in names)
+                for line, names in drawn.items()
+            },
+            log_x=True,
+        )
+        for key, meaning in _COSTS.items()
+    ]
+
+
+def _tables(scores: dict[str, dict], labels: dict[str, str]) -> list[str]:
+    language_models = {name: score for name, score in scores.items() if score["stage"] != "autoencoder"}
+    autoencoders = {name: score for name, score in scores.items() if score["stage"] == "autoencoder"}
+    lines = []
+    if autoencoders:
+        lines += _table(
+            ("autoencoder", "K", "from mean", "from sample", "noise 0.3", "KL (nats)", "live", "parameters", "FLOPs"),
+            [
+                (
+                    labels[name], score["patch_size"], f"{score['token_accuracy_mean']:.3%}",
+                    f"{score['token_accuracy_sample']:.3%}", f"{score['token_accuracy_with_noise']['0.3']:.2%}",
+                    f"{score['kl']:.1f}", f"{score['live_dimensions']}/{score['latent_size']}",
+                    f"{score['parameters']:,}", f"{score['total_flops']:.2g}",
+                )
+                for name, score in autoencoders.items()
+            ],
+        )  # fmt: skip
+    if language_models:
+        lines += _table(
+            ("model", "BrierLM", "Brier-1", "Brier-2", "Brier-3", "Brier-4", "accuracy-1", "collision-1",
+             "training FLOPs", "FLOPs per token", "parameters", "tokens"),
+            [
+                (
+                    labels[name], f"{score['brier_lm']:.2f} ± {score['brier_lm_error']:.2f}",
+                    *(f"{value:.2f}" for value in score["brier"]), f"{score['accuracy'][0]:.2f}",
+                    f"{score['collision'][0]:.2f}", f"{score['total_flops']:.2g}",
+                    f"{score['inference_flops_per_token']:.2g}", f"{score['parameters']:,}", f"{score['tokens']:,}",
+                )
+                for name, score in language_models.items()
+            ],
+        )  # fmt: skip
+    return lines
+
+
+def _fluency(run: Path, labels: dict[str, str]) -> list[str]:
+    judged = [("the documents", [json.loads((run / "text.json").read_text())])] if (run / "text.json").exists() else []
+    for name, label in labels.items():
+        path = run / name / "fluency.json"
+        if path.exists():
+            judged.append((label, json.loads(path.read_text())))
+    if not judged:
+        return []
+    rows: list[tuple[Any, ...]] = []
+    samples: list[str] = []
+    for label, results in judged:
+        for each in results:
+            temperature = "" if each["temperature"] is None else f"{each['temperature']:.3g}"
+            rate = "" if each["tokens_per_second"] is None else f"{each['tokens_per_second']:,.0f}"
+            distinct = (f"{value:.1%}" for value in each["distinct"].values())
+            rows.append((label, temperature, f"{each['perplexity']:.1f}", f"{each['repetition']:.1%}", *distinct, rate))
+            heading = label + (f", T = {temperature}" if temperature else "")
+            samples += [f"### {heading}", ""]
+            for sample in each["samples"]:
+                samples += ["```text", f"{sample['prompt']}▸{sample['text']}".replace("```", "'''"), "```", ""]
+    header = ("texts of", "T", "judge's perplexity", "repetition", "distinct-1", "distinct-2", "distinct-4", "tokens/s")
+    first = judged[0][1][0]
+    about = (
+        f"{first['num_texts']} texts that continue the beginnings of held-out blocks; repetition is the share of "
+        "4-grams that stand in the same text before, distinct-n the share of different n-grams over all texts."
+    )
+    return ["## Texts", "", about, "", *_table(header, rows), "## Samples", "", "The first prompts; ▸ is where the "
+            "model goes on.", "", *samples]  # fmt: skip
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(str(cell) for cell in row)} |" for row in (header, align, *rows)] + [""]

@@ -1,0 +1,251 @@
+"""A study: the models of one plan trained in order, scored on the same text, and compared: `calm study`.
+
+```yaml
+evaluation: {stride: 8, num_blocks: 500, num_samples: 8, seed: 0}   # of all language models; blocks default to all
+set: {data.train: data/train, data.validation: data/validation}    # for every recipe
+models:
+  autoencoder: {recipe: autoencoder.yaml}                           # beside the plan
+  calm:
+    label: CALM, K = 4                                              # in tables; default the name
+    recipe: calm.yaml
+    set: {model.autoencoder: "@autoencoder"}                        # "@name": where another model of the plan lies
+fluency: {judge: baseline, models: [calm], temperatures: [1, 0.5]}  # texts at low temperature; optional
+report:                                                             # tables, with plots where there are lines
+  - title: Frontier
+    text: What is to be seen.
+    lines: {CALM: [calm]}
+  - title: Everything
+    rows: [autoencoder, calm]
+```
+
+What a model leaves in its directory when it is done (``score.json``) is not done again. Several processes may work on
+one study: each takes the next model that can be made and that nobody else works on.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from rich.progress import Progress
+
+from calm.data.blocks import TokenBlocks
+from calm.data.tokenizer import load_tokenizer
+from calm.evaluation.brier_lm import evaluate_brier
+from calm.evaluation.compute import compute, distillation_flops_per_token
+from calm.evaluation.fluency import evaluate_fluency, fluency_of_text
+from calm.evaluation.reconstruction import evaluate_reconstruction
+from calm.files import write_whole
+from calm.models.loading import load_autoencoder, load_language_model, load_model
+from calm.report.study import PLAN, SCORE, write_report
+from calm.training.arguments import trained_tokens
+from calm.training.recipe import Recipe, check_keys
+from calm.training.resume import read_run
+from calm.training.run import train
+
+_PATIENCE = 2.0  # seconds between looks at what other processes have done
+
+
+@dataclass
+class Evaluation:
+    """How language models are scored: :func:`~calm.evaluation.brier_lm.evaluate_brier`."""
+
+    stride: int = 8
+    num_blocks: int | None = None
+    num_samples: int = 8
+    seed: int = 0
+
+
+@dataclass
+class Fluency:
+    """Texts that are judged: :func:`~calm.evaluation.fluency.evaluate_fluency`."""
+
+    judge: str
+    models: list[str]
+    temperatures: list[float] = field(default_factory=lambda: [1.0, 0.5])
+    num_texts: int = 64
+    prompt_tokens: int = 32
+    new_tokens: int = 64
+
+
+@dataclass
+class Plan:
+    """A plan as it was read; ``folder`` is where its recipes lie."""
+
+    folder: Path
+    models: dict[str, dict[str, Any]]
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    set: dict[str, Any] = field(default_factory=dict)
+    fluency: Fluency | None = None
+    report: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Plan":
+        """Read and check a plan; ValueError names what is unknown or missing."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"no plan at {path}.")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        check_keys(values, {"models", "evaluation", "set", "fluency", "report"}, "the plan")
+        if not values.get("models"):
+            raise ValueError(f"{path} names no models.")
+        for part, kind in (("evaluation", Evaluation), ("fluency", Fluency)):
+            if values.get(part) is not None:
+                check_keys(values[part], {each.name for each in dataclasses.fields(kind)}, part)
+                values[part] = kind(**values[part])
+        plan = cls(folder=path.parent, **values)
+        plan._check_names()
+        return plan
+
+    def recipe(self, name: str, run: Path, overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe of a model, with its place in the run directory."""
+        model = self.models[name]
+        settings = self.set | model.get("set", {}) | {"output_dir": str(run / name)}
+        settings = {key: str(run / value[1:]) if _is_reference(value) else value for key, value in settings.items()}
+        # JSON is YAML: what was a text stays one.
+        given = [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *overrides]
+        return Recipe.load(self.folder / model["recipe"], given)
+
+    def needs(self, name: str) -> list[str]:
+        """The models that a model was made from, directly."""
+        return [value[1:] for value in self.models[name].get("set", {}).values() if _is_reference(value)]
+
+    def _check_names(self) -> None:
+        known: set[str] = set()
+        for name, model in self.models.items():
+            check_keys(model, {"label", "recipe", "set"}, f"model {name}")
+            if "recipe" not in model:
+                raise ValueError(f"model {name} of the plan lacks 'recipe'.")
+            for other in self.needs(name):
+                if other not in known:
+                    raise ValueError(f"model {name} of the plan needs @{other}, which no model before it is called.")
+            known.add(name)
+        named = [name for section in self.report for name in _named(section)]
+        if self.fluency is not None:
+            named += [self.fluency.judge, *self.fluency.models]
+        for name in named:
+            if name not in known:
+                raise ValueError(f"the plan's report or fluency names {name!r}, which no model is called.")
+
+
+def run_study(
+    plan: Plan, run: str | os.PathLike, overrides: Sequence[str] = (), progress: Progress | None = None
+) -> Path:
+    """Train and score what is missing, and write the report; returns its path.
+
+    Called by several processes at once, it divides the models between them.
+
+    Args:
+        overrides: ``dotted.key=value`` for all recipes.
+    """
+    run = Path(run)
+    recipes = {name: plan.recipe(name, run, overrides) for name in plan.models}  # a mistake shows before the first run
+    run.mkdir(parents=True, exist_ok=True)
+    task = None if progress is None else progress.add_task("study", total=len(recipes), note="")
+    while missing := [name for name in recipes if not (run / name / SCORE).exists()]:
+        if progress is not None and task is not None:
+            progress.update(task, completed=len(recipes) - len(missing))
+        ready = (name for name in missing if all((run / other / SCORE).exists() for other in plan.needs(name)))
+        if not any(_make(name, plan, recipes[name], run, progress) for name in ready):
+            time.sleep(_PATIENCE)  # other processes are at work on all that could be done
+    if progress is not None and task is not None:
+        progress.update(task, completed=len(recipes))
+    write_whole(run / PLAN, yaml.safe_dump({"models": plan.models, "report": plan.report}, sort_keys=False))
+    if plan.fluency is not None:
+        with _lock(run, "fluency"):
+            _judge_texts(plan.fluency, run, recipes[plan.fluency.judge], plan.evaluation.seed)
+    return write_report(run)
+
+
+def _lock(run: Path, name: str) -> FileLock:
+    return FileLock(run / f".{name}.lock")
+
+
+def _make(name: str, plan: Plan, recipe: Recipe, run: Path, progress: Progress | None) -> bool:
+    """Train and score one model; False when another process is doing that."""
+    try:
+        with _lock(run, name).acquire(blocking=False):
+            if (run / name / SCORE).exists():
+                return True
+            train(recipe, progress)
+            score = score_run(run / name, plan.evaluation)
+            needed = sum(json.loads((run / other / SCORE).read_text())["total_flops"] for other in plan.needs(name))
+            score["total_flops"] = score["training_flops"] + needed
+            write_whole(run / name / SCORE, json.dumps(score, indent=1))
+    except Timeout:
+        return False
+    return True
+
+
+def score_run(path: Path, evaluation: Evaluation) -> dict[str, Any]:
+    """What a trained model of a recipe cost and how good it is.
+
+    An autoencoder: how much text comes back. A language model: BrierLM, and the same of its autoencoder.
+    """
+    recipe, steps = read_run(path)
+    assert recipe is not None
+    if recipe.data.validation is None:
+        raise ValueError("scores need data.validation in the recipes: prepared data to evaluate on.")
+    model: Any = load_model(path)
+    patch_size = getattr(model.config, "patch_size", None)
+    block_size = recipe.data.block_size // evaluation.stride * evaluation.stride
+    blocks = TokenBlocks(recipe.data.validation, block_size, evaluation.stride)
+    cost, tokens = compute(model, block_size // (patch_size or 1)), trained_tokens(recipe, steps)
+    assert tokens is not None
+    flops = cost.training_flops_per_token
+    if recipe.distillation is not None:
+        teacher = load_language_model(recipe.distillation.teacher)
+        flops += distillation_flops_per_token(teacher, model, recipe.distillation.num_continuations, block_size)
+    score = {
+        "stage": recipe.stage,
+        "patch_size": patch_size,
+        "tokens": tokens,
+        "training_flops": flops * tokens,
+        "inference_flops_per_token": cost.inference_flops_per_token["total"],
+        "parameters": cost.parameters["language_model"] or cost.parameters["autoencoder"],
+    }
+    if recipe.stage != "autoencoder":
+        score |= evaluate_brier(
+            model, blocks, evaluation.stride, evaluation.num_blocks, evaluation.num_samples, seed=evaluation.seed
+        ).to_dict()
+    if recipe.stage == "autoencoder":
+        score |= evaluate_reconstruction(model, blocks, evaluation.num_blocks).to_dict()
+    elif recipe.stage == "calm":
+        rebuilt = evaluate_reconstruction(load_autoencoder(path), blocks, evaluation.num_blocks)
+        score["token_accuracy_sample"] = rebuilt.token_accuracy_sample
+    return score
+
+
+def _judge_texts(fluency: Fluency, run: Path, judge_recipe: Recipe, seed: int) -> None:
+    """Put ``fluency.json`` into the directory of every model, and of the text itself into that of the judge."""
+    assert judge_recipe.data.validation is not None
+    judge = load_language_model(run / fluency.judge)
+    tokenizer = load_tokenizer(run / fluency.judge)
+    blocks = TokenBlocks(judge_recipe.data.validation, judge_recipe.data.block_size)
+    size = (fluency.num_texts, fluency.prompt_tokens, fluency.new_tokens)
+    path = run / "text.json"
+    if not path.exists():
+        write_whole(path, json.dumps(fluency_of_text(judge, tokenizer, blocks, *size).to_dict(), indent=1))
+    for name in fluency.models:
+        path = run / name / "fluency.json"
+        if not path.exists():
+            model = load_language_model(run / name)
+            results = [
+                evaluate_fluency(model, judge, tokenizer, blocks, *size, temperature=temperature, seed=seed).to_dict()
+                for temperature in fluency.temperatures
+            ]
+            write_whole(path, json.dumps(results, indent=1))
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("@")
+
+
+def _named(section: dict[str, Any]) -> list[str]:
+    return [*section.get("rows", []), *(name for line in section.get("lines", {}).values() for name in line)]

@@ -1,0 +1,105 @@
+"""A real, tiny study: trained, scored, reported; interrupted and taken up again."""
+
+import json
+import sys
+
+import pytest
+import yaml
+from test_bandwidth import family  # noqa: F401
+
+from calm import study
+from calm.cli.main import main
+from calm.report.study import write_report
+from calm.study import Plan, run_study
+
+PLAN = {
+    "evaluation": {"stride": 6, "num_blocks": 4, "num_samples": 2},
+    "set": {"training.learning_rate": 1e-3},
+    "models": {
+        "teacher": {"label": "token model", "recipe": "baseline.yaml"},
+        "autoencoder": {"recipe": "autoencoder.yaml", "set": {"model.patch_size": 3}},
+        "plain": {"label": "CALM", "recipe": "calm.yaml", "set": {"model.autoencoder": "@autoencoder"}},
+        "distilled": {
+            "recipe": "calm.yaml",
+            "set": {
+                "model.autoencoder": "@autoencoder",
+                "distillation.teacher": "@teacher",
+                "distillation.num_continuations": 2,
+            },
+        },
+    },
+    "fluency": {
+        "judge": "teacher", "models": ["teacher", "plain"], "temperatures": [1.0, 0.5], "num_texts": 4,
+        "prompt_tokens": 6, "new_tokens": 12,
+    },
+    "report": [
+        {"title": "Frontier", "text": "Who wins.", "lines": {"CALM": ["plain", "distilled"], "token": ["teacher"]}},
+        {"title": "Autoencoders", "rows": ["autoencoder"]},
+    ],
+}  # fmt: skip
+
+
+def write(folder, **changes):
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(PLAN | changes, sort_keys=False))
+    return path
+
+
+def test_every_model_is_trained_and_scored_once_and_reported(family, tmp_path, monkeypatch):  # noqa: F811
+    trained, train = [], study.train
+    monkeypatch.setattr(study, "train", lambda recipe, _: trained.append(recipe.output_dir) or train(recipe))
+    plan, run = Plan.load(write(family)), tmp_path / "run"
+    text = run_study(plan, run).read_text()
+    scores = {name: json.loads((run / name / "score.json").read_text()) for name in plan.models}
+    assert len({score["data_sha256"] for score in scores.values() if score["stage"] != "autoencoder"}) == 1
+    # The whole way to a model counts.
+    way = scores["autoencoder"]["training_flops"]
+    assert scores["plain"]["total_flops"] == scores["plain"]["training_flops"] + way
+    distilled = scores["distilled"]
+    assert distilled["total_flops"] == distilled["training_flops"] + way + scores["teacher"]["training_flops"]
+    assert distilled["training_flops"] > scores["plain"]["training_flops"]
+    for part in ("| CALM | ", "| token model | ", "Who wins.", "![Frontier](plot_1.png)", "| the documents |", "▸"):
+        assert part in text
+    assert (run / "plot_1.png").read_bytes().startswith(b"\x89PNG")
+
+    # What is lost is made again, and that alone.
+    assert len(trained) == 4
+    (run / "plain" / "score.json").unlink()
+    trained.clear()
+    run_study(plan, run)
+    assert trained == [str(run / "plain")]
+    # A report of what is there.
+    (run / "distilled" / "score.json").unlink()
+    assert "| distilled |" not in write_report(run).read_text()
+
+
+def test_the_commands_print_the_report(family, tmp_path, monkeypatch, capsys):  # noqa: F811
+    models = {"teacher": PLAN["models"]["teacher"]}
+    path = write(family, models=models, fluency=None, report=[])
+    for command in (["study", str(path), "-o", str(tmp_path / "run")], ["report", str(tmp_path / "run")]):
+        monkeypatch.setattr(sys, "argv", ["calm", *command])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        assert "| token model | " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modells": {}}, r"unknown key 'modells' in the plan: did you mean 'models'\?"),
+        ({"models": {}}, r"names no models"),
+        ({"models": {"calm": {"recipe": "calm.yaml", "set": {"model.autoencoder": "@nobody"}}}}, r"needs @nobody"),
+        ({"models": {"calm": {"label": "CALM"}}}, r"model calm of the plan lacks 'recipe'"),
+        ({"report": [{"title": "All", "rows": ["somebody"]}]}, r"names 'somebody', which no model is called"),
+        ({"evaluation": {"samples": 3}}, r"unknown key 'samples' in evaluation: did you mean 'num_samples'"),
+    ],
+)
+def test_a_plan_that_does_not_hold_together_is_refused(family, changes, message):  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        Plan.load(write(family, **changes))
+
+
+def test_there_is_no_report_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"no study in .*plan\.yaml is missing; `calm study` makes it"):
+        write_report(tmp_path)
