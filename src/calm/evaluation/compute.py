@@ -88,7 +88,7 @@ def _calm_compute(model: CalmForCausalLM, context: int, draws: int) -> Compute:
         "autoencoder_decode": draws * _decode_flops(model.autoencoder),
     }
     inference = {name: flops / patch_size for name, flops in per_patch.items()}
-    step = backbone + embedding + attention + head_config.num_samples * head_pass
+    step = backbone + embedding + attention + head_config.num_samples * head_pass + _token_prediction_flops(model)
     total, autoencoder = _parameters(model), _parameters(model.autoencoder)
     return Compute(
         {
@@ -104,6 +104,14 @@ def _calm_compute(model: CalmForCausalLM, context: int, draws: int) -> Compute:
         (3 * step + _encode_flops(model.autoencoder)) / patch_size,
         {"total": sum(inference.values()), **inference},
     )
+
+
+def _token_prediction_flops(model: CalmForCausalLM) -> int:
+    """Of the training aid, per patch: K states, each times the vocabulary."""
+    if not model.config.token_prediction_weight:
+        return 0
+    looks = model.config.patch_size * _parameters(model.get_input_embeddings())
+    return 2 * (_matrices(model.token_predictor) + looks)
 
 
 def _token_model_compute(model: Any, context: int) -> Compute:

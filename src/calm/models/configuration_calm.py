@@ -20,6 +20,9 @@ class CalmConfig(PreTrainedConfig):
         head_config: a head configuration or a dict of its fields; ``type`` says which.
         document_separator_id: the token between the documents of the training text, put in front of prompts;
             default the end-of-text token. The paper's models have the begin-of-text token instead.
+        token_prediction_weight: weight of an auxiliary loss, the cross-entropy of the next patch's tokens, each
+            predicted by itself. Generation does not use what it trains beside the backbone. 0 as in the paper; small
+            models on small budgets learn to look at their context by it.
     """
 
     model_type = "calm"
@@ -30,6 +33,7 @@ class CalmConfig(PreTrainedConfig):
     autoencoder_config: Any = None
     head_config: Any = None
     document_separator_id: int | None = None
+    token_prediction_weight: float = 0.0
     initializer_range: float = 0.02
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -56,6 +60,8 @@ class CalmConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self.autoencoder_config, name))
+        if self.token_prediction_weight < 0:
+            raise ValueError(f"token_prediction_weight must be at least 0, got {self.token_prediction_weight}.")
         if patch_size is not None and patch_size != self.patch_size:
             raise ValueError(
                 f"patch_size is {patch_size}, but the autoencoder was built for {self.patch_size} tokens per patch."

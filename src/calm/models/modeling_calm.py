@@ -4,6 +4,7 @@ Shapes: B batch, T = L * K tokens, L patches, K tokens of a patch, D hidden, Z l
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from calm.models.generation_settings import GENERATION_DEFAULTS
 from calm.models.heads import HEADS
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.released import from_pretrained
+from calm.models.token_prediction import TokenPredictor
 
 
 def target_patches(labels: Tensor, patch_size: int) -> Tensor:
@@ -29,7 +31,8 @@ def target_patches(labels: Tensor, patch_size: int) -> Tensor:
 class CalmOutput(ModelOutput):
     """
     Args:
-        loss: scalar, when labels were given: the head's loss, mean over the target patches.
+        loss: scalar, when labels were given: the head's loss, mean over the target patches, and that of the token
+            predictor where there is one.
         last_hidden_state: ``[B, L, D]``; position i is the condition of patch i + 1.
         past_key_values: the cache, one entry per patch.
         metrics: named parts of the loss, scalars.
@@ -82,6 +85,8 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             config.head_config, config.hidden_size, config.autoencoder_config.latent_size
         )
         self.autoencoder = CalmAutoencoder(config.autoencoder_config)
+        if config.token_prediction_weight:
+            self.token_predictor = TokenPredictor(config.patch_size, config.hidden_size)
         self.post_init()
         self.generation_config = GenerationConfig(
             **GENERATION_DEFAULTS,
@@ -112,10 +117,16 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         )
 
     @classmethod
-    def from_autoencoder(cls, autoencoder: CalmAutoencoder, backbone_config, head_config=None) -> "CalmForCausalLM":
-        """A new model around a trained autoencoder, whose weights are copied; the rest is freshly initialised."""
+    def from_autoencoder(
+        cls, autoencoder: CalmAutoencoder, backbone_config, head_config=None, **fields
+    ) -> "CalmForCausalLM":
+        """A new model around a trained autoencoder, whose weights are copied; the rest is freshly initialised.
+
+        Args:
+            fields: others of :class:`CalmConfig`.
+        """
         config = CalmConfig(
-            backbone_config=backbone_config, head_config=head_config, autoencoder_config=autoencoder.config
+            backbone_config=backbone_config, head_config=head_config, autoencoder_config=autoencoder.config, **fields
         )
         model = cls(config)
         model.autoencoder.load_state_dict(autoencoder.state_dict())
@@ -199,4 +210,11 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         # Positions that are no target are computed and weighted 0: shapes stay fixed, and no device waits for a count.
         weight = is_target / is_target.sum().clamp(min=1)
         metrics = {name: (value.detach() * weight).sum() for name, value in head_loss.metrics.items()}
-        return (head_loss.loss * weight).sum(), metrics
+        loss = (head_loss.loss * weight).sum()
+        if self.config.token_prediction_weight:
+            token_ids = labels[:, patch_size:].unflatten(-1, (-1, patch_size))
+            embeddings: Any = self.get_input_embeddings().weight
+            cross_entropy = self.token_predictor.loss(hidden[:, :-1], token_ids, is_target, embeddings)
+            loss = loss + self.config.token_prediction_weight * cross_entropy
+            metrics["token_cross_entropy"] = cross_entropy.detach()
+        return loss, metrics

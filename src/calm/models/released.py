@@ -312,7 +312,9 @@ def _their_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """A model's tensors under the reference's names, those with two names twice."""
     config: Any = model.config
     names = reference_names(config)
-    state = {replace_prefix(name, names): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    # The token predictor served training alone.
+    ours = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("token_predictor.")}
+    state = {replace_prefix(name, names): tensor.contiguous() for name, tensor in ours.items()}
     prefix = "" if isinstance(config, CalmAutoencoderConfig) else "ae_model."
     state[prefix + _TIED_HEAD] = state[f"{prefix}encoder.embed_tokens.weight"]
     heads = {name: tensor for name, tensor in state.items() if name.startswith(_FIRST_HEAD)}

@@ -31,7 +31,8 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
         return model
     autoencoder = load_autoencoder(recipe.model["autoencoder"])
     _check_same_tokenizer(recipe.model["autoencoder"], recipe.data.train)
-    model = CalmForCausalLM.from_autoencoder(autoencoder, _backbone(recipe, autoencoder.config, tokens), _head(recipe))
+    backbone = _backbone(recipe, autoencoder.config, tokens)
+    model = CalmForCausalLM.from_autoencoder(autoencoder, backbone, _head(recipe), **_auxiliary(recipe))
     if "backbone_weights" in recipe.model:
         _check_same_tokenizer(recipe.model["backbone_weights"], recipe.data.train)
         _load_backbone(model, recipe.model["backbone_weights"])
@@ -134,7 +135,14 @@ def outline_model(recipe: Recipe, folder: Path) -> PreTrainedModel:
         return outline(_baseline_config(recipe, tokens))
     autoencoder: Any = _planned_autoencoder(recipe, folder)
     backbone = _backbone(recipe, autoencoder, tokens)
-    return outline(CalmConfig(backbone_config=backbone, head_config=_head(recipe), autoencoder_config=autoencoder))
+    return outline(
+        CalmConfig(
+            backbone_config=backbone,
+            head_config=_head(recipe),
+            autoencoder_config=autoencoder,
+            **_auxiliary(recipe),
+        )
+    )
 
 
 def _planned_autoencoder(recipe: Recipe, folder: Path) -> CalmAutoencoderConfig:
@@ -163,6 +171,10 @@ def _backbone(recipe: Recipe, autoencoder: CalmAutoencoderConfig, tokens: dict) 
 
 def _head(recipe: Recipe) -> dict:
     return dict(recipe.model.get("head") or {})
+
+
+def _auxiliary(recipe: Recipe) -> dict:
+    return {"token_prediction_weight": float(recipe.model.get("token_prediction_weight", 0.0))}
 
 
 def _token_ids(data: str) -> dict[str, int | None]:

@@ -12,6 +12,7 @@ model:                               # stage autoencoder: fields of CalmAutoenco
   autoencoder: runs/autoencoder      # stage calm: a trained autoencoder,
   backbone: {hidden_size: 256}       #   the backbone's fields (`model_type` if it is no Llama),
   head: {type: energy}               #   and the head's; stage baseline: the backbone alone
+  token_prediction_weight: 0.0       # stage calm: of an auxiliary cross-entropy; optional
   backbone_weights: runs/baseline    # stage calm, optional: start from a token model's weights of the same shape
   pretrained: runs/calm              # instead of all that: go on from a trained model, to fine-tune it
 distillation:                        # stage calm with an energy head, optional: the targets of the loss are
@@ -38,7 +39,10 @@ import yaml
 
 STAGES = ("autoencoder", "calm", "baseline")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-MODEL_PARTS = {"calm": ("autoencoder", "backbone", "head", "backbone_weights"), "baseline": ("backbone",)}
+MODEL_PARTS = {
+    "calm": ("autoencoder", "backbone", "head", "token_prediction_weight", "backbone_weights"),
+    "baseline": ("backbone",),
+}
 
 # The paper's optimiser, and habits that suit language models; a recipe may change every one of them.
 TRAINING_DEFAULTS: dict[str, Any] = {
