@@ -30,6 +30,6 @@ class TokenPredictor(nn.Module):
         """
         any_target = is_target.any()
         # Without a target all count, times zero: a mean over nothing would be no number.
-        labels = token_ids.masked_fill((any_target & ~is_target)[..., None], -100)
+        labels = token_ids.clamp(min=0).masked_fill((any_target & ~is_target)[..., None], -100)
         states = self.proj(hidden).unflatten(-1, (self.patch_size, -1))
         return linear_cross_entropy(states.flatten(0, -2), embeddings, labels.flatten()) * any_target
