@@ -6,6 +6,7 @@ import tiny
 import torch
 
 from calm import CalmForCausalLM
+from calm.functional import energy_score
 from calm.models.modeling_autoencoder import Posterior
 
 TYPES = ["energy", "diffusion", "flow"]
@@ -120,3 +121,18 @@ def test_ddim_is_deterministic_behind_the_first_noise():
 def test_impossible_heads_are_refused(fields, message):
     with pytest.raises(Exception, match=message):
         tiny.calm(**fields)
+
+
+def test_the_loss_adds_the_energy_scores_of_groups_of_latent_dimensions():
+    model = tiny.calm(2, num_latent_groups=4)
+    hidden, noise, target_noise = torch.randn(2, 3, 16), torch.rand(4, 2, 3, 6), torch.randn(8, 2, 3, 8)
+    posterior = Posterior(torch.randn(2, 3, 8), torch.randn(2, 3, 8))
+    samples = model.head.sample(hidden, noise)
+    targets = posterior.sample(8, target_noise)
+    expected = energy_score(samples, targets)
+    for group in range(4):
+        part = slice(2 * group, 2 * group + 2)
+        expected = expected + energy_score(samples[..., part], targets[..., part]) / 2
+    torch.testing.assert_close(model.head.loss(hidden, posterior, noise, target_noise).loss, -expected)
+    with pytest.raises(ValueError, match=r"num_latent_groups \(3\) must divide the autoencoder's latent_size \(8\)"):
+        tiny.calm(2, num_latent_groups=3)

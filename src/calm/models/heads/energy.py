@@ -4,7 +4,7 @@ Shapes: N head samples, M target draws, S possible next patches, D hidden, Z lat
 dimensions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +109,7 @@ class EnergyHead(Head):
         samples = self.sample(hidden, noise).float()
         # Distances do not change with the origin; that of the differences of squares lies among the points.
         errors = (samples - center).movedim(0, -2)  # [..., N, Z]
-        diversity = mean_distance_of_pairs(errors, config.alpha)
+        diversity = self._distance(mean_distance_of_pairs, errors)
         fidelity = self._fidelity(errors, mean - center, std, target_noise, generator)
         loss = 2 * fidelity - diversity
         metrics = {"energy_score": -loss, "fidelity": fidelity, "diversity": diversity}
@@ -141,8 +141,18 @@ class EnergyHead(Head):
             if num_patches > 1:
                 targets.add_(mean[:, row].movedim(0, -2).unsqueeze(-2))
             targets = targets.flatten(-3, -2)
-            distances.append(mean_distance(errors[row], targets, self.config.alpha))
+            distances.append(self._distance(mean_distance, errors[row], targets))
         return torch.stack(distances)
+
+    def _distance(self, kind: Callable[..., Tensor], *points: Tensor) -> Tensor:
+        """Mean distance of points ``[..., n, Z]``, plus, where the loss wants them, those of groups of dimensions."""
+        alpha, groups = self.config.alpha, self.config.num_latent_groups
+        whole = kind(*points, alpha)
+        if groups == 1:
+            return whole
+        parts = [each.unflatten(-1, (groups, -1)).movedim(-2, -3) for each in points]  # [..., groups, n, Z / groups]
+        # So that, together, they pull at a dimension as much as the whole does.
+        return whole + kind(*parts, alpha).sum(-1) / groups**0.5
 
     def init_weights(self) -> None:
         """Every sample starts at the same point: the first steps learn where the latents lie, then their spread."""
