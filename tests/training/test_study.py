@@ -1,16 +1,19 @@
 """A real, tiny study: trained, scored, reported; interrupted and taken up again."""
 
 import json
+import subprocess
 import sys
 
 import pytest
 import yaml
+from filelock import FileLock
 from test_bandwidth import family  # noqa: F401
 
 from calm import study
 from calm.cli.main import main
 from calm.report.study import write_report
 from calm.study import Plan, run_study
+from calm.training.metrics import read_metrics
 
 PLAN = {
     "evaluation": {"stride": 6, "num_blocks": 4, "num_samples": 2},
@@ -82,6 +85,26 @@ def test_the_commands_print_the_report(family, tmp_path, monkeypatch, capsys):  
             main()
         assert not stopped.value.code
         assert "| token model | " in capsys.readouterr().out
+
+
+def test_several_processes_share_the_work(family, tmp_path):  # noqa: F811
+    path = write(family, fluency=None)
+    command = [sys.executable, "-m", "calm.cli.main", "study", str(path), "-o", str(tmp_path / "run")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert all("| CALM | " in text for text in said)
+    for name in PLAN["models"]:
+        assert (tmp_path / "run" / name / "score.json").exists()
+        steps = [record["step"] for record in read_metrics(tmp_path / "run" / name) if "loss" in record]
+        assert len(steps) == len(set(steps))  # by one of them
+
+
+def test_a_model_another_process_is_at_work_on_is_left_alone(family, tmp_path):  # noqa: F811
+    plan = Plan.load(write(family))
+    with FileLock(tmp_path / ".teacher.lock"):
+        assert not study._make("teacher", plan, plan.recipe("teacher", tmp_path), tmp_path, None)
+    assert not (tmp_path / "teacher").exists()
 
 
 @pytest.mark.parametrize(
