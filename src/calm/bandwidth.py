@@ -12,20 +12,14 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from calm.data.blocks import TokenBlocks
-from calm.evaluation.brier_lm import evaluate_brier
-from calm.evaluation.compute import compute
-from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.files import write_whole
-from calm.models.loading import load_autoencoder, load_language_model
 from calm.report.scatter import Panel, plot_panels
-from calm.training.arguments import trained_tokens
+from calm.report.study import SCORE
+from calm.study import Evaluation, score_run
 from calm.training.recipe import Recipe
-from calm.training.resume import read_run
 from calm.training.run import train
 
 RECIPES = ("autoencoder", "calm", "baseline")
-SCORE = "score.json"
 
 
 def run_bandwidth(
@@ -60,7 +54,8 @@ def run_bandwidth(
         score = folder / SCORE
         if not score.exists():
             model = _train(family, folder, patch_size, overrides, seed, progress)
-            write_whole(score, json.dumps(_score(model, patch_size, stride, num_blocks, num_samples, seed), indent=1))
+            scored = score_run(model, Evaluation(stride, num_blocks, num_samples, seed))
+            write_whole(score, json.dumps(scored, indent=1))
         points.append(json.loads(score.read_text(encoding="utf-8")))
     _check_comparable(points)
     write_whole(run / "points.json", json.dumps(points, indent=1))
@@ -84,31 +79,6 @@ def _train(
 
 def _path(key: str, path: Path) -> str:
     return f"{key}={json.dumps(str(path))}"  # quoted: to YAML, a path may look like something else
-
-
-def _score(path: Path, patch_size: int, stride: int, num_blocks: int | None, num_samples: int, seed: int) -> dict:
-    recipe, steps = read_run(path)
-    assert recipe is not None
-    if recipe.data.validation is None:
-        raise ValueError("scores need data.validation in the recipes: prepared data to evaluate on.")
-    model = load_language_model(path)
-    block_size = recipe.data.block_size // stride * stride
-    blocks = TokenBlocks(recipe.data.validation, block_size, stride)
-    result = evaluate_brier(model, blocks, stride, num_blocks, num_samples, seed=seed)
-    cost, tokens = compute(model, block_size // max(1, patch_size)), trained_tokens(recipe, steps)
-    assert tokens is not None
-    point = {
-        "patch_size": patch_size or None,
-        "tokens": tokens,
-        "training_flops": cost.training_flops_per_token * tokens,
-        "inference_flops_per_token": cost.inference_flops_per_token["total"],
-        "parameters": cost.parameters["language_model"],
-        **result.to_dict(),
-    }
-    if patch_size:
-        rebuilt = evaluate_reconstruction(load_autoencoder(path), blocks, num_blocks)
-        point["token_accuracy_sample"] = rebuilt.token_accuracy_sample
-    return point
 
 
 def _check_comparable(points: list[dict]) -> None:

@@ -210,13 +210,12 @@ def score_run(path: Path, evaluation: Evaluation) -> dict[str, Any]:
         "inference_flops_per_token": cost.inference_flops_per_token["total"],
         "parameters": cost.parameters["language_model"] or cost.parameters["autoencoder"],
     }
-    if recipe.stage != "autoencoder":
-        score |= evaluate_brier(
-            model, blocks, evaluation.stride, evaluation.num_blocks, evaluation.num_samples, seed=evaluation.seed
-        ).to_dict()
     if recipe.stage == "autoencoder":
-        score |= evaluate_reconstruction(model, blocks, evaluation.num_blocks).to_dict()
-    elif recipe.stage == "calm":
+        return score | evaluate_reconstruction(model, blocks, evaluation.num_blocks).to_dict()
+    score |= evaluate_brier(
+        model, blocks, evaluation.stride, evaluation.num_blocks, evaluation.num_samples, seed=evaluation.seed
+    ).to_dict()
+    if recipe.stage == "calm":
         rebuilt = evaluate_reconstruction(load_autoencoder(path), blocks, evaluation.num_blocks)
         score["token_accuracy_sample"] = rebuilt.token_accuracy_sample
     return score
