@@ -116,6 +116,16 @@ class Plan:
         """The models that a model was made from, directly."""
         return [value[1:] for value in self.models[name].get("set", {}).values() if _is_reference(value)]
 
+    def with_needs(self, names: Sequence[str]) -> list[str]:
+        """Models and all they are made from, in the plan's order."""
+        wanted = set(names)
+        if wanted - self.models.keys():
+            unknown = ", ".join(sorted(wanted - self.models.keys()))
+            raise ValueError(f"the plan has no model {unknown}; it has {', '.join(self.models)}.")
+        for name in reversed(self.models):  # a model needs only those before it
+            wanted |= set(self.needs(name)) if name in wanted else set()
+        return [name for name in self.models if name in wanted]
+
     def _check_names(self) -> None:
         known: set[str] = set()
         for name, model in self.models.items():
@@ -135,7 +145,11 @@ class Plan:
 
 
 def run_study(
-    plan: Plan, run: str | os.PathLike, overrides: Sequence[str] = (), progress: Progress | None = None
+    plan: Plan,
+    run: str | os.PathLike,
+    overrides: Sequence[str] = (),
+    only: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Path:
     """Train and score what is missing, and write the report; returns its path.
 
@@ -143,9 +157,11 @@ def run_study(
 
     Args:
         overrides: ``dotted.key=value`` for all recipes.
+        only: these models and what they are made from; default all.
     """
     run = Path(run)
-    recipes = {name: plan.recipe(name, run, overrides) for name in plan.models}  # a mistake shows before the first run
+    # All at once: a mistake shows before the first run.
+    recipes = {name: plan.recipe(name, run, overrides) for name in plan.with_needs(only or list(plan.models))}
     run.mkdir(parents=True, exist_ok=True)
     task = None if progress is None else progress.add_task("study", total=len(recipes), note="")
     while missing := [name for name in recipes if not (run / name / SCORE).exists()]:
@@ -157,7 +173,7 @@ def run_study(
     if progress is not None and task is not None:
         progress.update(task, completed=len(recipes))
     write_whole(run / PLAN, yaml.safe_dump({"models": plan.models, "report": plan.report}, sort_keys=False))
-    if plan.fluency is not None:
+    if plan.fluency is not None and {plan.fluency.judge, *plan.fluency.models} <= recipes.keys():
         with _lock(run, "fluency"):
             _judge_texts(plan.fluency, run, recipes[plan.fluency.judge], plan.evaluation.seed)
     return write_report(run)

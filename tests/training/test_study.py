@@ -71,6 +71,14 @@ def test_every_model_is_trained_and_scored_once_and_reported(family, tmp_path, m
     trained.clear()
     run_study(plan, run)
     assert trained == [str(run / "plain")]
+    # Some models and what they need.
+    some = run_study(plan, tmp_path / "some", only=["plain"])
+    assert sorted(path.parent.name for path in (tmp_path / "some").glob("*/score.json")) == ["autoencoder", "plain"]
+    assert "| CALM | " in some.read_text()
+    with pytest.raises(
+        ValueError, match=r"the plan has no model nobody; it has teacher, autoencoder, plain, distilled"
+    ):
+        run_study(plan, run, only=["nobody"])
     # A report of what is there.
     (run / "distilled" / "score.json").unlink()
     assert "| distilled |" not in write_report(run).read_text()
@@ -126,3 +134,11 @@ def test_a_plan_that_does_not_hold_together_is_refused(family, changes, message)
 def test_there_is_no_report_of_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"no study in .*plan\.yaml is missing; `calm study` makes it"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_the_plans_of_the_examples_hold_together(name, tmp_path):
+    plan = Plan.load(f"examples/study/{name}.yaml")
+    stages = {model: plan.recipe(model, tmp_path).stage for model in plan.models}
+    assert set(stages.values()) == {"autoencoder", "calm", "baseline"}
+    assert plan.recipe("calm-m", tmp_path).model["autoencoder"] == str(tmp_path / "autoencoder-k4")

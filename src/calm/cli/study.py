@@ -8,19 +8,23 @@ def study(
     plan: Annotated[Path, typer.Argument(help="YAML: models, how they are scored, what is reported")],
     output: Annotated[Path, typer.Option("--output", "-o", help="directory of models, scores and report")],
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ..., for all recipes")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="a model of the plan, several times: these and what they need; default all")
+    ] = None,
 ) -> None:
     """Train and score the models of a plan, and compare them.
 
     What is done is not done again, and a model under way goes on from its last checkpoint: start the same command again
-    after a kill. `timeout --signal TERM 9m calm study ...` does as much as fits into nine minutes.
+    after a kill. `timeout --signal TERM 9m calm study ...` does as much as fits into nine minutes. Started several
+    times, on several devices or machines with one file system, the processes share the work.
 
-    Example: `calm study recipes/single_gpu/cpu/plan.yaml -o runs/study`
+    Example: `calm study examples/study/cpu.yaml -o runs/study data.train=data/train data.validation=data/validation`
     """
     from calm.study import Plan, run_study
     from calm.training.progress import make_progress
 
     with make_progress() as progress:
-        report = run_study(Plan.load(plan), output, overrides or [], progress)
+        report = run_study(Plan.load(plan), output, overrides or [], only or [], progress)
     print(report.read_text(encoding="utf-8"))
 
 
