@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from calm.cli.main import app
+from calm.cli.serve import _read_keys
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,27 @@ def test_a_server_that_is_told_to_end_answers_what_it_was_asked(process):
     assert process.stderr.read() == ""
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{address}/health")
+
+
+def test_a_second_ctrl_c_ends_the_server_at_once(process):
+    body = {"prompt": "a", "max_tokens": 700, "n": 100, "seed": 0, "stream": True}  # two run, the others wait
+    address = address_of(process)
+    with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as answer:
+        next(answer.iter_lines())
+        process.send_signal(signal.SIGINT)
+        assert "sequence(s) to finish first; Ctrl-C again ends" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 128 + signal.SIGINT
+    assert process.stderr.read() == ""
+
+
+def test_comments_in_a_file_of_keys_are_no_keys(tmp_path):
+    path = tmp_path / "keys.txt"
+    path.write_text("# of the team\nsecret\n\n")
+    assert _read_keys(path) == ["secret"]
+    path.write_text("# nothing else\n")
+    with pytest.raises(ValueError, match=r"holds no API key: write one per line"):
+        _read_keys(path)
 
 
 @pytest.mark.parametrize(

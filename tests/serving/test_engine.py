@@ -130,12 +130,22 @@ def test_what_cannot_be_done_is_refused_before_it_waits(calm, tokenizer, engine_
     engine = engine_of(calm, context=30, max_queue=2)
     with pytest.raises(ValueError, match=r"prompt \(2 tokens\) and max_tokens \(50\) exceed the context of 30 tokens"):
         engine.check(Collected([1, 2], 50, Sampling(), 0).job)
+    # What is offered can be had, and no token more.
+    for prompt in ([1, 2], [1, 2, 3], [1] * 29):
+        with pytest.raises(ValueError, match="ask for at most") as refused:
+            engine.check(Collected(prompt, 50, Sampling(), 0).job)
+        room = int(str(refused.value).rsplit(" ", 2)[-2])
+        engine.check(Collected(prompt, room, Sampling(), 0).job)
+        with pytest.raises(ValueError, match=f"at most {room} tokens"):
+            engine.check(Collected(prompt, room + 1, Sampling(), 0).job)
+    with pytest.raises(ValueError, match=r"context of 30 tokens: shorten the prompt\.$"):
+        engine.check(Collected([1] * 40, 1, Sampling(), 0).job)
     with pytest.raises(ValueError, match="token ids outside 0 to 299"):
         engine.check(Collected([300], 5, Sampling(), 0).job)
     with pytest.raises(ValueError, match=r"temperature must lie in \(0, 1\]"):
         engine.check(Collected([], 5, Sampling(0.0), 0).job)
     with pytest.raises(QueueFullError):
-        engine.submit([Collected([], 5, Sampling(), 0).job for _ in range(3)])
+        engine.submit([Collected([], 5, Sampling(), 0).job for _ in range(4 + 2 + 1)])
     engine.stop()
     with pytest.raises(QueueFullError, match="shutting down"):
         engine.submit([Collected([], 5, Sampling(), 0).job])

@@ -45,7 +45,9 @@ def server(calm, baseline, tokenizer):
 
 def test_text_appears_in_chunks_beside_the_baselines(page, server):
     page.goto(server[0])
-    expect(page.locator("#about")).to_have_text("calm: 3 tokens per step, context of 399 tokens")
+    expect(page.locator("#about")).to_have_text(
+        "calm: 3 tokens per step, context of 399 tokens; baseline: 1 token per step, context of 256 tokens"
+    )
     expect(page.locator("#chat-row")).to_be_hidden()
     page.get_by_label("Prompt").fill("the <b>quick</b>")
     page.get_by_role("slider", name="Temperature").fill("0.5")
@@ -117,7 +119,7 @@ def test_a_key_is_asked_for_where_one_is_needed(browser, calm, tokenizer):
         services[0].engine.stepper.end_ids = set()
         page = browser.new_page()
         page.goto(address)
-        expect(page.get_by_role("alert")).to_contain_text("a valid API key is needed")
+        expect(page.get_by_role("alert")).to_contain_text("This server wants an API key")
         page.get_by_label("API key").fill("secret")
         page.get_by_role("button", name="Generate").click()
         expect(page.locator("section .chunk").first).to_be_attached()

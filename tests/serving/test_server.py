@@ -76,7 +76,7 @@ def test_the_client_of_openai_chats_where_there_is_a_template(client, calm, toke
     parts = [{"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "quick"}]}]
     chunks = client.chat.completions.create(model="chat", messages=parts, max_tokens=20, seed=2, stream=True)
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == expected
-    with pytest.raises(openai.BadRequestError, match="1 prompts with 100 texts each were asked for; 1 to 64"):
+    with pytest.raises(openai.BadRequestError, match="1 prompts with 100 texts each were asked for; 1 to 68"):
         client.chat.completions.create(model="chat", messages=messages, n=100)
     with pytest.raises(openai.BadRequestError, match="calm has no chat template"):
         client.chat.completions.create(model="calm", messages=messages)
@@ -95,7 +95,7 @@ def test_a_baseline_is_served_beside_it(client):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"top_p": 0.9}, "top_p is not supported: a continuous model gives samples"),
+        ({"top_p": 0.9}, "top_p is not supported: this server gives samples"),
         ({"logprobs": 3}, "logprobs is not supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias is not supported"),
         ({"temperature": 0}, r"temperature must lie in \(0, 1\], got 0.0: draws of the model can be sharpened"),

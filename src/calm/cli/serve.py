@@ -10,14 +10,16 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on; one that others reach needs a key")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="a key per line; requests must bring one as a bearer token")
+        Path | None, typer.Option(help="a key per line, # for comments; requests must bring one as a bearer token")
     ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="listen on other addresses without a key: everyone there may generate")
     ] = False,
     max_batch: Annotated[int, typer.Option(help="sequences that run at a time, each in a slot of the cache")] = 16,
     max_queue: Annotated[int, typer.Option(help="sequences that may wait; beyond it requests get 503")] = 256,
-    context: Annotated[int, typer.Option(help="tokens of prompt and continuation, at most; sizes the cache")] = 4096,
+    context: Annotated[
+        int, typer.Option(help="tokens of prompt and continuation; no more than the model has positions")
+    ] = 4096,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer, where the model has none beside it")] = None,
     name: Annotated[str | None, typer.Option(help="name of the model in requests; default its directory's")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
@@ -41,7 +43,8 @@ def serve(
 def _read_keys(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"no file of API keys at {path}.")
-    keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise ValueError(f"{path} holds no API key: write one per line.")
     return keys

@@ -124,10 +124,13 @@ class Engine:
         if job.prompt_ids and not 0 <= min(job.prompt_ids) <= max(job.prompt_ids) < self.stepper.vocab_size:
             raise ValueError(f"prompt holds token ids outside 0 to {self.stepper.vocab_size - 1}.")
         if self.stepper.num_positions(len(job.prompt_ids), job.max_tokens) > self.cache.num_positions:
-            room = max(0, self.context - len(job.prompt_ids))
+            patch_size = self.stepper.patch_size
+            taken = self.stepper.num_positions(len(job.prompt_ids), patch_size) - 1  # by the prompt alone
+            room = (self.cache.num_positions - taken) * patch_size
+            remedy = f"shorten the prompt, or ask for at most {room} tokens" if room > 0 else "shorten the prompt"
             raise ValueError(
                 f"the prompt ({len(job.prompt_ids)} tokens) and max_tokens ({job.max_tokens}) exceed the context of "
-                f"{self.context} tokens: shorten the prompt, or ask for at most {room} tokens."
+                f"{self.context} tokens: {remedy}."
             )
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -135,7 +138,8 @@ class Engine:
         with self._changed:
             if self._stopping:
                 raise QueueFullError("the server is shutting down")
-            if len(self._waiting) + len(jobs) > self.max_queue:
+            # Those that will find a free slot at once do not wait.
+            if len(self._waiting) + len(self._running) + len(jobs) > self.max_queue + self.max_batch:
                 raise QueueFullError(f"{len(self._waiting)} sequences are waiting already")
             self._waiting.extend(jobs)
             self._changed.notify()

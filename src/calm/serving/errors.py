@@ -28,6 +28,8 @@ def add_error_handlers(app: FastAPI) -> None:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body" and not str(part).startswith("function-"))
         message = first["msg"].removeprefix("Value error, ")
+        if place.startswith("prompt."):  # one of the kinds it might have been
+            place, message = "prompt", "a text, token ids (0 and above), or a list of either is needed"
         if first["type"] == "extra_forbidden":
             message = "this parameter is not known"
         if first["type"] == "json_invalid":

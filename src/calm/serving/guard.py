@@ -44,7 +44,7 @@ class Guard:
         if self.hosts is not None and _host(headers.get(b"host", b"")) not in self.hosts:
             await refuse(send, 421, "this server answers to " + ", ".join(self.hosts), "wrong_host")
         elif not self._knows(headers.get(b"authorization", b"")) and scope["path"] not in _OPEN:
-            await refuse(send, 401, "a valid API key is needed: Authorization: Bearer KEY", "invalid_api_key")
+            await refuse(send, 401, "a valid API key is needed, as a bearer token", "invalid_api_key")
         else:
             body = await self._read(receive)
             if body is None:

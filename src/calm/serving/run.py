@@ -62,20 +62,29 @@ def run_server(
         kind = f"CALM, {services[-1].patch_size} tokens a step" if services[-1].is_calm else "token model"
         print(f"{name}: {kind}; {services[-1].memory()}")
     # A name that leads here from another site would let that site's pages in.
-    hosts = (*LOOPBACK, host.lower()) if local else None
+    hosts = tuple(dict.fromkeys((*LOOPBACK, host.lower()))) if local else None
     app = create_app(services, metrics, api_keys, hosts)
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listener.getsockname()[1]}  (Ctrl-C ends it when all requests are answered)", flush=True)
     logging.basicConfig(level=logging.WARNING)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=30)
-    _Server(config).run(sockets=[listener])
+    _Server(config, services).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
     """Ends in its own time and without an error when it is told to; a second Ctrl-C ends it at once."""
 
+    def __init__(self, config: uvicorn.Config, services: Sequence[Service]):
+        super().__init__(config)
+        self.engines = [service.engine for service in services]
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit and sig == signal.SIGINT
+        if self.should_exit and sig == signal.SIGINT:
+            # Nothing is half-written that would have to be put in order, and a step may take long.
+            os._exit(128 + sig)
+        unanswered = sum(engine.num_running + engine.num_waiting for engine in self.engines)
+        if unanswered and not self.should_exit:
+            print(f"{unanswered} sequence(s) to finish first; Ctrl-C again ends the server at once", flush=True)
         self.should_exit = True
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-_SAMPLES = "a continuous model gives samples of text, not probabilities of tokens"
+_SAMPLES = "this server gives samples of text, not probabilities of tokens"
 _SAFER = f"{_SAMPLES}; a lower temperature makes text safer"
 # Parameters without a meaning here: values that ask for nothing, and why others are refused.
 _REFUSED: dict[str, tuple[tuple, str]] = {
@@ -15,7 +15,7 @@ _REFUSED: dict[str, tuple[tuple, str]] = {
     "presence_penalty": ((0,), _SAFER),
     "repetition_penalty": ((1,), _SAFER),
     "logit_bias": (({},), _SAMPLES),
-    "logprobs": ((False, 0), _SAMPLES),
+    "logprobs": ((False,), _SAMPLES),
     "top_logprobs": ((0,), _SAMPLES),
     "best_of": ((1,), f"{_SAMPLES}, so that none is known to be the best; ask for n"),
     "echo": ((False,), "the prompt is not repeated"),
@@ -46,10 +46,12 @@ class StreamOptions(BaseModel):
 class SamplingRequest(BaseModel):
     """What completions and chats have in common."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
     model: Text | None = None
-    temperature: float | None = Field(None, description="in (0, 1]; default: what the model's files say")
+    temperature: float | None = Field(
+        None, description="in (0, 1], of a token model in (0, 2]; default: what the model's files say"
+    )
     seed: int | None = Field(None, ge=0, lt=2**63, description="the same seed gives the same text; default: a new one")
     n: int = Field(1, ge=1, le=128, description="texts of every prompt")
     stop: Text | list[Text] | None = Field(None, description="texts that end the answer, at most 16; left out of it")

@@ -81,16 +81,17 @@ class Service:
         return Sampling(temperature, sampler, candidates)
 
     def encode_prompts(self, request: CompletionRequest) -> list[list[int]]:
-        """Token ids of all prompts; ValueError where there are none, or more texts than can wait."""
+        """Token ids of all prompts; ValueError where there are none, or more texts than can run and wait."""
         prompts = request.prompts
         self._check_count(len(prompts), request.n)
         return [prompt if isinstance(prompt, list) else self._encode(prompt) for prompt in prompts]
 
     def _check_count(self, num_prompts: int, num_texts: int) -> None:
-        if not 0 < num_prompts * num_texts <= self.engine.max_queue:
+        most = self.engine.max_batch + self.engine.max_queue
+        if not 0 < num_prompts * num_texts <= most:
             raise ValueError(
-                f"{num_prompts} prompts with {num_texts} texts each were asked for; 1 to {self.engine.max_queue} "
-                "texts are possible at once"
+                f"{num_prompts} prompts with {num_texts} texts each were asked for; 1 to {most} texts are possible at "
+                "once"
             )
 
     def _encode(self, text: str) -> list[int]:

@@ -96,7 +96,10 @@ class TokenStepper(Stepper):
 
     def check(self, sampling: Sampling) -> None:
         if not 0 < sampling.temperature <= 2:
-            raise ValueError(f"temperature must lie in (0, 2] for a token model, got {sampling.temperature}.")
+            raise ValueError(
+                f"temperature must lie in (0, 2] for a token model, got {sampling.temperature}; close to 0 it takes "
+                "the likeliest token."
+            )
 
     def prefill(self, ids: list[int]) -> tuple[Tensor, Cache, int]:
         prompt = torch.tensor([ids or [min(self.end_ids, default=0)]], device=self.device)

@@ -12,7 +12,11 @@ function headers() {
 async function ask(path, options = {}) {
   const response = await fetch(path, { headers: headers(), ...options });
   if (response.ok) return response;
-  if (response.status === 401) element("key-row").hidden = false;
+  if (response.status === 401) {
+    element("key-row").hidden = false;
+    element("key").focus();
+    throw new Error("This server wants an API key: enter yours above.");
+  }
   const body = await response.json().catch(() => null);
   throw new Error(body?.error?.message ?? `the server answered with status ${response.status}`);
 }
@@ -21,7 +25,8 @@ async function loadModels() {
   models = (await (await ask("v1/models")).json()).data;
   const first = models[0];
   element("about").textContent =
-    `${first.id}: ${first.patch_size} tokens per step, context of ${first.context.toLocaleString()} tokens`;
+    models.map((model) => `${model.id}: ${model.patch_size} token${model.patch_size === 1 ? "" : "s"} per step, ` +
+      `context of ${model.context.toLocaleString()} tokens`).join("; ");
   element("temperature").value = first.temperature;
   element("length").max = Math.min(...models.map((model) => model.context));
   element("chat-row").hidden = !models.every((model) => model.chat);
