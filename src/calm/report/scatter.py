@@ -27,9 +27,10 @@ def plot_panels(panels: list[Panel], path: Path) -> None:
         for name, points in panel.lines.items():
             axis.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", linewidth=1, label=name)
             for x, y, label in points:
-                axis.annotate(label, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+                axis.annotate(label, (x, y), textcoords="offset points", xytext=(4, -9), fontsize=7)
         if panel.log_x:
             axis.set_xscale("log")
+            axis.tick_params(axis="x", which="minor", labelsize=6)
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(panel.x)
         axis.set_ylabel(panel.y)
