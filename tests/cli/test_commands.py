@@ -94,7 +94,7 @@ def test_generate_continues_a_file_of_prompts_and_resumes(quickstart, monkeypatc
     assert texts[2]["settings"]["seed"] == 7
     for text in texts:
         assert 0 < text["tokens"] <= 9
-        assert 8 <= text["draws_per_chunk"] <= 30
+        assert 2 <= text["draws_per_chunk"] <= 30  # two must agree
         assert text["tokens_per_second"] > 0
     # Killed while the second line was written, and started again: the same texts, whatever the batches.
     draft = tmp_path / ".again.jsonl.partial"
