@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         model, baseline = arguments.model, arguments.baseline
         if model is None or baseline is None:
-            drafts = random_models(Path(name))
+            drafts = random_models(Path(name), ends=arguments.check)
             model, baseline = model or drafts[0], baseline or drafts[1]
         result = check(model) if arguments.check else load(model, baseline, arguments)
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
@@ -67,15 +67,13 @@ def main() -> None:
     print(f"written: {arguments.output}")
 
 
-def random_models(folder: Path) -> tuple[str, str]:
-    """A CALM and a token model of one backbone that never end a text, with a tokenizer."""
+def random_models(folder: Path, ends: bool) -> tuple[str, str]:
+    """A CALM and a token model of one backbone, with a tokenizer; where speed is measured, texts never end early."""
     tokenizer = train_tokenizer((text for _, text in stdlib_documents()), BACKBONE["vocab_size"])
     torch.manual_seed(0)
-    autoencoder = CalmAutoencoder(
-        CalmAutoencoderConfig(
-            vocab_size=8192, hidden_size=256, intermediate_size=640, latent_size=64, eos_token_id=None, pad_token_id=0
-        )
-    )
+    sizes = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 640, "latent_size": 64}
+    end = tokenizer.eos_token_id if ends else None
+    autoencoder = CalmAutoencoder(CalmAutoencoderConfig(**sizes, eos_token_id=end, pad_token_id=0))
     calm = CalmForCausalLM.from_autoencoder(autoencoder, BACKBONE)
     for parameter in calm.head.parameters():
         if parameter.abs().sum() == 0:  # a new head gives one and the same latent
