@@ -167,8 +167,10 @@ def _encode(
 
 
 def _until_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    """Without the end of text and what follows it, and without the padding behind a text that ended otherwise."""
+    stop = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
+    while stop and tokens[stop - 1] == tokenizer.pad_token_id:
+        stop -= 1
     return tokens[:stop]
 
 
