@@ -42,7 +42,8 @@ from calm.evaluation.compute import compute, distillation_flops_per_token
 from calm.evaluation.fluency import evaluate_fluency, fluency_of_text
 from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.files import write_whole
-from calm.models.loading import load_autoencoder, load_language_model, load_model
+from calm.models.loading import load_language_model, load_model
+from calm.models.outline import outline
 from calm.report.study import PLAN, SCORE, write_report
 from calm.training.arguments import trained_tokens
 from calm.training.recipe import Recipe, check_keys
@@ -216,7 +217,7 @@ def score_run(path: Path, evaluation: Evaluation) -> dict[str, Any]:
     assert tokens is not None
     flops = cost.training_flops_per_token
     if recipe.distillation is not None:
-        teacher = load_language_model(recipe.distillation.teacher)
+        teacher = outline(recipe.distillation.teacher)
         flops += distillation_flops_per_token(teacher, model, recipe.distillation.num_continuations, block_size)
     score = {
         "stage": recipe.stage,
@@ -232,7 +233,7 @@ def score_run(path: Path, evaluation: Evaluation) -> dict[str, Any]:
         model, blocks, evaluation.stride, evaluation.num_blocks, evaluation.num_samples, seed=evaluation.seed
     ).to_dict()
     if recipe.stage == "calm":
-        rebuilt = evaluate_reconstruction(load_autoencoder(path), blocks, evaluation.num_blocks)
+        rebuilt = evaluate_reconstruction(model.autoencoder, blocks, evaluation.num_blocks)
         score["token_accuracy_sample"] = rebuilt.token_accuracy_sample
     return score
 

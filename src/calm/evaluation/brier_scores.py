@@ -22,6 +22,7 @@ from torch import Tensor
 
 from calm.evaluation.branches import Branches
 from calm.functional.brier import prefix_equal
+from calm.functional.noise import categorical
 
 NGRAM = 4
 _NODES = 256  # branches of a block at once: bounds the attention mask
@@ -221,10 +222,7 @@ def _look(
         law = (logits if temperature == 1 else logits / temperature).softmax(-1)
         drawn = torch.empty((len(tile), 0), dtype=torch.long, device=tile.device)
         if num_draws:
-            # By the inverse of the distribution function: one random number for a draw, not one for a token.
-            cumulative = law.cumsum(-1)
-            luck = torch.rand((len(tile), num_draws), generator=generator, device=tile.device)
-            drawn = torch.searchsorted(cumulative, luck * cumulative[:, -1:], right=True).clamp(max=law.shape[1] - 1)
+            drawn = categorical(law, num_draws, generator)
         found.append(
             (torch.linalg.vecdot(law, law), law.gather(-1, token[:, None])[:, 0], drawn, law.gather(-1, drawn))
         )

@@ -34,6 +34,17 @@ def normal(
     return _draw(torch.randn, shape, generator, device, dtype, row_dim)
 
 
+def categorical(law: Tensor, num_draws: int, generator: Generator = None, row_dim: int = -2) -> Tensor:
+    """Independent draws of a distribution over V values, ``[..., V] -> [..., num_draws]``.
+
+    By the inverse of the distribution function: one random number for a draw, not one for a value.
+    """
+    cumulative = law.cumsum(-1)
+    luck = uniform((*law.shape[:-1], num_draws), generator, law.device, row_dim=row_dim)
+    drawn = torch.searchsorted(cumulative, luck * cumulative[..., -1:], right=True)
+    return drawn.clamp(max=law.shape[-1] - 1)
+
+
 def of_rows(generator: Generator, rows: Tensor) -> Generator:
     """The generators of some rows; one generator serves all of them."""
     return [generator[row] for row in rows.tolist()] if isinstance(generator, Sequence) else generator

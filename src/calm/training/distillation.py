@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calm.evaluation.branches import Branches
-from calm.functional.noise import Generator, uniform
+from calm.functional.noise import Generator, categorical
 
 _NODES = 256  # branches of a block at once: bounds the attention mask
 
@@ -49,8 +49,5 @@ def draw_continuations(
 
 def _draw(teacher: Any, hidden: Tensor, num_draws: int, generator: Generator) -> Tensor:
     """Draws of the next token: ``[B, n, D] -> [B, n, num_draws]``."""
-    cumulative = teacher.get_output_embeddings()(hidden).float().softmax(-1).cumsum(-1)
-    luck = uniform((*hidden.shape[:2], num_draws), generator, hidden.device, row_dim=0)
-    # By the inverse of the distribution function: one random number for a draw, not one for a token.
-    drawn = torch.searchsorted(cumulative, luck * cumulative[..., -1:], right=True)
-    return drawn.clamp(max=cumulative.shape[-1] - 1)
+    law = teacher.get_output_embeddings()(hidden).float().softmax(-1)
+    return categorical(law, num_draws, generator, row_dim=0)
