@@ -74,24 +74,8 @@ def complete(
     """
     ids, mask = _encode(tokenizer, prompts, model)
     started = time.perf_counter()
-    model_: Any = model
-    if isinstance(model, CalmForCausalLM):
-        generators = [
-            torch.Generator(model.device).manual_seed(settings.seed + first + row) for row in range(len(prompts))
-        ]
-        out = model_.generate(
-            ids, mask, generator=generators, streamer=streamer, tokenizer=tokenizer, return_dict_in_generate=True,
-            **settings.of_calm(),
-        )  # fmt: skip
-        sequences = out.sequences
-    else:
-        torch.manual_seed(settings.seed + first)  # transformers' generate takes no generator
-        sequences = model_.generate(
-            ids, attention_mask=mask, streamer=streamer, tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id,
-            **settings.of_token_model(),
-        )  # fmt: skip
+    new, out = continue_tokens(model, tokenizer, ids, mask, settings, streamer, first)
     seconds = time.perf_counter() - started
-    new = [_until_end(row, tokenizer) for row in sequences[:, ids.shape[1] :].tolist()]
     results = [
         {
             "text": tokenizer.decode(tokens, skip_special_tokens=True),
@@ -106,6 +90,37 @@ def complete(
             result["draws_per_chunk"] = round(int(drawn.sum()) / chunks, 2)
             result["products_per_token"] = round(int(decoded.sum()) / (chunks * model.config.patch_size), 2)
     return results
+
+
+def continue_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    settings: SamplingSettings,
+    streamer: BaseStreamer | None = None,
+    first: int = 0,
+) -> tuple[list[list[int]], Any]:
+    """As :func:`complete`, of token ids ``[prompts, T]``: the new tokens of every prompt up to their end, and all that
+    ``generate`` returned.
+    """
+    model_: Any = model
+    if isinstance(model, CalmForCausalLM):
+        generators = [torch.Generator(model.device).manual_seed(settings.seed + first + row) for row in range(len(ids))]
+        out = model_.generate(
+            ids, mask, generator=generators, streamer=streamer, tokenizer=tokenizer, return_dict_in_generate=True,
+            **settings.of_calm(),
+        )  # fmt: skip
+        sequences = out.sequences
+    else:
+        # transformers' generate takes no generator
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(settings.seed + first)
+            out = sequences = model_.generate(
+                ids, attention_mask=mask, streamer=streamer, tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id,
+                **settings.of_token_model(),
+            )  # fmt: skip
+    return [_until_end(row, tokenizer) for row in sequences[:, ids.shape[1] :].tolist()], out
 
 
 def complete_file(

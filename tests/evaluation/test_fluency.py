@@ -38,7 +38,7 @@ def judge():
 def test_figures_are_those_counted_by_hand(data, judge, monkeypatch):
     blocks, tokenizer = data
     texts = [[5, 6, 5, 6, 5, 6, 5], [7, 8, 9]]
-    monkeypatch.setattr(fluency, "_continue", lambda *_: texts)
+    monkeypatch.setattr(fluency, "continue_tokens", lambda *_, **__: (texts, None))
     result = evaluate_fluency(judge, judge, tokenizer, blocks, num_texts=2, prompt_tokens=4, new_tokens=7)
     # 4-grams of the first text: 5656 6565 5656 6565, of which two stand there before.
     assert result.repetition == 0.5

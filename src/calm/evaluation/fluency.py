@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from calm.completions import SamplingSettings, continue_tokens
 from calm.data.blocks import TokenBlocks
-from calm.models.modeling_calm import CalmForCausalLM
 
 _AT_ONCE = 16
 _REPEATED = 4  # tokens of an n-gram that counts as said again
@@ -63,7 +63,8 @@ def evaluate_fluency(
     started = time.perf_counter()
     for first in range(0, len(prompts), _AT_ONCE):
         batch = prompts[first : first + _AT_ONCE].to(model.device)
-        texts += _continue(model, batch, new_tokens, temperature, seed + first)
+        settings = SamplingSettings(new_tokens, temperature, seed=seed)
+        texts += continue_tokens(model, tokenizer, batch, torch.ones_like(batch), settings, first=first)[0]
     rate = sum(map(len, texts)) / (time.perf_counter() - started)
     return _judged(judge, tokenizer, prompts, texts, rate, temperature)
 
@@ -86,31 +87,6 @@ def _beginnings(blocks: TokenBlocks, num_blocks: int, length: int) -> Tensor:
     if length > blocks.block_size:
         raise ValueError(f"prompts and texts of {length} tokens do not fit into blocks of {blocks.block_size}.")
     return torch.cat([batch[:, :length] for batch in blocks.batches(num_blocks, _AT_ONCE)])
-
-
-def _continue(model: Any, prompts: Tensor, new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
-    if isinstance(model, CalmForCausalLM):
-        generators = [torch.Generator(model.device).manual_seed(seed + row) for row in range(len(prompts))]
-        out = model.generate(prompts, max_new_tokens=new_tokens, temperature=temperature, generator=generators)
-    else:
-        with torch.random.fork_rng():  # transformers' generate takes no generator
-            torch.manual_seed(seed)
-            out = model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                max_new_tokens=new_tokens,
-                do_sample=True,
-                temperature=temperature,
-                top_k=0,
-                pad_token_id=model.config.pad_token_id,
-            )
-    ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends])}
-    return [_until(row, ends) for row in out[:, prompts.shape[1] :].tolist()]
-
-
-def _until(tokens: list[int], ends: set[int | None]) -> list[int]:
-    return next((tokens[:place] for place, token in enumerate(tokens) if token in ends), tokens)
 
 
 def _judged(
