@@ -40,6 +40,7 @@ from calm.data.tokenizer import load_tokenizer
 from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.compute import compute, distillation_flops_per_token
 from calm.evaluation.fluency import evaluate_fluency, fluency_of_text
+from calm.evaluation.read_out import read_out_brier
 from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.files import write_whole
 from calm.models.loading import load_language_model, load_model
@@ -203,7 +204,8 @@ def _make(name: str, plan: Plan, recipe: Recipe, run: Path, progress: Progress |
 def score_run(path: Path, evaluation: Evaluation) -> dict[str, Any]:
     """What a trained model of a recipe cost and how good it is.
 
-    An autoencoder: how much text comes back. A language model: BrierLM, and the same of its autoencoder.
+    An autoencoder: how much text comes back. A language model: BrierLM, the same of its autoencoder, and what the
+    read-outs of token prediction know.
     """
     recipe, steps = read_run(path)
     assert recipe is not None
@@ -235,6 +237,8 @@ def score_run(path: Path, evaluation: Evaluation) -> dict[str, Any]:
     if recipe.stage == "calm":
         rebuilt = evaluate_reconstruction(model.autoencoder, blocks, evaluation.num_blocks)
         score["token_accuracy_sample"] = rebuilt.token_accuracy_sample
+        if model.config.token_prediction_weight:
+            score["read_out_brier"] = read_out_brier(model, blocks, evaluation.stride, evaluation.num_blocks)
     return score
 
 

@@ -26,6 +26,7 @@ PLAN = {
             "recipe": "calm.yaml",
             "set": {
                 "model.autoencoder": "@autoencoder",
+                "model.token_prediction_weight": 1.0,
                 "distillation.teacher": "@teacher",
                 "distillation.num_continuations": 2,
             },
@@ -61,6 +62,10 @@ def test_every_model_is_trained_and_scored_once_and_reported(family, tmp_path, m
     distilled = scores["distilled"]
     assert distilled["total_flops"] == distilled["training_flops"] + way + scores["teacher"]["training_flops"]
     assert distilled["training_flops"] > scores["plain"]["training_flops"]
+    # What the read-outs of token prediction know, where there are any.
+    assert len(scores["distilled"]["read_out_brier"]) == 3
+    assert "read_out_brier" not in scores["plain"]
+    assert f" {scores['distilled']['read_out_brier'][0]:.2f} | " in text
     for part in ("| CALM | ", "| token model | ", "Who wins.", "![Frontier](plot_1.png)", "| the documents |", "▸"):
         assert part in text
     assert (run / "plot_1.png").read_bytes().startswith(b"\x89PNG")

@@ -19,6 +19,10 @@ class TokenPredictor(nn.Module):
         self.patch_size = patch_size
         self.proj = nn.Linear(hidden_size, patch_size * hidden_size, bias=False)
 
+    def states(self, hidden: Tensor) -> Tensor:
+        """States of the next patch's tokens, ready for the output layer: ``[..., D] -> [..., K, D]``."""
+        return self.proj(hidden).unflatten(-1, (self.patch_size, -1))
+
     def loss(self, hidden: Tensor, token_ids: Tensor, is_target: Tensor, embeddings: Tensor) -> Tensor:
         """Mean cross-entropy per token in nats, scalar; 0 where nothing is a target.
 
@@ -31,5 +35,5 @@ class TokenPredictor(nn.Module):
         any_target = is_target.any()
         # Without a target all count, times zero: a mean over nothing would be no number.
         labels = token_ids.clamp(min=0).masked_fill((any_target & ~is_target)[..., None], -100)
-        states = self.proj(hidden).unflatten(-1, (self.patch_size, -1))
-        return linear_cross_entropy(states.flatten(0, -2), embeddings, labels.flatten()) * any_target
+        states = self.states(hidden).flatten(0, -2)
+        return linear_cross_entropy(states, embeddings, labels.flatten()) * any_target

@@ -53,7 +53,8 @@ def _protocol(scores: dict[str, dict]) -> str:
         f"Language models are scored on {first['num_positions']:,} n-grams in {first['num_blocks']:,} held-out blocks "
         f"of {first['block_size']} tokens, one every {first['stride']} tokens, with {first['num_samples']} draws; ± is "
         f"one standard error over blocks (text {first['data_sha256'][:12]}). FLOPs count the whole way to a model: its "
-        "autoencoder, its teacher, the token model its backbone was taken from."
+        "autoencoder, its teacher, the token model its backbone was taken from. Read-outs: Brier-1 of what the hidden "
+        "states say of the next token where token prediction trained them to, without the head."
     )
 
 
@@ -93,18 +94,23 @@ def _tables(scores: dict[str, dict], labels: dict[str, str]) -> list[str]:
     if language_models:
         lines += _table(
             ("model", "BrierLM", "Brier-1", "Brier-2", "Brier-3", "Brier-4", "accuracy-1", "collision-1",
-             "training FLOPs", "FLOPs per token", "parameters", "tokens"),
+             "read-outs", "training FLOPs", "FLOPs per token", "parameters", "tokens"),
             [
                 (
                     labels[name], f"{score['brier_lm']:.2f} ± {score['brier_lm_error']:.2f}",
                     *(f"{value:.2f}" for value in score["brier"]), f"{score['accuracy'][0]:.2f}",
-                    f"{score['collision'][0]:.2f}", f"{score['total_flops']:.2g}",
+                    f"{score['collision'][0]:.2f}", _read_out(score), f"{score['total_flops']:.2g}",
                     f"{score['inference_flops_per_token']:.2g}", f"{score['parameters']:,}", f"{score['tokens']:,}",
                 )
                 for name, score in language_models.items()
             ],
         )  # fmt: skip
     return lines
+
+
+def _read_out(score: dict[str, Any]) -> str:
+    """Brier-1 of the read-outs that token prediction trains, where there are any."""
+    return f"{score['read_out_brier'][0]:.2f}" if "read_out_brier" in score else ""
 
 
 def _fluency(run: Path, labels: dict[str, str]) -> list[str]:
