@@ -9,7 +9,7 @@ import tiny
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from calm.evaluation import brier_scores
+from calm.evaluation import branches
 from calm.evaluation.brier_lm import _drawer, evaluate_brier
 from calm.evaluation.brier_scores import NGRAM, score_calm, score_token_model
 from calm.evaluation.count_models import _transition_table, evaluate_counts
@@ -220,13 +220,13 @@ def test_positions_scored_a_few_at_a_time_score_the_same(patch_size, monkeypatch
 
     whole = score_calm(model, ids, starts, 4, draw)
     assert (whole[1] == 1).all()
-    monkeypatch.setattr(brier_scores, "_NODES", 2)
+    monkeypatch.setattr(branches, "_NODES", 2)
     for one, other in zip(whole, score_calm(model, ids, starts, 4, draw), strict=True):
         torch.testing.assert_close(one, other)
     token, ids = token_model(), ids % 5
-    monkeypatch.setattr(brier_scores, "_NODES", 512)
+    monkeypatch.setattr(branches, "_NODES", 512)
     hit, collision = score_token_model(token, ids, starts, 1, seeded(0))
-    monkeypatch.setattr(brier_scores, "_NODES", 1)
+    monkeypatch.setattr(branches, "_NODES", 1)
     pieces = score_token_model(token, ids, starts, 1, seeded(0))
     torch.testing.assert_close(hit, pieces[0])
     torch.testing.assert_close(collision[..., 0], pieces[1][..., 0])

@@ -45,7 +45,7 @@ def test_what_a_block_gets_does_not_depend_on_the_blocks_beside_it_nor_on_how_th
 
     together = draw([0, 1, 2])
     assert torch.equal(together[:, 1:2], draw([1]))
-    monkeypatch.setattr("calm.training.distillation._NODES", 6)  # two patches at a time
+    monkeypatch.setattr("calm.evaluation.branches._NODES", 6)  # two patches at a time
     assert draw([0, 1, 2]).shape == together.shape
 
 

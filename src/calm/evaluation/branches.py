@@ -7,11 +7,14 @@ Shapes: B blocks, L positions of the trunk, n nodes added to each block at once,
 D hidden.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+
+_NODES = 256  # of a block at once: bounds the attention mask
 
 
 class Branches:
@@ -50,6 +53,15 @@ class Branches:
             use_cache=True,
         )
         return outputs.last_hidden_state, visible
+
+    def backwards(self, contexts: Tensor, nodes_each: int) -> Iterator[Tensor]:
+        """Contexts ``[P]`` that each grow so many nodes at once, in pieces from the end of the block to its beginning.
+
+        What no context of a piece or of those to come sees is cut off before it.
+        """
+        for some in reversed(contexts.split(max(1, _NODES // max(1, nodes_each)))):
+            self.cut(int(some[-1]) + 1)
+            yield some
 
     def cut(self, length: int) -> None:
         """Remove all nodes, and the trunk from a position on: the first ``length`` are left."""

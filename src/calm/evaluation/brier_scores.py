@@ -13,7 +13,7 @@ Shapes: B blocks, T tokens of a block, P scored positions, S draws, n = 4 tokens
 D hidden.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,6 @@ from calm.functional.brier import prefix_equal
 from calm.functional.noise import categorical
 
 NGRAM = 4
-_NODES = 256  # branches of a block at once: bounds the attention mask
 # Of a (positions x vocabulary) tensor: 4 MiB in float32, which caches hold, unless that is but a few positions.
 _TILE_ELEMENTS, _TILE_ROWS = 2**20, 128
 
@@ -46,11 +45,10 @@ def score_calm(model: Any, ids: Tensor, starts: Tensor, num_samples: int, draw: 
     check_finite(outputs.last_hidden_state)
     branches = Branches(model.backbone, outputs.past_key_values, ids.shape[1] // patch_size)
     trunk = outputs.last_hidden_state
-    scores = []
-    # From the end of the block to its beginning: what no branch sees any more is cut off.
-    for contexts in reversed((starts // patch_size - 1).split(max(1, 2 * _NODES // num_samples))):
-        branches.cut(int(contexts[-1]) + 1)
-        scores.append(_score_positions(model, ids, contexts, trunk, branches, num_samples, draw))
+    scores = [
+        _score_positions(model, ids, contexts, trunk, branches, num_samples, draw)
+        for contexts in branches.backwards(starts // patch_size - 1, num_samples // 2)  # groups of two or more draws
+    ]
     hits, collisions = zip(*reversed(scores), strict=True)
     return torch.cat(hits, dim=1), torch.cat(collisions, dim=1)
 
@@ -150,16 +148,11 @@ def score_token_model(
     hit = law.of_text[:, index].cumprod(-1)
     branches = Branches(model.base_model, outputs.past_key_values, ids.shape[1])
     collision = []
-    # From the end of the block to its beginning: what no branch sees any more is cut off.
-    for some, at in _backwards(starts - 1, index[:, 0], max(1, _NODES // num_paths)):
-        branches.cut(int(some[-1]) + 1)
+    for some in branches.backwards(starts - 1, num_paths):
+        at = torch.searchsorted(needed, some)
         first = (law.same_again[:, at], law.drawn[:, at], law.probability[:, at])
         collision.append(_path_collisions(model, some, *first, branches, generator, temperature))
     return hit, torch.cat(collision[::-1], dim=1)
-
-
-def _backwards(contexts: Tensor, index: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(reversed(contexts.split(size)), reversed(index.split(size)), strict=True)
 
 
 def _path_collisions(

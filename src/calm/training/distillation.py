@@ -15,8 +15,6 @@ from torch import Tensor
 from calm.evaluation.branches import Branches
 from calm.functional.noise import Generator, categorical
 
-_NODES = 256  # branches of a block at once: bounds the attention mask
-
 
 @torch.no_grad()
 def draw_continuations(
@@ -33,9 +31,7 @@ def draw_continuations(
     branches = Branches(teacher.base_model, outputs.past_key_values, ids.shape[1])
     contexts = torch.arange(patch_size - 1, ids.shape[1], patch_size, device=ids.device)  # last tokens of patches
     drawn = []
-    # From the end of the block to its beginning: what no branch sees any more is cut off.
-    for some in reversed(contexts.split(max(1, _NODES // num_continuations))):
-        branches.cut(int(some[-1]) + 1)
+    for some in branches.backwards(contexts, num_continuations):
         tokens = [_draw(teacher, outputs.last_hidden_state[:, some], num_continuations, generator).flatten(1)]
         where = some.repeat_interleave(num_continuations).expand(len(ids), -1)  # a node for each continuation
         visible = branches.behind(where)
