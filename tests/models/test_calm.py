@@ -127,6 +127,19 @@ def test_impossible_configurations_are_refused(changes, message):
         CalmConfig(**fields | changes)
 
 
+def test_a_whole_number_is_a_number():
+    autoencoder = tiny.autoencoder_config(latent_dropout=0, token_dropout=0, kl_weight=1, kl_clip=0)
+    head = {"type": "energy", "alpha": 1, "mean_pull_weight": 1}
+    CalmConfig(
+        autoencoder_config=autoencoder, backbone_config=tiny.backbone(), head_config=head, token_prediction_weight=3
+    )
+    CalmConfig(
+        autoencoder_config=autoencoder,
+        backbone_config=tiny.backbone(),
+        head_config={"type": "diffusion", "clip_latent": 4},
+    )
+
+
 def test_the_auxiliary_loss_is_the_cross_entropy_of_every_token_by_itself():
     model, ids = tiny.calm(2), tiny.tokens(2, 8)
     config = CalmConfig(**{**model.config.to_dict(), "token_prediction_weight": 0.5})

@@ -41,11 +41,11 @@ class CalmAutoencoderConfig(PreTrainedConfig):
     mlp_bias: bool = False
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
-    token_dropout: float = 0.15
+    token_dropout: float | int = 0.15
     token_dropout_id: int = 0
-    latent_dropout: float = 0.15
-    kl_weight: float = 1e-3
-    kl_clip: float = 0.5
+    latent_dropout: float | int = 0.15
+    kl_weight: float | int = 1e-3
+    kl_clip: float | int = 0.5
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

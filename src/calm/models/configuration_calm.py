@@ -33,7 +33,7 @@ class CalmConfig(PreTrainedConfig):
     autoencoder_config: Any = None
     head_config: Any = None
     document_separator_id: int | None = None
-    token_prediction_weight: float = 0.0
+    token_prediction_weight: float | int = 0.0
     initializer_range: float = 0.02
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -45,9 +45,9 @@ class EnergyHeadConfig(HeadConfig):
     noise_size: int = 64
     num_samples: int = 8
     num_target_samples: int = 100
-    alpha: float = 1.0
+    alpha: float | int = 1.0
     num_latent_groups: int = 1
-    mean_pull_weight: float = 0.0
+    mean_pull_weight: float | int = 0.0
     condition_residual: bool = False
     layer_norm_eps: float = 1e-6
 
@@ -84,7 +84,7 @@ class DiffusionHeadConfig(HeadConfig):
     num_train_timesteps: int = 1000
     num_sampling_steps: int = 100
     sampler: Literal["ancestral", "ddim"] = "ancestral"
-    clip_latent: float | None = None
+    clip_latent: float | int | None = None
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self, **kwargs):

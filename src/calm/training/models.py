@@ -174,7 +174,7 @@ def _head(recipe: Recipe) -> dict:
 
 
 def _auxiliary(recipe: Recipe) -> dict:
-    return {"token_prediction_weight": float(recipe.model.get("token_prediction_weight", 0.0))}
+    return {"token_prediction_weight": recipe.model.get("token_prediction_weight", 0.0)}
 
 
 def _token_ids(data: str) -> dict[str, int | None]:
