@@ -38,15 +38,14 @@ from rich.progress import Progress
 from calm.data.blocks import TokenBlocks
 from calm.data.tokenizer import load_tokenizer
 from calm.evaluation.brier_lm import evaluate_brier
-from calm.evaluation.compute import compute, distillation_flops_per_token
 from calm.evaluation.fluency import evaluate_fluency, fluency_of_text
 from calm.evaluation.read_out import read_out_brier
 from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.files import write_whole
 from calm.models.loading import load_language_model, load_model
-from calm.models.outline import outline
 from calm.report.study import PLAN, SCORE, write_report
-from calm.training.arguments import trained_tokens
+from calm.training.cost import recipe_cost
+from calm.training.models import outline_model
 from calm.training.recipe import Recipe, check_keys
 from calm.training.resume import read_run
 from calm.training.run import train
@@ -181,6 +180,26 @@ def run_study(
     return write_report(run)
 
 
+def study_cost(
+    plan: Plan, run: str | os.PathLike, overrides: Sequence[str] = (), only: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """What the models of a study cost, by name, counted from their shapes: nothing is trained, only data are needed.
+
+    Each has ``is_done`` and what :func:`~calm.training.cost.recipe_cost` says of it alone.
+    """
+    run = Path(run)
+    recipes = {name: plan.recipe(name, run, overrides) for name in plan.with_needs(only or list(plan.models))}
+    others = list(recipes.values())
+    costs = {}
+    for name, recipe in recipes.items():
+        steps = recipe.training.get("max_steps")
+        if steps is None:
+            raise ValueError(f"model {name}: what it costs is known for recipes with training.max_steps.")
+        is_done = (run / name / SCORE).exists()
+        costs[name] = {"is_done": is_done} | recipe_cost(recipe, outline_model(recipe, others), steps, others)
+    return costs
+
+
 def _lock(run: Path, name: str) -> FileLock:
     return FileLock(run / f".{name}.lock")
 
@@ -215,20 +234,8 @@ def score_run(path: Path, evaluation: Evaluation) -> dict[str, Any]:
     patch_size = getattr(model.config, "patch_size", None)
     block_size = recipe.data.block_size // evaluation.stride * evaluation.stride
     blocks = TokenBlocks(recipe.data.validation, block_size, evaluation.stride)
-    cost, tokens = compute(model, block_size // (patch_size or 1)), trained_tokens(recipe, steps)
-    assert tokens is not None
-    flops = cost.training_flops_per_token
-    if recipe.distillation is not None:
-        teacher = outline(recipe.distillation.teacher)
-        flops += distillation_flops_per_token(teacher, model, recipe.distillation.num_continuations, block_size)
-    score = {
-        "stage": recipe.stage,
-        "patch_size": patch_size,
-        "tokens": tokens,
-        "training_flops": flops * tokens,
-        "inference_flops_per_token": cost.inference_flops_per_token["total"],
-        "parameters": cost.parameters["language_model"] or cost.parameters["autoencoder"],
-    }
+    assert steps is not None
+    score = {"stage": recipe.stage, "patch_size": patch_size} | recipe_cost(recipe, model, steps)
     if recipe.stage == "autoencoder":
         return score | evaluate_reconstruction(model, blocks, evaluation.num_blocks).to_dict()
     score |= evaluate_brier(

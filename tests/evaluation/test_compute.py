@@ -18,8 +18,11 @@ from calm.training.recipe import Recipe
 PAPER = Path(str(resources.files("calm") / "recipes" / "paper"))
 
 
+RECIPES = [Recipe.load(path) for path in sorted(PAPER.glob("*.yaml"))]
+
+
 def model_of(name):
-    return outline_model(Recipe.load(PAPER / f"{name}.yaml"), PAPER)
+    return outline_model(Recipe.load(PAPER / f"{name}.yaml"), RECIPES)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,7 @@ def test_iterative_heads_cost_a_pass_per_step():
 def test_every_recipe_of_the_paper_describes_a_model(path):
     recipe = Recipe.load(path)
     assert recipe.output_dir == f"runs/paper/{path.stem}"
-    model = outline_model(recipe, PAPER)
+    model = outline_model(recipe, RECIPES)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert recipe.data.block_size // getattr(model.config, "patch_size", 1) <= 2048
 
@@ -150,7 +153,7 @@ def test_info_reads_models_in_either_layout(tmp_path, monkeypatch, capsys):
         (["nowhere.yaml"], "no recipe at nowhere.yaml"),
         ([str(PAPER / "calm_m.yaml"), "--temperature", "0"], "temperature must lie in (0, 1], got 0.0"),
         ([str(PAPER / "calm_m.yaml"), "--temperature", "0.1", "--candidates", "5"], "at least 1/temperature, got 5"),
-        ([str(PAPER / "calm_m.yaml"), "model.autoencoder=nowhere"], "no autoencoder in nowhere"),
+        ([str(PAPER / "calm_m.yaml"), "model.autoencoder=nowhere"], "no model in nowhere yet"),
         ([str(PAPER.parent / "quickstart" / "baseline.yaml")], "not prepared yet, and the recipe names no vocab_size"),
     ],
 )

@@ -12,7 +12,7 @@ from test_bandwidth import family  # noqa: F401
 from calm import study
 from calm.cli.main import main
 from calm.report.study import write_report
-from calm.study import Plan, run_study
+from calm.study import Plan, run_study, study_cost
 from calm.training.metrics import read_metrics
 
 PLAN = {
@@ -98,6 +98,26 @@ def test_the_commands_print_the_report(family, tmp_path, monkeypatch, capsys):  
             main()
         assert not stopped.value.code
         assert "| token model | " in capsys.readouterr().out
+
+
+def test_what_a_study_costs_is_known_before_it_is_trained(family, tmp_path, monkeypatch, capsys):  # noqa: F811
+    plan, run = Plan.load(write(family)), tmp_path / "run"
+    before = study_cost(plan, run)
+    assert not run.exists()
+    run_study(plan, run, only=["distilled"])
+    for name, cost in study_cost(plan, run).items():
+        assert cost == before[name] | {"is_done": name != "plain"}
+        if cost["is_done"]:
+            score = json.loads((run / name / "score.json").read_text())
+            assert {key: score[key] for key in cost.keys() - {"is_done"}} == {
+                key: value for key, value in cost.items() if key != "is_done"
+            }
+    command = ["calm", "study", str(family / "plan.yaml"), "-o", str(run), "--cost"]
+    for more, said in (([], "Still to train"), (["--tflops", "0"], "--tflops must be above 0, got 0")):
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        with pytest.raises(SystemExit):
+            main()
+        assert said in "".join(capsys.readouterr())
 
 
 def test_several_processes_share_the_work(family, tmp_path):  # noqa: F811

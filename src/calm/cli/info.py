@@ -38,7 +38,8 @@ def info(
     if source.endswith((".yaml", ".yml")):
         recipe = Recipe.load(source, overrides or [])
         steps = recipe.training.get("max_steps")
-        model = outline_model(recipe, Path(source).parent)
+        beside = (Recipe.load(path) for path in sorted(Path(source).parent.glob("*.yaml")))
+        model = outline_model(recipe, beside)
     elif overrides:
         raise ValueError(f"overrides are for recipes, {source} is a model.")
     else:

@@ -11,6 +11,10 @@ def study(
     only: Annotated[
         list[str] | None, typer.Option(help="a model of the plan, several times: these and what they need; default all")
     ] = None,
+    cost: Annotated[bool, typer.Option("--cost", help="print what the models cost instead of training them")] = False,
+    tflops: Annotated[
+        float, typer.Option(help="with --cost: operations per second, in 10^12, that the hardware does for you")
+    ] = 100.0,
 ) -> None:
     """Train and score the models of a plan, and compare them.
 
@@ -20,9 +24,18 @@ def study(
 
     Example: `calm study examples/study/cpu.yaml -o runs/study data.train=data/train data.validation=data/validation`
     """
-    from calm.study import Plan, run_study
+    from calm.study import Plan, run_study, study_cost
     from calm.training.progress import make_progress
 
+    if cost:
+        if not tflops > 0:
+            raise ValueError(f"--tflops must be above 0, got {tflops:g}.")
+        from rich.console import Console
+
+        from calm.report.tables import cost_table
+
+        Console().print(cost_table(study_cost(Plan.load(plan), output, overrides or [], only or []), tflops))
+        return
     with make_progress() as progress:
         report = run_study(Plan.load(plan), output, overrides or [], only or [], progress)
     print(report.read_text(encoding="utf-8"))

@@ -1,5 +1,7 @@
 """Results as tables for the terminal."""
 
+from datetime import timedelta
+
 from rich import box
 from rich.table import Table
 
@@ -57,6 +59,34 @@ def reconstruction_table(results: dict[str, dict]) -> Table:
     return table
 
 
+def cost_table(costs: dict[str, dict], tflops: float) -> Table:
+    """What the models of a study cost; ``costs`` as :func:`calm.study.study_cost` gives them.
+
+    Args:
+        tflops: 10^12 operations per second, for the time that training takes at least.
+    """
+    left = sum(cost["training_flops"] for cost in costs.values() if not cost["is_done"])
+    caption = (
+        f"FLOPs and time of training, FLOPs per generated token. Still to train: {_flops(left)} FLOPs, "
+        f"{_duration(left / (tflops * 1e12))} at {tflops:g} TFLOP/s"
+    )
+    table = Table(title="Cost of a study", caption=caption, box=box.SIMPLE_HEAD)
+    table.add_column("model", min_width=12, overflow="fold")
+    for heading in ("parameters", "tokens", "FLOPs", "time", "per token", "done"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, cost in costs.items():
+        table.add_row(
+            name,
+            _flops(cost["parameters"]),
+            _flops(cost["tokens"]),
+            _flops(cost["training_flops"]),
+            _duration(cost["training_flops"] / (tflops * 1e12)),
+            _flops(cost["inference_flops_per_token"]),
+            "yes" if cost["is_done"] else "",
+        )
+    return table
+
+
 def compute_tables(document: dict) -> list[Table]:
     """Parameters, and operations of a generated token, by part; ``document`` as `calm info --json` prints it."""
     parameters = Table(title="Parameters", box=box.SIMPLE_HEAD, caption=_training_line(document))
@@ -92,3 +122,7 @@ def _count(value: float) -> str:
 
 def _flops(value: float) -> str:
     return f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,5 +1,6 @@
 """The model of a recipe: built with weights for a run, or as an outline without."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -109,20 +110,17 @@ def _load_backbone(model: CalmForCausalLM, path: str) -> None:
     model.backbone.load_state_dict(given)
 
 
-def outline_model(recipe: Recipe, folder: Path) -> PreTrainedModel:
+def outline_model(recipe: Recipe, others: Iterable[Recipe] = ()) -> PreTrainedModel:
     """The recipe's model without weights; neither its data nor its autoencoder need exist yet.
 
-    Where the autoencoder of a language model is not trained yet, the recipe beside this one whose ``output_dir`` it is
-    says what it will be.
-
     Args:
-        folder: where the recipe lies.
+        others: recipes that will train what this one builds on.
 
     Raises ValueError when the vocabulary or the autoencoder stand nowhere.
     """
     tokens = _token_ids(recipe.data.train) if (Path(recipe.data.train) / MANIFEST).is_file() else {}
     if "pretrained" in recipe.model:
-        return outline(recipe.model["pretrained"])
+        return outline_at(recipe.model["pretrained"], others)
     vocab_size = recipe.model if recipe.stage == "autoencoder" else recipe.model["backbone"]
     if not tokens and "vocab_size" not in vocab_size:
         raise ValueError(
@@ -133,11 +131,11 @@ def outline_model(recipe: Recipe, folder: Path) -> PreTrainedModel:
         return outline(CalmAutoencoderConfig(**tokens | recipe.model))
     if recipe.stage == "baseline":
         return outline(_baseline_config(recipe, tokens))
-    autoencoder: Any = _planned_autoencoder(recipe, folder)
-    backbone = _backbone(recipe, autoencoder, tokens)
+    config: Any = outline_at(recipe.model["autoencoder"], others).config
+    autoencoder = config if isinstance(config, CalmAutoencoderConfig) else config.autoencoder_config
     return outline(
         CalmConfig(
-            backbone_config=backbone,
+            backbone_config=_backbone(recipe, autoencoder, tokens),
             head_config=_head(recipe),
             autoencoder_config=autoencoder,
             **_auxiliary(recipe),
@@ -145,17 +143,14 @@ def outline_model(recipe: Recipe, folder: Path) -> PreTrainedModel:
     )
 
 
-def _planned_autoencoder(recipe: Recipe, folder: Path) -> CalmAutoencoderConfig:
-    place = recipe.model["autoencoder"]
-    if Path(place).exists():
-        model = outline(place)
-        return model.config if isinstance(model, CalmAutoencoder) else model.config.autoencoder_config
-    for path in sorted(folder.glob("*.yaml")):
-        other = Recipe.load(path)
-        if other.stage == "autoencoder" and other.output_dir == place:
-            model = outline_model(other, folder)
-            return model.config  # type: ignore[return-value]
-    raise ValueError(f"there is no autoencoder in {place}, and no recipe in {folder} that will train it.")
+def outline_at(place: str, recipes: Iterable[Recipe]) -> PreTrainedModel:
+    """The model of a directory without its weights; where none is yet, that of the recipe that will put one there."""
+    if (Path(place) / "config.json").is_file():
+        return outline(place)
+    for recipe in recipes:
+        if recipe.output_dir == place:
+            return outline_model(recipe, recipes)
+    raise ValueError(f"there is no model in {place} yet, and none of the recipes at hand will train it.")
 
 
 def _baseline_config(recipe: Recipe, tokens: dict) -> Any:
