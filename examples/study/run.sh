@@ -3,19 +3,31 @@
 # started several times, the processes share the work. In pieces of nine minutes: timeout --signal TERM 9m sh run.sh
 #
 #   sh examples/study/run.sh                                     # CPU size, on the embedded corpus
-#   sh examples/study/run.sh gpu TRAIN.jsonl.zst VALID.jsonl.zst # one GPU, on a corpus of your own
+#   sh examples/study/run.sh cpu VALIDATION.jsonl TRAIN.jsonl... # the same on a corpus of your own
+#   sh examples/study/run.sh gpu VALIDATION.jsonl TRAIN.jsonl... # one GPU
+#
+# OUT is where everything goes (default runs/study_cpu, runs/study_gpu).
 set -eu
 here=$(dirname "$0")
 size=${1:-cpu}
 out=${OUT:-runs/study_$size}
+case $size in
+cpu) vocabulary=1024 ;;
+gpu) vocabulary=8192 ;;
+*) echo "run.sh: the size is cpu or gpu, got $size" >&2; exit 2 ;;
+esac
 mkdir -p "$out"
-if [ "$size" = cpu ]; then
-    train=$out/corpus/train.jsonl validation=$out/corpus/validation.jsonl vocabulary=1024
+if [ $# -ge 3 ]; then
+    validation=$2
+    shift 2
+elif [ "$size" = cpu ] && [ $# -le 1 ]; then
+    validation=$out/corpus/validation.jsonl
     [ -f "$validation" ] || calm corpus "$out/corpus"
+    set -- "$out/corpus/train.jsonl"
 else
-    train=$2 validation=$3 vocabulary=8192
+    echo "run.sh: give a file to validate on and files to train on" >&2; exit 2
 fi
-[ -f "$out/tokenizer/tokenizer.json" ] || calm tokenizer train "$train" -o "$out/tokenizer" --vocab-size $vocabulary
-[ -f "$out/train/manifest.json" ] || calm prepare "$train" --tokenizer "$out/tokenizer" -o "$out/train"
+[ -f "$out/tokenizer/tokenizer.json" ] || calm tokenizer train "$@" -o "$out/tokenizer" --vocab-size $vocabulary
+[ -f "$out/train/manifest.json" ] || calm prepare "$@" --tokenizer "$out/tokenizer" -o "$out/train"
 [ -f "$out/validation/manifest.json" ] || calm prepare "$validation" --tokenizer "$out/tokenizer" -o "$out/validation"
 calm study "$here/$size.yaml" -o "$out/models" "data.train=$out/train" "data.validation=$out/validation"
