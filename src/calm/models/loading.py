@@ -1,8 +1,6 @@
 """Loading whatever model a directory or hub id holds, with one clear line when it is not what it should be."""
 
 import os
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +11,6 @@ from calm.models.hub import check_weights, read_config
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.released import AUTOENCODER, is_reference_layout
-
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_autoencoder(path: str | os.PathLike, dtype: torch.dtype | None = None) -> CalmAutoencoder:
@@ -48,8 +44,6 @@ def load_model(
 
     Raises ValueError when a file is missing, damaged, or does not match its configuration.
     """
-    if not Path(path).exists() and not HUB_ID.fullmatch(os.fspath(path)):
-        raise ValueError(f"no model at {path}: there is no such directory.")
     kind = model_class(path)
     arguments: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if dtype is not None:
