@@ -35,11 +35,12 @@ def test_several_samples_of_a_state_are_those_of_the_repeated_state(head_type):
 
 
 @pytest.mark.parametrize("head_type", TYPES)
-def test_the_loss_falls_in_training_and_samples_find_the_target(head_type):
+@pytest.mark.parametrize("width", [None, 24])
+def test_the_loss_falls_in_training_and_samples_find_the_target(head_type, width):
     """One context whose next latent is known: every head learns to draw near it."""
     torch.manual_seed(0)
     fields = {"energy": {"condition_residual": True}, "flow": {}, "diffusion": {"clip_latent": 2.0}}[head_type]
-    head = CalmForCausalLM(tiny.calm(type=head_type, **fields).config).head
+    head = CalmForCausalLM(tiny.calm(type=head_type, hidden_size=width, **fields).config).head
     hidden = torch.randn(2, 16)
     posterior = Posterior(torch.stack([torch.full((8,), 1.5), torch.full((8,), -1.5)]), torch.full((2, 8), -3.0))
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
@@ -73,7 +74,7 @@ def test_every_head_generates_at_any_temperature(head_type, patch_size, temperat
 
 @pytest.mark.parametrize("head_type", TYPES)
 def test_a_saved_model_comes_back_with_its_head(head_type, tmp_path):
-    model = tiny.calm(type=head_type)
+    model = tiny.calm(type=head_type, hidden_size=24)
     model.save_pretrained(tmp_path)
     loaded = CalmForCausalLM.from_pretrained(tmp_path)
     assert type(loaded.head) is type(model.head)

@@ -235,3 +235,5 @@ def test_a_hub_id_without_network_says_what_to_download(monkeypatch):
 def test_what_the_reference_does_not_know_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no condition_residual"):
         save_reference(tiny.calm(condition_residual=True), tmp_path)
+    with pytest.raises(ValueError, match=r"as wide as the backbone \(16\), this one is 24 wide"):
+        save_reference(tiny.calm(hidden_size=24), tmp_path)

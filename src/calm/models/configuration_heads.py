@@ -13,7 +13,7 @@ class HeadConfig(PreTrainedConfig):
 
     def _check_at_least(self, smallest: int, *names: str, because: str = "") -> None:
         for name in names:
-            if getattr(self, name) < smallest:
+            if getattr(self, name) is not None and getattr(self, name) < smallest:
                 raise ValueError(f"head_config.{name} must be at least {smallest}{because}, got {getattr(self, name)}.")
 
 
@@ -25,6 +25,7 @@ class EnergyHeadConfig(HeadConfig):
     Args:
         type: ``"energy"``.
         num_mlp_layers: residual blocks. The paper takes a quarter of the backbone's layers.
+        hidden_size: width of the blocks; default, and in the paper, the backbone's.
         noise_size: entries of the uniform noise.
         num_samples: N, draws of the head per position in the loss.
         num_target_samples: M, draws of the true patch's posterior per position in the loss.
@@ -42,6 +43,7 @@ class EnergyHeadConfig(HeadConfig):
 
     type: Literal["energy"] = "energy"
     num_mlp_layers: int = 4
+    hidden_size: int | None = None
     noise_size: int = 64
     num_samples: int = 8
     num_target_samples: int = 100
@@ -54,7 +56,9 @@ class EnergyHeadConfig(HeadConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self._check_at_least(2, "num_samples", because=" (the score compares pairs)")
-        self._check_at_least(1, "num_target_samples", "noise_size", "num_mlp_layers", "num_latent_groups")
+        self._check_at_least(
+            1, "num_target_samples", "noise_size", "num_mlp_layers", "num_latent_groups", "hidden_size"
+        )
         if not 0 < self.alpha < 2:
             raise ValueError(f"head_config.alpha must lie in (0, 2), got {self.alpha}.")
 
@@ -67,6 +71,7 @@ class DiffusionHeadConfig(HeadConfig):
     Args:
         type: ``"diffusion"``.
         num_mlp_layers: residual blocks.
+        hidden_size: width of the blocks; default the backbone's.
         num_samples: N, noisy vectors per position in the loss.
         num_train_timesteps: steps of the process it is trained on (cosine schedule).
         num_sampling_steps: steps of a draw, evenly spread over those.
@@ -80,6 +85,7 @@ class DiffusionHeadConfig(HeadConfig):
 
     type: Literal["diffusion"] = "diffusion"
     num_mlp_layers: int = 4
+    hidden_size: int | None = None
     num_samples: int = 8
     num_train_timesteps: int = 1000
     num_sampling_steps: int = 100
@@ -89,7 +95,9 @@ class DiffusionHeadConfig(HeadConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self._check_at_least(1, "num_samples", "num_mlp_layers", "num_train_timesteps", "num_sampling_steps")
+        self._check_at_least(
+            1, "num_samples", "num_mlp_layers", "num_train_timesteps", "num_sampling_steps", "hidden_size"
+        )
         if self.num_sampling_steps > self.num_train_timesteps:
             raise ValueError(
                 f"head_config.num_sampling_steps ({self.num_sampling_steps}) must not exceed num_train_timesteps "
@@ -112,6 +120,7 @@ class FlowHeadConfig(HeadConfig):
     Args:
         type: ``"flow"``.
         num_mlp_layers: residual blocks.
+        hidden_size: width of the blocks; default the backbone's.
         num_samples: N, points on paths per position in the loss.
         num_sampling_steps: steps of the solver in a draw.
         solver: ``"midpoint"`` (two passes through the network per step) or ``"euler"`` (one).
@@ -121,6 +130,7 @@ class FlowHeadConfig(HeadConfig):
 
     type: Literal["flow"] = "flow"
     num_mlp_layers: int = 4
+    hidden_size: int | None = None
     num_samples: int = 8
     num_sampling_steps: int = 10
     solver: Literal["midpoint", "euler"] = "midpoint"
@@ -128,7 +138,7 @@ class FlowHeadConfig(HeadConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self._check_at_least(1, "num_samples", "num_mlp_layers", "num_sampling_steps")
+        self._check_at_least(1, "num_samples", "num_mlp_layers", "num_sampling_steps", "hidden_size")
 
     @property
     def num_network_calls(self) -> int:

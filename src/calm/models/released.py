@@ -246,6 +246,11 @@ def _check_representable(config: CalmConfig) -> None:
         )
     if getattr(config.head_config, "condition_residual", False):
         raise ValueError("the reference's energy head has no condition_residual: this model cannot be converted to it.")
+    if config.head_config.hidden_size not in (None, config.hidden_size):
+        raise ValueError(
+            f"the reference's heads are as wide as the backbone ({config.hidden_size}), this one is "
+            f"{config.head_config.hidden_size} wide: this model cannot be converted to it."
+        )
     if config.head_config.layer_norm_eps != 1e-6:
         raise ValueError(f"the reference's heads have layer_norm_eps 1e-6, not {config.head_config.layer_norm_eps}.")
 

@@ -47,15 +47,24 @@ class AdaptiveNormMLP(nn.Module):
     The timestep and the hidden state broadcast against the latents; several latents of one state share its part.
     """
 
-    def __init__(self, latent_size: int, hidden_size: int, output_size: int, num_layers: int, eps: float):
+    def __init__(
+        self,
+        latent_size: int,
+        hidden_size: int,
+        output_size: int,
+        num_layers: int,
+        eps: float,
+        width: int | None = None,
+    ):
         super().__init__()
-        self.input_proj = nn.Linear(latent_size, hidden_size)
-        self.time_embedding = TimestepEmbedding(hidden_size)
-        self.hidden_proj = nn.Linear(hidden_size, hidden_size)
-        self.blocks = nn.ModuleList(ModulatedBlock(hidden_size, eps) for _ in range(num_layers))
-        self.final_norm = nn.LayerNorm(hidden_size, eps=eps, elementwise_affine=False)
-        self.final_modulation = nn.Linear(hidden_size, 2 * hidden_size)
-        self.output_layer = nn.Linear(hidden_size, output_size)
+        width = width or hidden_size
+        self.input_proj = nn.Linear(latent_size, width)
+        self.time_embedding = TimestepEmbedding(width)
+        self.hidden_proj = nn.Linear(hidden_size, width)
+        self.blocks = nn.ModuleList(ModulatedBlock(width, eps) for _ in range(num_layers))
+        self.final_norm = nn.LayerNorm(width, eps=eps, elementwise_affine=False)
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.output_layer = nn.Linear(width, output_size)
 
     def forward(self, x: Tensor, timestep: Tensor, hidden: Tensor) -> Tensor:
         condition = F.silu(self.time_embedding(timestep) + self.hidden_proj(hidden))

@@ -32,7 +32,7 @@ class DiffusionHead(Head):
         self.config = config
         self.latent_size = latent_size
         self.network = AdaptiveNormMLP(
-            latent_size, hidden_size, 2 * latent_size, config.num_mlp_layers, config.layer_norm_eps
+            latent_size, hidden_size, 2 * latent_size, config.num_mlp_layers, config.layer_norm_eps, config.hidden_size
         )
 
     def sample(

@@ -48,15 +48,15 @@ class EnergyHead(Head):
     def __init__(self, config: EnergyHeadConfig, hidden_size: int, latent_size: int):
         super().__init__()
         self.config = config
-        eps = config.layer_norm_eps
-        self.noise_proj = nn.Linear(config.noise_size, hidden_size)
-        self.noise_norm = nn.LayerNorm(hidden_size, eps=eps)
-        self.hidden_proj = nn.Linear(hidden_size, hidden_size)
-        self.hidden_norm = nn.LayerNorm(hidden_size, eps=eps)
-        self.blocks = nn.ModuleList(GatedBlock(hidden_size, eps) for _ in range(config.num_mlp_layers))
-        self.final_norm = nn.LayerNorm(hidden_size, eps=eps)
-        self.final_mlp = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.SiLU())
-        self.output_layer = nn.Linear(hidden_size, latent_size)
+        eps, width = config.layer_norm_eps, config.hidden_size or hidden_size
+        self.noise_proj = nn.Linear(config.noise_size, width)
+        self.noise_norm = nn.LayerNorm(width, eps=eps)
+        self.hidden_proj = nn.Linear(hidden_size, width)
+        self.hidden_norm = nn.LayerNorm(width, eps=eps)
+        self.blocks = nn.ModuleList(GatedBlock(width, eps) for _ in range(config.num_mlp_layers))
+        self.final_norm = nn.LayerNorm(width, eps=eps)
+        self.final_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU())
+        self.output_layer = nn.Linear(width, latent_size)
 
     def sample(
         self,

@@ -23,7 +23,7 @@ class FlowHead(Head):
         self.config = config
         self.latent_size = latent_size
         self.network = AdaptiveNormMLP(
-            latent_size, hidden_size, latent_size, config.num_mlp_layers, config.layer_norm_eps
+            latent_size, hidden_size, latent_size, config.num_mlp_layers, config.layer_norm_eps, config.hidden_size
         )
 
     def velocity(self, x: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
