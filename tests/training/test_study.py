@@ -11,7 +11,7 @@ from test_bandwidth import family  # noqa: F401
 
 from calm import study
 from calm.cli.main import main
-from calm.report.study import write_report
+from calm.report.study import _apart, write_report
 from calm.study import Plan, run_study, study_cost
 from calm.training.metrics import read_metrics
 
@@ -154,6 +154,14 @@ def test_a_model_another_process_is_at_work_on_is_left_alone(family, tmp_path): 
 def test_a_plan_that_does_not_hold_together_is_refused(family, changes, message):  # noqa: F811
     with pytest.raises(ValueError, match=message):
         Plan.load(write(family, **changes))
+
+
+def test_points_of_a_line_say_what_tells_them_apart():
+    assert _apart(["CALM, K = 4, S", "CALM, K = 4, M"]) == ["S", "M"]
+    assert _apart(["CALM, K = 1", "CALM, K = 2"]) == ["K = 1", "K = 2"]
+    assert _apart(["flow", "flower"]) == ["flow", "flower"]
+    assert _apart(["CALM, K = 4, M"]) == ["CALM, K = 4, M"]
+    assert _apart([]) == []
 
 
 def test_there_is_no_report_of_nothing(tmp_path):

@@ -65,13 +65,25 @@ def _panels(title: str, drawn: dict[str, list[str]], scores: dict[str, dict], la
             meaning,
             "BrierLM",
             {
-                line: sorted((scores[name][key], scores[name]["brier_lm"], labels[name]) for name in names)
+                line: sorted(
+                    (scores[name][key], scores[name]["brier_lm"], label)
+                    for name, label in zip(names, _apart([labels[name] for name in names]), strict=True)
+                )
                 for line, names in drawn.items()
             },
             log_x=True,
         )
         for key, meaning in _COSTS.items()
     ]
+
+
+def _apart(labels: list[str]) -> list[str]:
+    """Labels of one line without what all of them begin with: the legend says that."""
+    parts = [label.split(", ") for label in labels]
+    common = 0
+    while len(parts) > 1 and all(len(part) > common + 1 for part in parts) and len({p[common] for p in parts}) == 1:
+        common += 1
+    return [", ".join(part[common:]) for part in parts]
 
 
 def _tables(scores: dict[str, dict], labels: dict[str, str]) -> list[str]:
