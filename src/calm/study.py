@@ -113,6 +113,10 @@ class Plan:
         given = [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *overrides]
         return Recipe.load(self.folder / model["recipe"], given)
 
+    def recipes(self, run: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> dict[str, Recipe]:
+        """The recipes of some models (default all) and of what they are made from, in the plan's order."""
+        return {name: self.recipe(name, run, overrides) for name in self.with_needs(only or list(self.models))}
+
     def needs(self, name: str) -> list[str]:
         """The models that a model was made from, directly."""
         return [value[1:] for value in self.models[name].get("set", {}).values() if _is_reference(value)]
@@ -162,7 +166,7 @@ def run_study(
     """
     run = Path(run)
     # All at once: a mistake shows before the first run.
-    recipes = {name: plan.recipe(name, run, overrides) for name in plan.with_needs(only or list(plan.models))}
+    recipes = plan.recipes(run, overrides, only)
     run.mkdir(parents=True, exist_ok=True)
     task = None if progress is None else progress.add_task("study", total=len(recipes), note="")
     while missing := [name for name in recipes if not (run / name / SCORE).exists()]:
@@ -188,7 +192,7 @@ def study_cost(
     Each has ``is_done`` and what :func:`~calm.training.cost.recipe_cost` says of it alone.
     """
     run = Path(run)
-    recipes = {name: plan.recipe(name, run, overrides) for name in plan.with_needs(only or list(plan.models))}
+    recipes = plan.recipes(run, overrides, only)
     others = list(recipes.values())
     costs = {}
     for name, recipe in recipes.items():

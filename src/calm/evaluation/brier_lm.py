@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from calm.data.blocks import TokenBlocks
-from calm.evaluation.brier_scores import NGRAM, Draw, score_calm, score_token_model
+from calm.evaluation.brier_scores import NGRAM, Draw, score_calm, score_token_model, scored_positions
 from calm.functional.brier import brier_lm
 from calm.functional.temperature import check_temperature
 from calm.models.modeling_calm import CalmForCausalLM
@@ -93,7 +93,7 @@ def evaluate_brier(
     model.eval()
     hits, collisions = [], []
     data_hash = hashlib.sha256()
-    starts = torch.arange(stride, blocks.block_size - NGRAM + 1, stride, device=model.device)
+    starts = scored_positions(blocks.block_size, stride).to(model.device)
     for ids in blocks.batches(num_blocks, batch_size, None if target_error is None else seed):
         data_hash.update(ids.numpy().tobytes())
         ids = ids.to(model.device)

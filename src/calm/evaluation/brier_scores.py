@@ -34,6 +34,11 @@ _TILE_ELEMENTS, _TILE_ROWS = 2**20, 128
 Draw = Callable[[Tensor, int, Tensor | None], Tensor]
 
 
+def scored_positions(block_size: int, stride: int) -> Tensor:
+    """Where n-grams start in a block: at multiples of ``stride`` behind at least one stride of context, ``[P]``."""
+    return torch.arange(stride, block_size - NGRAM + 1, stride)
+
+
 def score_calm(model: Any, ids: Tensor, starts: Tensor, num_samples: int, draw: Draw) -> tuple[Tensor, Tensor]:
     """Hits and collisions ``[B, P, n]`` of n-grams that start at multiples of K, ``[P]``, in blocks ``[B, T]``.
 

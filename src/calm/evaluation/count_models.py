@@ -10,7 +10,7 @@ import torch
 
 from calm.data.blocks import TokenBlocks
 from calm.evaluation.brier_lm import BrierResult, summarise
-from calm.evaluation.brier_scores import NGRAM
+from calm.evaluation.brier_scores import NGRAM, scored_positions
 
 _MAX_VOCAB_SIZE = 16384  # the bigram table is vocabulary x vocabulary in float32
 _PRIOR_COUNTS = 1.0  # weight of the unigram distribution in a bigram row
@@ -30,7 +30,7 @@ def evaluate_counts(
     collision_Vn = torch.stack(collision, dim=-1)
 
     ids = torch.cat(list(validation.batches(num_blocks, batch_size=64)))
-    starts = torch.arange(stride, validation.block_size - NGRAM + 1, stride)
+    starts = scored_positions(validation.block_size, stride)
     places = starts[:, None] + torch.arange(NGRAM)
     before, after = ids[:, places - 1], ids[:, places]
     hit = table.expand(table.shape[1], -1)[before, after].cumprod(-1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from calm.data.blocks import TokenBlocks
-from calm.evaluation.brier_scores import NGRAM
+from calm.evaluation.brier_scores import NGRAM, scored_positions
 
 _TILE_ELEMENTS = 2**22  # of a (positions x tokens x vocabulary) tensor: 16 MiB in float32
 
@@ -31,7 +31,7 @@ def read_out_brier(
     """
     patch_size = model.config.patch_size
     model.eval()
-    starts = torch.arange(stride, blocks.block_size - NGRAM + 1, stride, device=model.device)
+    starts = scored_positions(blocks.block_size, stride).to(model.device)
     scores = []
     for batch in blocks.batches(num_blocks, batch_size):
         ids = batch.to(model.device)

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -29,7 +29,7 @@ def read_config(path: str | os.PathLike, **hub: Any) -> dict:
     """
     if os.path.isdir(path) and not (Path(path) / hub.get("subfolder", "") / "config.json").is_file():
         raise OSError(f"no model in {path}: config.json is missing.")
-    if not os.path.exists(path) and not HUB_ID.fullmatch(os.fspath(path)):
+    if not os.path.exists(path) and not _HUB_ID.fullmatch(os.fspath(path)):
         raise OSError(f"no model at {path}: there is no such directory.")
     try:
         return PreTrainedConfig.get_config_dict(path, **hub)[0]

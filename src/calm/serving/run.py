@@ -82,10 +82,8 @@ class _Server(uvicorn.Server):
         if self.should_exit and sig == signal.SIGINT:
             # Nothing is half-written that would have to be put in order, and a step may take long.
             os._exit(128 + sig)
-        first, self.should_exit = (
-            not self.should_exit,
-            True,
-        )  # before anything is said: the next signal may come at once
+        first = not self.should_exit
+        self.should_exit = True  # before anything is said: the next signal may come at once
         unanswered = sum(engine.num_running + engine.num_waiting for engine in self.engines)
         if first and unanswered:
             print(f"{unanswered} sequence(s) to finish first; Ctrl-C again ends the server at once", flush=True)
