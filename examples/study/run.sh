@@ -16,7 +16,6 @@ cpu) vocabulary=1024 ;;
 gpu) vocabulary=8192 ;;
 *) echo "run.sh: the size is cpu or gpu, got $size" >&2; exit 2 ;;
 esac
-mkdir -p "$out"
 if [ $# -ge 3 ]; then
     validation=$2
     shift 2
@@ -27,6 +26,7 @@ elif [ "$size" = cpu ] && [ $# -le 1 ]; then
 else
     echo "run.sh: give a file to validate on and files to train on" >&2; exit 2
 fi
+mkdir -p "$out"
 [ -f "$out/tokenizer/tokenizer.json" ] || calm tokenizer train "$@" -o "$out/tokenizer" --vocab-size $vocabulary
 [ -f "$out/train/manifest.json" ] || calm prepare "$@" --tokenizer "$out/tokenizer" -o "$out/train"
 [ -f "$out/validation/manifest.json" ] || calm prepare "$validation" --tokenizer "$out/tokenizer" -o "$out/validation"
