@@ -1,12 +1,19 @@
 """Continuations that a token model draws, and a CALM that learns from them."""
 
+import json
+import sys
+
 import pytest
 import torch
 from test_run import BACKBONE, calm_recipe, recipe, workspace  # noqa: F401
 from tiny import calm, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from calm.cli.main import main
+from calm.evaluation.compute import compute
 from calm.functional.energy_score import energy_score
+from calm.models.loading import load_language_model
+from calm.training.cost import recipe_cost
 from calm.training.distillation import draw_continuations
 from calm.training.metrics import read_metrics
 from calm.training.recipe import DistillationRecipe, Recipe
@@ -86,6 +93,29 @@ def test_a_student_trains_and_resumes_exactly(workspace):  # noqa: F811
     train(distilled(workspace, "resumed", max_steps=12), allow_recipe_change=True)
     resumed = [r["loss"] for r in read_metrics(workspace / "resumed") if "loss" in r]
     assert resumed == losses
+
+
+def test_info_counts_the_teacher(workspace, monkeypatch, capsys):  # noqa: F811
+    train(recipe(workspace, "baseline", "teacher", {"backbone": BACKBONE}, max_steps=30))
+    run = distilled(workspace, "counted", max_steps=2)
+    output = train(run)
+    (workspace / "counted.yaml").write_text(run.to_yaml())
+
+    def flops(source):
+        monkeypatch.setattr(sys, "argv", ["calm", "info", str(source), "--json"])
+        with pytest.raises(SystemExit):
+            main()
+        return json.loads(capsys.readouterr().out)["training_flops"]
+
+    cost = recipe_cost(run, load_language_model(output), 2)["training_flops"]
+    without = compute(load_language_model(output), 8).training_flops_per_token * 2 * 2 * 32
+    assert flops(output) == flops(workspace / "counted.yaml") == pytest.approx(cost)
+    assert cost > 1.5 * without
+    (workspace / "teacher").rename(workspace / "elsewhere")
+    try:
+        assert flops(output) is None
+    finally:
+        (workspace / "elsewhere").rename(workspace / "teacher")
 
 
 @pytest.mark.parametrize(

@@ -28,17 +28,18 @@ def info(
     from calm.models.outline import outline
     from calm.report.tables import compute_tables
     from calm.training.arguments import trained_tokens
+    from calm.training.cost import training_flops_per_token
     from calm.training.models import outline_model
     from calm.training.recipe import Recipe
     from calm.training.resume import read_run
 
     if check_temperature(temperature) > candidates:
         raise ValueError(f"--candidates must be at least 1/temperature, got {candidates} at temperature {temperature}.")
-    recipe, steps = None, None
+    recipe, steps, beside = None, None, []
     if source.endswith((".yaml", ".yml")):
         recipe = Recipe.load(source, overrides or [])
         steps = recipe.training.get("max_steps")
-        beside = (Recipe.load(path) for path in sorted(Path(source).parent.glob("*.yaml")))
+        beside = [Recipe.load(path) for path in sorted(Path(source).parent.glob("*.yaml"))]
         model = outline_model(recipe, beside)
     elif overrides:
         raise ValueError(f"overrides are for recipes, {source} is a model.")
@@ -47,15 +48,18 @@ def info(
         recipe, steps = read_run(Path(source))
     planned = trained_tokens(recipe, steps) if recipe is not None else None
     cost = compute(model, context, temperature, candidates)
-    positions = recipe.data.block_size // getattr(model.config, "patch_size", 1) if recipe is not None else context
-    per_token = compute(model, positions).training_flops_per_token
+    per_token: float | None = cost.training_flops_per_token
+    if recipe is not None:
+        teacher = recipe.distillation.teacher if recipe.distillation is not None else None
+        teacher_is_gone = teacher is not None and not beside and not Path(teacher).is_dir()
+        per_token = None if teacher_is_gone else training_flops_per_token(recipe, model, beside)
     training_tokens = tokens if tokens is not None else planned
     document = {
         "source": source,
         "parameters": cost.parameters,
         "training_tokens": training_tokens,
         "training_flops_per_token": per_token,
-        "training_flops": per_token * training_tokens if training_tokens is not None else None,
+        "training_flops": per_token * training_tokens if per_token and training_tokens is not None else None,
         "inference_flops_per_token": cost.inference_flops_per_token,
         "temperature": temperature,
         "candidates": candidates if temperature < 1 else 1,

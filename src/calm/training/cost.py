@@ -11,27 +11,33 @@ from calm.training.models import outline_at
 from calm.training.recipe import Recipe
 
 
-def recipe_cost(recipe: Recipe, model: PreTrainedModel, steps: int, others: Iterable[Recipe] = ()) -> dict[str, Any]:
-    """Costs of so many steps, a teacher's continuations included: ``parameters`` (without those of a CALM's
-    autoencoder), ``tokens``, ``training_flops``, ``inference_flops_per_token``.
+def training_flops_per_token(recipe: Recipe, model: PreTrainedModel, others: Iterable[Recipe] = ()) -> float:
+    """Of a recipe's training, a teacher's continuations included.
 
     Args:
         model: the recipe's; an outline without weights will do.
         others: recipes that will train the teacher, where it is not trained yet.
     """
     positions = recipe.data.block_size // getattr(model.config, "patch_size", 1)
-    cost, tokens = compute(model, positions), trained_tokens(recipe, steps)
-    assert tokens is not None
-    flops = cost.training_flops_per_token
+    flops = compute(model, positions).training_flops_per_token
     if recipe.distillation is not None:
         teacher = outline_at(recipe.distillation.teacher, others)
         student: Any = model
         flops += distillation_flops_per_token(
             teacher, student, recipe.distillation.num_continuations, recipe.data.block_size
         )
+    return flops
+
+
+def recipe_cost(recipe: Recipe, model: PreTrainedModel, steps: int, others: Iterable[Recipe] = ()) -> dict[str, Any]:
+    """Costs of so many steps: ``parameters`` (without those of a CALM's autoencoder), ``tokens``, ``training_flops``
+    and ``inference_flops_per_token``. Arguments as in :func:`training_flops_per_token`."""
+    positions = recipe.data.block_size // getattr(model.config, "patch_size", 1)
+    cost, tokens = compute(model, positions), trained_tokens(recipe, steps)
+    assert tokens is not None
     return {
         "parameters": cost.parameters["language_model"] or cost.parameters["autoencoder"],
         "tokens": tokens,
-        "training_flops": flops * tokens,
+        "training_flops": training_flops_per_token(recipe, model, others) * tokens,
         "inference_flops_per_token": cost.inference_flops_per_token["total"],
     }
