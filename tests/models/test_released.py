@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 
 import golden
@@ -71,17 +72,24 @@ def test_the_autoencoder_can_be_passed_where_the_weights_have_none(checkpoint):
         assert torch.equal(tensor, model.state_dict()[name])
 
 
+AS_THE_REFERENCE = {
+    "energy": {"num_target_samples": 100},
+    "diffusion": {"clip_latent": None, "num_sampling_steps": 100},
+    "flow": {"num_sampling_steps": 10},
+}
+
+
 @pytest.mark.parametrize("head_type", ["energy", "diffusion", "flow"])
 @pytest.mark.parametrize("patch_size", [1, 4])
 def test_ours_to_reference_layout_and_back_is_identical(tmp_path, head_type, patch_size):
-    model = tiny.calm(patch_size, type=head_type)
+    model = tiny.calm(patch_size, type=head_type, **AS_THE_REFERENCE[head_type])
     save_reference(model, tmp_path)
     assert "model_type" not in json.loads((tmp_path / "config.json").read_text())
     again = load_language_model(tmp_path)
     assert again.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
-    assert again.config.head_config.type == head_type
+    assert again.config.head_config.to_dict() == model.config.head_config.to_dict()
     assert again.config.autoencoder_config.to_dict() == model.config.autoencoder_config.to_dict() | {
         "architectures": again.config.autoencoder_config.architectures,
         "dtype": again.config.autoencoder_config.to_dict().get("dtype"),
@@ -232,8 +240,29 @@ def test_a_hub_id_without_network_says_what_to_download(monkeypatch):
         load_model("someone/CALM-M")
 
 
-def test_what_the_reference_does_not_know_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no condition_residual"):
-        save_reference(tiny.calm(condition_residual=True), tmp_path)
-    with pytest.raises(ValueError, match=r"as wide as the backbone \(16\), this one is 24 wide"):
-        save_reference(tiny.calm(hidden_size=24), tmp_path)
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({"condition_residual": True}, "head_config.condition_residual False there, True here"),
+        ({"hidden_size": 24}, "head_config.hidden_size 16 there, 24 here"),
+        ({"layer_norm_eps": 1e-5}, "head_config.layer_norm_eps 1e-06 there, 1e-05 here"),
+        ({"type": "diffusion", "clip_latent": 2.0}, "head_config.clip_latent None there, 2.0 here"),
+        ({"type": "diffusion", "sampler": "ddim"}, "head_config.sampler 'ancestral' there, 'ddim' here"),
+    ],
+)
+def test_what_the_reference_does_not_know_is_refused(tmp_path, head, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        save_reference(tiny.calm(**head), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_head_size_of_its_own_is_refused(tmp_path):
+    autoencoder = tiny.autoencoder()
+    backbone = tiny.calm().config.backbone_config.to_dict() | {"head_dim": 6}
+    with pytest.raises(ValueError, match=r"backbone_config.head_dim 8 there, 6 here"):
+        save_reference(CalmForCausalLM.from_autoencoder(autoencoder, backbone), tmp_path / "model")
+
+
+def test_what_the_reference_samples_otherwise_is_said(tmp_path):
+    with pytest.warns(UserWarning, match=r"num_sampling_steps 10 there, 3 here"):
+        save_reference(tiny.calm(type="flow", num_sampling_steps=3), tmp_path / "model")

@@ -36,6 +36,11 @@ _AUTOENCODER_FIELDS = (
     "vocab_size", "patch_size", "hidden_size", "intermediate_size", "latent_size", "num_encoder_layers",
     "num_decoder_layers", "hidden_act", "mlp_bias", "rms_norm_eps", "initializer_range", "kl_weight",
 )  # fmt: skip
+# Of a head: what trains it and draws from it, not what it is.
+_ONLY_TREATED_OTHERWISE = {
+    f"head_config.{name}"
+    for name in ("num_target_samples", "num_latent_groups", "mean_pull_weight", "num_sampling_steps", "solver")
+}
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -189,9 +194,9 @@ def save_reference(model: Any, path: str | os.PathLike, final_path: str | os.Pat
     if isinstance(config, CalmAutoencoderConfig):
         _write(path, _reference_autoencoder_fields(config), _their_state(model))
         return
-    _check_representable(config)
-    save_reference(model.autoencoder, path / "autoencoder")
     backbone, head = config.backbone_config, config.head_config
+    if backbone.model_type != "llama":
+        raise ValueError(f"the reference knows Llama backbones only, this one is {backbone.model_type!r}.")
     fields = {name: getattr(backbone, name) for name in _BACKBONE_FIELDS}
     architecture = next(name for name, kind in HEADS.items() if kind == head.type)
     rope = dict(backbone.rope_parameters)
@@ -209,6 +214,8 @@ def save_reference(model: Any, path: str | os.PathLike, final_path: str | os.Pat
         "pretraining_tp": 1,
         "use_cache": True,
     }
+    _check_representable(config, fields)
+    save_reference(model.autoencoder, path / "autoencoder")
     _write(path, fields | _shared_fields(model), _their_state(model))
 
 
@@ -239,20 +246,21 @@ def _reference_autoencoder_fields(config: CalmAutoencoderConfig) -> dict:
     }
 
 
-def _check_representable(config: CalmConfig) -> None:
-    if config.backbone_config.model_type != "llama":
-        raise ValueError(
-            f"the reference knows Llama backbones only, this one is {config.backbone_config.model_type!r}."
-        )
-    if getattr(config.head_config, "condition_residual", False):
-        raise ValueError("the reference's energy head has no condition_residual: this model cannot be converted to it.")
-    if config.head_config.hidden_size not in (None, config.hidden_size):
-        raise ValueError(
-            f"the reference's heads are as wide as the backbone ({config.hidden_size}), this one is "
-            f"{config.head_config.hidden_size} wide: this model cannot be converted to it."
-        )
-    if config.head_config.layer_norm_eps != 1e-6:
-        raise ValueError(f"the reference's heads have layer_norm_eps 1e-6, not {config.head_config.layer_norm_eps}.")
+def _check_representable(config: CalmConfig, fields: dict) -> None:
+    """ValueError where the reference would read another model from the fields; a warning where it only treats it
+    otherwise."""
+    theirs: Any = language_model_config(fields, config.autoencoder_config)
+    ours = config.head_config.to_dict() | {"hidden_size": config.head_config.hidden_size or config.hidden_size}
+    back = theirs.head_config.to_dict() | {"hidden_size": theirs.hidden_size}
+    lost = {f"head_config.{name}": (value, back[name]) for name, value in ours.items() if value != back[name]}
+    head_dims = tuple(getattr(each.backbone_config, "head_dim", None) for each in (config, theirs))
+    if head_dims[0] != head_dims[1]:
+        lost["backbone_config.head_dim"] = head_dims
+    told = "; ".join(f"{name} {theirs!r} there, {ours!r} here" for name, (ours, theirs) in lost.items())
+    if lost.keys() - _ONLY_TREATED_OTHERWISE:
+        raise ValueError(f"the reference has no room for what this model is: {told}. It cannot be converted.")
+    if lost:
+        warnings.warn(f"the reference trains and samples in its own way: {told}.", stacklevel=3)
 
 
 def _write(path: Path, fields: dict, state: dict[str, Tensor]) -> None:
