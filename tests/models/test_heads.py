@@ -137,3 +137,40 @@ def test_the_loss_adds_the_energy_scores_of_groups_of_latent_dimensions():
     torch.testing.assert_close(model.head.loss(hidden, posterior, noise, target_noise).loss, -expected)
     with pytest.raises(ValueError, match=r"num_latent_groups \(3\) must divide the autoencoder's latent_size \(8\)"):
         tiny.calm(2, num_latent_groups=3)
+
+
+class Adapted(torch.nn.Module):
+    """A low-rank adapter around a linear layer, as PEFT puts it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.down = torch.nn.Linear(inner.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, inner.out_features, bias=False)
+
+    def forward(self, x):
+        return self.inner(x) + self.up(self.down(x))
+
+    def merged(self):
+        with torch.no_grad():
+            self.inner.weight += self.up.weight @ self.down.weight
+        return self.inner
+
+
+@pytest.mark.parametrize("head_type", TYPES)
+def test_adapters_and_hooks_on_a_heads_layers_count_with_and_without_gradients(head_type):
+    head, hidden, called = tiny.calm(type=head_type).head, torch.randn(3, 16), []
+    layers = [name for name, module in head.named_modules() if type(module) is torch.nn.Linear]
+    for name in layers:
+        head.set_submodule(name, Adapted(head.get_submodule(name)))
+        head.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    sample = head.sample(hidden, generator=seeded())
+    assert set(called) == set(layers)
+    sample.square().sum().backward()
+    for name, parameter in head.named_parameters():
+        assert not name.endswith("up.weight") or parameter.grad.any(), name
+    with torch.no_grad():
+        golden.close(head.sample(hidden, generator=seeded()), sample)
+    for name in layers:
+        head.set_submodule(name, head.get_submodule(name).merged())
+    torch.testing.assert_close(head.sample(hidden, generator=seeded()), sample, rtol=1e-4, atol=1e-4)

@@ -242,3 +242,69 @@ def test_damaged_and_missing_weights_are_named(workspace, tmp_path):
 def test_an_autoencoder_is_not_taken_for_a_language_model(workspace):
     with pytest.raises(ValueError, match="holds an autoencoder; a language model is needed"):
         load_language_model(workspace / "autoencoder")
+
+
+def test_every_held_out_block_counts_whatever_the_batch(workspace):
+    losses = []
+    for size in (2, 7, 1000):
+        run = train(
+            calm_recipe(workspace, f"evaluated{size}", max_steps=1, save_steps=1, per_device_eval_batch_size=size)
+        )
+        losses += [record["eval_loss"] for record in read_metrics(run) if "eval_loss" in record]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
+def test_the_best_checkpoint_stays_and_is_the_result(workspace):
+    settings = {"save_steps": 1, "eval_steps": 1, "save_total_limit": 1, "load_best_model_at_end": True}
+    # So high a rate that the first steps are the best.
+    rate = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "max_steps": 5}
+    output = train(calm_recipe(workspace, "best", **settings, **rate))
+    losses = {each["step"]: each["eval_loss"] for each in read_metrics(output) if "eval_loss" in each}
+    best = min(losses, key=losses.get)
+    assert best < 5
+    kept = sorted(int(path.name.split("-")[1]) for path in (output / "checkpoints").glob("checkpoint-*"))
+    assert kept == [best, 5]
+    result, saved = (
+        load_file(path / "model.safetensors") for path in (output, output / f"checkpoints/checkpoint-{best}")
+    )
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in result.items())
+    # A kill behind the last step: the same model again.
+    (output / "complete.json").unlink()
+    (output / "model.safetensors").unlink()
+    train(calm_recipe(workspace, "best", **settings, **rate))
+    again = load_file(output / "model.safetensors")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in result.items())
+
+
+@pytest.mark.parametrize("change", [{"optim": "adafactor"}, {"lr_scheduler_type": "reduce_lr_on_plateau"}])
+def test_what_a_checkpoint_cannot_give_is_refused_and_the_finished_run_stays(workspace, change):
+    finished = calm_recipe(workspace, "finished")
+    output = train(finished)
+    before = (output / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(ValueError, match=f"holds a run of another recipe: .*training.{next(iter(change))}"):
+        train(calm_recipe(workspace, "finished", **change, max_steps=8), allow_recipe_change=True)
+    assert train(finished) == output
+    assert (output / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_longer_run_logs_the_rate_it_uses(workspace):
+    train(calm_recipe(workspace, "longer", max_steps=4))
+    output = train(calm_recipe(workspace, "longer", max_steps=8), allow_recipe_change=True)
+    whole = train(calm_recipe(workspace, "long", max_steps=8))
+    rates, expected = (
+        [each["learning_rate"] for each in read_metrics(run) if "loss" in each][4:] for run in (output, whole)
+    )
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"learning_rate": "abc"}, r"training.learning_rate must be a number, got 'abc'"),
+        ({"max_steps": 1.5}, r"training.max_steps must be a number without fraction, got 1.5"),
+        ({"save_only_model": True}, r"unknown key 'save_only_model' in training"),
+    ],
+)
+def test_settings_that_no_run_can_have_are_refused(workspace, setting, message):
+    with pytest.raises(ValueError, match=message):
+        calm_recipe(workspace, "refused", **setting)

@@ -55,11 +55,13 @@ def remove_unsealed(folder: Path) -> None:
             shutil.rmtree(checkpoint)
 
 
-def rotate(folder: Path, keep: int | None) -> None:
-    """Remove all sealed checkpoints but the newest ``keep``; none where it is None or 0."""
+def rotate(folder: Path, keep: int | None, best: str | None = None) -> None:
+    """Remove all sealed checkpoints but the newest ``keep`` and the ``best``; none where ``keep`` is None or 0."""
     if not keep:
         return
     for checkpoint in sealed_checkpoints(folder)[:-keep]:
+        if best is not None and checkpoint == Path(best):
+            continue
         (checkpoint / SEAL).unlink()  # first: half a checkpoint must not pass for a whole one
         shutil.rmtree(checkpoint)
 

@@ -56,11 +56,12 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "save_steps": 1000,
     "save_total_limit": 2,
-    "dataloader_drop_last": True,
     "report_to": "tensorboard",
 }
-# Set by the run itself.
-_RESERVED_TRAINING = ("output_dir", "seed", "remove_unused_columns", "prediction_loss_only", "logging_nan_inf_filter")
+# Set by the run itself, or at odds with going on where it was.
+_RESERVED_TRAINING = (
+    "output_dir", "seed", "remove_unused_columns", "prediction_loss_only", "logging_nan_inf_filter", "save_only_model",
+)  # fmt: skip
 
 
 @dataclass
@@ -122,8 +123,10 @@ class Recipe:
             _check_types(self, {"tokens_per_step": int}, "the recipe")
             if "gradient_accumulation_steps" in self.training:
                 raise ValueError("give tokens_per_step or training.gradient_accumulation_steps, not both.")
-        names = {each.name for each in dataclasses.fields(TrainingArguments) if each.init}
-        check_keys(self.training, names - set(_RESERVED_TRAINING), "training")
+        known = {each.name: each.default for each in dataclasses.fields(TrainingArguments) if each.init}
+        check_keys(self.training, known.keys() - set(_RESERVED_TRAINING), "training")
+        for name, value in self.training.items():
+            _check_number(f"training.{name}", value, known[name])
         # YAML reads a bare `no` as false; every strategy has "no" among its values.
         given = {
             name: "no" if value is False and name.endswith("_strategy") else value
@@ -224,6 +227,14 @@ def _check_types(values: Any, types: dict[str, type], where: str) -> None:
         value = getattr(values, name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name} in {where} must be of type {kind.__name__}, got {value!r}; quote a text.")
+
+
+def _check_number(name: str, value: Any, default: Any) -> None:
+    """ValueError where a setting whose default is a number is given something else."""
+    kind = type(default)
+    allowed = {float: (float, int), int: (int,)}.get(kind)
+    if allowed is not None and value is not None and (not isinstance(value, allowed) or isinstance(value, bool)):
+        raise ValueError(f"{name} must be a number{' without fraction' * (kind is int)}, got {value!r}.")
 
 
 def _model_fields(stage: str) -> Collection[str]:

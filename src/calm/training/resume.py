@@ -16,7 +16,8 @@ from calm.training.trainer import CalmTrainer, blocks_per_step
 
 RECIPE = "recipe.yaml"
 COMPLETE = "complete.json"
-_NEVER_CHANGES = ("stage", "model", "seed")
+_NEVER_CHANGES = ("stage", "model", "seed", "training.optim")
+_UNLIKE_OTHERS = "reduce_lr_on_plateau"  # the one schedule whose state means nothing to another
 
 
 def is_complete(recipe: Recipe) -> bool:
@@ -35,7 +36,10 @@ def check_output(recipe: Recipe, allow_recipe_change: bool = False) -> None:
     before = _flatten(yaml.safe_load((output / RECIPE).read_text(encoding="utf-8")))
     now = _flatten(yaml.safe_load(recipe.to_yaml()))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    fixed = [key for key in changed if key.split(".")[0] in _NEVER_CHANGES]
+    fixed = [key for key in changed if f"{key}.".startswith(tuple(f"{each}." for each in _NEVER_CHANGES))]
+    schedule = "training.lr_scheduler_type"
+    if schedule in changed and _UNLIKE_OTHERS in (before.get(schedule), now.get(schedule)):
+        fixed.append(schedule)
     if changed and (fixed or not allow_recipe_change):
         difference = "; ".join(f"{key} ({before.get(key)!r} there, {now.get(key)!r} here)" for key in changed)
         remedy = "Choose another output_dir, or remove it"

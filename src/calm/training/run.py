@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.progress import Progress
-from transformers import PreTrainedModel, TrainerState, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
@@ -83,9 +83,7 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
         checkpoint = checkpoint_to_resume(trainer, recipe, partial(shown.console.out, highlight=False))
         if arguments.process_index == 0:
             trainer.add_callback(ProgressCallback(shown, f"train {recipe.stage}"))
-            # Not before it is sure that this run goes on: what is there stays as it is where it does not.
-            (output / COMPLETE).unlink(missing_ok=True)
-            write_whole(output / RECIPE, recipe.to_yaml())
+            trainer.add_callback(_ClaimCallback(recipe))
         try:
             _train_to_the_end(trainer, checkpoint)
         except RuntimeError as error:
@@ -100,6 +98,19 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
     return output
 
 
+class _ClaimCallback(TrainerCallback):
+    """Makes the directory this recipe's when its training goes on: behind the checkpoint, which may not fit. Until
+    then what is there stays as it is."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        output = Path(self.recipe.output_dir)
+        (output / COMPLETE).unlink(missing_ok=True)
+        write_whole(output / RECIPE, self.recipe.to_yaml())
+
+
 def _train_to_the_end(trainer: CalmTrainer, checkpoint: Path | None) -> None:
     if checkpoint is None:
         trainer.train()
@@ -110,7 +121,8 @@ def _train_to_the_end(trainer: CalmTrainer, checkpoint: Path | None) -> None:
         last_step = math.ceil(trainer.args.num_train_epochs * trainer._get_train_sampler().steps_per_pass)
     if state.global_step >= last_step:
         # The kill fell behind the last step; the Trainer, asked to go on, would take one step too many.
-        trainer._load_from_checkpoint(str(checkpoint))
+        best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        trainer._load_from_checkpoint(best or str(checkpoint))
         trainer.state = state
         return
     trainer.averages.load(checkpoint / f"averages_{trainer.args.process_index}.json")
@@ -132,6 +144,7 @@ def save_result(trainer: CalmTrainer, recipe: Recipe) -> None:
                 path.replace(output / path.name)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+        write_whole(output / RECIPE, recipe.to_yaml())
         write_whole(output / COMPLETE, lambda path: trainer.state.save_to_json(str(path)))
     trainer.accelerator.wait_for_everyone()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -122,12 +123,14 @@ class CalmTrainer(Trainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Held-out loss and, where the recipe asks for it, BrierLM on some of the held-out blocks."""
+        start = time.perf_counter()
         metrics = super().evaluate(*args, **kwargs)
         if self.brier_blocks is not None:
             # One process scores, and all go on with the same record.
             (scores,) = broadcast_object_list([self._brier_scores() if self.is_world_process_zero() else None])
             self.log(scores)
             metrics |= scores
+        self.averages.since += time.perf_counter() - start  # the rate is that of training
         return metrics
 
     def _brier_scores(self) -> dict[str, float]:
@@ -178,10 +181,11 @@ class CalmTrainer(Trainer):
             scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         for group, values in zip(optimizer.param_groups, groups, strict=True):
             group.update(values)
-        if hasattr(scheduler, "lr_lambdas"):
+        if isinstance(scheduler, LambdaLR):
             scheduler.base_lrs = [group["initial_lr"] for group in groups]
             for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
                 group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what a record says
         return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -224,7 +228,8 @@ class CalmTrainer(Trainer):
                 f"{error!r}. Earlier checkpoints are whole; make room and run the command again."
             ) from error
         if self.is_world_process_zero():
-            rotate(folder, self.keep)
+            best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+            rotate(folder, self.keep, best)
 
 
 class Averages:

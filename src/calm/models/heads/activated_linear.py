@@ -48,9 +48,15 @@ class _GatedSilu:
         return opened.mul_(up), result
 
 
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a layer is its weight and bias and nothing else: no adapter around it, no hook on it."""
+    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+
+
 def _apply(x: Tensor, linear: nn.Module, activation: type[_Silu] | type[_GatedSilu]) -> Tensor:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return linear(activation.forward(x))  # a compiler decides for itself what to compute again
+    # A compiler decides for itself what to compute again.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_plain(linear):
+        return linear(activation.forward(x))
     return _ActivatedLinear.apply(x, linear.weight, linear.bias, activation)
 
 

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from calm.functional.energy_score import mean_distance, mean_distance_of_pairs
 from calm.functional.noise import Generator, normal, uniform
 from calm.models.configuration_heads import EnergyHeadConfig
-from calm.models.heads.activated_linear import gated_silu_linear, silu_linear
+from calm.models.heads.activated_linear import gated_silu_linear, is_plain, silu_linear
 from calm.models.heads.base import Head, HeadLoss, leading_shape
 from calm.models.modeling_autoencoder import Posterior
 
@@ -32,14 +32,17 @@ class GatedBlock(nn.Module):
         self.down_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        # The first layer acts on [x, condition]. Its condition half does not depend on the noise: computed once per
-        # hidden state, it broadcasts over the samples.
-        x_weight, condition_weight = self.mix.weight.chunk(2, dim=1)
-        of_condition = F.linear(condition, condition_weight, self.mix.bias)
-        mixed = F.linear(self.norm(x), x_weight).add_(of_condition)
         first, second = self.mlp[1], self.mlp[3]
-        gate_up = silu_linear(silu_linear(mixed, first), second)
+        gate_up = silu_linear(silu_linear(self._mixed(self.norm(x), condition), first), second)
         return x + gated_silu_linear(gate_up, self.down_proj)
+
+    def _mixed(self, x: Tensor, condition: Tensor) -> Tensor:
+        """``mix([x, condition])``. Its condition half does not depend on the noise: computed once per hidden state, it
+        broadcasts over the samples."""
+        if not is_plain(self.mix):
+            return self.mix(torch.cat([x, condition.expand_as(x)], dim=-1))
+        x_weight, condition_weight = self.mix.weight.chunk(2, dim=1)
+        return F.linear(x, x_weight).add_(F.linear(condition, condition_weight, self.mix.bias))
 
 
 class EnergyHead(Head):
