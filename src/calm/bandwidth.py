@@ -15,6 +15,7 @@ from rich.progress import Progress
 from calm.files import write_whole
 from calm.report.scatter import Panel, plot_panels
 from calm.report.study import SCORE
+from calm.report.tables import brier_cell
 from calm.study import Evaluation, score_run
 from calm.training.recipe import Recipe
 from calm.training.run import train
@@ -123,7 +124,7 @@ def _markdown(points: list[dict]) -> str:
         kept = f"{point['token_accuracy_sample']:.2%}" if point["patch_size"] else ""
         brier = " | ".join(f"{value:.2f}" for value in point["brier"])
         lines.append(
-            f"| {_name(point)} | {point['brier_lm']:.2f} ± {point['brier_lm_error']:.2f} | {brier} | "
+            f"| {_name(point)} | {brier_cell(point)} | {brier} | "
             f"{point['training_flops']:.2e} | {point['inference_flops_per_token']:.2e} | {point['parameters']:,} | "
             f"{point['tokens']:,} | {kept} |"
         )

@@ -120,7 +120,7 @@ def continue_tokens(
                 ids, attention_mask=mask, streamer=streamer, tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id,
                 **settings.of_token_model(),
             )  # fmt: skip
-    return [_until_end(row, tokenizer) for row in sequences[:, ids.shape[1] :].tolist()], out
+    return [until_end(row, tokenizer) for row in sequences[:, ids.shape[1] :].tolist()], out
 
 
 def complete_file(
@@ -181,7 +181,7 @@ def _encode(
     return ids.view(len(rows), length), mask.long().view(len(rows), length)
 
 
-def _until_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def until_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Without the end of text and what follows it, and without the padding behind a text that ended otherwise."""
     stop = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
     while stop and tokens[stop - 1] == tokenizer.pad_token_id:

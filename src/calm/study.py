@@ -18,7 +18,8 @@ report:                                                             # tables, wi
     rows: [autoencoder, calm]
 ```
 
-What a model leaves in its directory when it is done (``score.json``) is not done again. Several processes may work on
+A model that is trained and scored (``score.json``) as the plan says is not done again; with another ``evaluation`` it is
+scored again, and where its recipe changed the study says so and stops. Several processes may work on
 one study: each takes the next model that can be made and that nobody else works on.
 """
 
@@ -27,7 +28,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from calm.report.study import PLAN, SCORE, write_report
 from calm.training.cost import recipe_cost
 from calm.training.models import outline_model
 from calm.training.recipe import Recipe, check_keys
-from calm.training.resume import read_run
+from calm.training.resume import is_complete, read_run
 from calm.training.run import train
 
 _PATIENCE = 2.0  # seconds between looks at what other processes have done
@@ -61,6 +62,12 @@ class Evaluation:
     num_blocks: int | None = None
     num_samples: int = 8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("stride", 1), ("num_blocks", 1), ("num_samples", 2)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < smallest):
+                raise ValueError(f"evaluation.{name} must be a whole number, at least {smallest}, got {value!r}.")
 
 
 @dataclass
@@ -167,12 +174,13 @@ def run_study(
     run = Path(run)
     # All at once: a mistake shows before the first run.
     recipes = plan.recipes(run, overrides, only)
+    _check_can_be_scored(recipes, plan.evaluation)
     run.mkdir(parents=True, exist_ok=True)
     task = None if progress is None else progress.add_task("study", total=len(recipes), note="")
-    while missing := [name for name in recipes if not (run / name / SCORE).exists()]:
+    while missing := [name for name in recipes if not _is_done(name, plan, recipes[name])]:
         if progress is not None and task is not None:
             progress.update(task, completed=len(recipes) - len(missing))
-        ready = (name for name in missing if all((run / other / SCORE).exists() for other in plan.needs(name)))
+        ready = (name for name in missing if not set(plan.needs(name)) & set(missing))
         if not any(_make(name, plan, recipes[name], run, progress) for name in ready):
             time.sleep(_PATIENCE)  # other processes are at work on all that could be done
     if progress is not None and task is not None:
@@ -199,7 +207,7 @@ def study_cost(
         steps = recipe.training.get("max_steps")
         if steps is None:
             raise ValueError(f"model {name}: what it costs is known for recipes with training.max_steps.")
-        is_done = (run / name / SCORE).exists()
+        is_done = _is_done(name, plan, recipe)
         costs[name] = {"is_done": is_done} | recipe_cost(recipe, outline_model(recipe, others), steps, others)
     return costs
 
@@ -208,15 +216,40 @@ def _lock(run: Path, name: str) -> FileLock:
     return FileLock(run / f".{name}.lock")
 
 
+def _is_done(name: str, plan: Plan, recipe: Recipe) -> bool:
+    """Whether a model is trained as its recipe says and scored as the plan says."""
+    path = Path(recipe.output_dir) / SCORE
+    if not path.exists() or not is_complete(recipe):
+        return False
+    return json.loads(path.read_text()).get("evaluation") == asdict(plan.evaluation)
+
+
+def _check_can_be_scored(recipes: dict[str, Recipe], evaluation: Evaluation) -> None:
+    others = list(recipes.values())
+    for name, recipe in recipes.items():
+        if recipe.data.validation is None:
+            raise ValueError(f"model {name}: its recipe needs data.validation, prepared data to be scored on.")
+        config: Any = outline_model(recipe, others).config
+        patch_size = getattr(config, "patch_size", 1)
+        if recipe.stage == "calm" and evaluation.stride % patch_size:
+            raise ValueError(
+                f"evaluation.stride must be a multiple of the patch size {patch_size} of model {name}, got "
+                f"{evaluation.stride}."
+            )
+
+
 def _make(name: str, plan: Plan, recipe: Recipe, run: Path, progress: Progress | None) -> bool:
     """Train and score one model; False when another process is doing that."""
     try:
         with _lock(run, name).acquire(blocking=False):
-            if (run / name / SCORE).exists():
+            if _is_done(name, plan, recipe):
                 return True
             train(recipe, progress)
             score = score_run(run / name, plan.evaluation)
-            needed = sum(json.loads((run / other / SCORE).read_text())["total_flops"] for other in plan.needs(name))
+            score["evaluation"] = asdict(plan.evaluation)
+            # Each of what it was made from once, however many ways lead there.
+            before = [other for other in plan.with_needs([name]) if other != name]
+            needed = sum(json.loads((run / other / SCORE).read_text())["training_flops"] for other in before)
             score["total_flops"] = score["training_flops"] + needed
             write_whole(run / name / SCORE, json.dumps(score, indent=1))
     except Timeout:

@@ -89,6 +89,48 @@ def test_every_model_is_trained_and_scored_once_and_reported(family, tmp_path, m
     assert "| distilled |" not in write_report(run).read_text()
 
 
+def test_what_changed_in_a_plan_is_scored_again_or_refused(family, tmp_path):  # noqa: F811
+    run, only = tmp_path / "run", ["plain"]
+    run_study(Plan.load(write(family)), run, only=only)
+    before = json.loads((run / "plain" / "score.json").read_text())
+    # Another protocol: the same models, scored again.
+    other = write(family, evaluation=PLAN["evaluation"] | {"num_samples": 4})
+    text = run_study(Plan.load(other), run, only=only).read_text()
+    after = json.loads((run / "plain" / "score.json").read_text())
+    assert (before["num_samples"], after["num_samples"]) == (2, 4)
+    assert after["training_flops"] == before["training_flops"]
+    assert "with 4 draws" in text
+    # Another recipe: not the row of the old one under a new label.
+    models = PLAN["models"] | {
+        "plain": {"recipe": "calm.yaml", "set": {"model.autoencoder": "@autoencoder", "seed": 7}}
+    }
+    with pytest.raises(ValueError, match=r"holds a run of another recipe: seed \(0 there, 7 here\)"):
+        run_study(Plan.load(write(family, models=models, fluency=None, report=[])), run, only=only)
+    assert json.loads((run / "plain" / "score.json").read_text()) == after
+
+
+def test_what_a_model_was_made_from_counts_once(family, tmp_path):  # noqa: F811
+    models = PLAN["models"] | {
+        "both": {
+            "recipe": "calm.yaml",
+            "set": PLAN["models"]["distilled"]["set"] | {"model.backbone_weights": "@teacher"},
+        }
+    }
+    run = tmp_path / "run"
+    run_study(Plan.load(write(family, models=models, fluency=None, report=[])), run, only=["both"])
+    scores = {name: json.loads((run / name / "score.json").read_text()) for name in ("both", "teacher", "autoencoder")}
+    assert scores["both"]["total_flops"] == sum(score["training_flops"] for score in scores.values())
+
+
+def test_rows_scored_differently_are_told_apart(family, tmp_path):  # noqa: F811
+    models = {name: PLAN["models"][name] for name in ("teacher", "autoencoder")}
+    models["short"] = {"label": "short blocks", "recipe": "baseline.yaml", "set": {"data.block_size": 12}}
+    text = run_study(Plan.load(write(family, models=models, fluency=None, report=[])), tmp_path / "run").read_text()
+    assert "Not all language models are scored alike" in text
+    assert "short blocks: " in text
+    assert "token model: " in text
+
+
 def test_the_commands_print_the_report(family, tmp_path, monkeypatch, capsys):  # noqa: F811
     models = {"teacher": PLAN["models"]["teacher"]}
     path = write(family, models=models, fluency=None, report=[])
@@ -148,12 +190,23 @@ def test_a_model_another_process_is_at_work_on_is_left_alone(family, tmp_path): 
         ({"models": {"calm": {"recipe": "calm.yaml", "set": {"model.autoencoder": "@nobody"}}}}, r"needs @nobody"),
         ({"models": {"calm": {"label": "CALM"}}}, r"model calm of the plan lacks 'recipe'"),
         ({"report": [{"title": "All", "rows": ["somebody"]}]}, r"names 'somebody', which no model is called"),
+        ({"evaluation": {"num_samples": 1}}, r"evaluation.num_samples must be a whole number, at least 2, got 1"),
+        ({"evaluation": {"num_blocks": 0}}, r"evaluation.num_blocks must be a whole number, at least 1, got 0"),
         ({"evaluation": {"samples": 3}}, r"unknown key 'samples' in evaluation: did you mean 'num_samples'"),
     ],
 )
 def test_a_plan_that_does_not_hold_together_is_refused(family, changes, message):  # noqa: F811
     with pytest.raises(ValueError, match=message):
         Plan.load(write(family, **changes))
+
+
+def test_what_could_not_be_scored_is_refused_before_it_is_trained(family, tmp_path):  # noqa: F811
+    plan = Plan.load(write(family, evaluation={"stride": 4}))
+    with pytest.raises(ValueError, match=r"multiple of the patch size 3 of model plain, got 4"):
+        run_study(plan, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"model teacher: its recipe needs data.validation"):
+        run_study(Plan.load(write(family)), tmp_path / "run", ["data.validation=null"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_points_of_a_line_say_what_tells_them_apart():

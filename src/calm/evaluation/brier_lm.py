@@ -25,7 +25,8 @@ from calm.models.modeling_calm import CalmForCausalLM
 
 _STATES_AT_ONCE = 4096  # hidden states that CALM's head draws from together
 _BOOTSTRAP_ROUNDS = 1000
-_FEWEST_BLOCKS = 32  # an error from fewer is not believed
+# From fewer blocks no error is told, and from fewer none is believed that would end an evaluation.
+_FEWEST_BLOCKS, _FEWEST_TO_STOP = 8, 32
 # What some token models do to logits or attention, and the scores here do not.
 _UNSUPPORTED = ("final_logit_softcapping", "logits_scaling", "logit_scale", "sliding_window")
 
@@ -35,9 +36,9 @@ class BrierResult:
     """A BrierLM score and what it was measured on. Brier scores, accuracies and collisions are times 100."""
 
     brier_lm: float
-    brier_lm_error: float  # standard error, by bootstrap over blocks
+    brier_lm_error: float | None  # standard error, by bootstrap over blocks; None for fewer than 8
     brier: list[float]  # Brier-1 to Brier-4, not floored
-    brier_error: list[float]
+    brier_error: list[float] | None
     accuracy: list[float]  # probability that a draw agrees with the text on the first 1..4 tokens
     collision: list[float]  # probability that two draws agree with each other
     num_positions: int
@@ -83,7 +84,7 @@ def evaluate_brier(
         target_error: stop when the standard error of BrierLM is this low.
     """
     is_calm = isinstance(model, CalmForCausalLM)
-    _check_request(model, blocks, stride, num_samples)
+    _check_request(model, blocks, stride, num_samples, num_blocks)
     check_temperature(temperature)
     if target_error is not None and not target_error > 0:
         raise ValueError(f"target_error must be above 0, got {target_error}.")
@@ -132,16 +133,16 @@ def summarise(hit: Tensor, collision: Tensor, **protocol: Any) -> BrierResult:
         protocol: the other fields of the result.
     """
     brier = 2 * hit - collision
-    resampled = _bootstrap(brier)
+    resampled = _bootstrap(brier) if len(brier) >= _FEWEST_BLOCKS else None
 
     def percent(values: Tensor) -> list[float]:
         return [100 * value for value in values.tolist()]
 
     return BrierResult(
         brier_lm=brier_lm(brier.mean(0)).item(),
-        brier_lm_error=brier_lm(resampled).std().item(),
+        brier_lm_error=None if resampled is None else brier_lm(resampled).std().item(),
         brier=percent(brier.mean(0)),
-        brier_error=percent(resampled.std(0)),
+        brier_error=None if resampled is None else percent(resampled.std(0)),
         accuracy=percent(hit.mean(0)),
         collision=percent(collision.mean(0)),
         num_blocks=len(brier),
@@ -157,7 +158,7 @@ def _bootstrap(brier: Tensor) -> Tensor:
 
 def _score_error(brier: Tensor) -> float:
     """Standard error of BrierLM; where a Brier score is not above 0, so that BrierLM is 0, the greatest of theirs."""
-    if len(brier) < _FEWEST_BLOCKS:
+    if len(brier) < _FEWEST_TO_STOP:
         return math.inf
     resampled = _bootstrap(brier)
     if (brier.mean(0) > 0).all():
@@ -196,13 +197,17 @@ def _draw_beside_text(model: Any, hidden: Tensor, count: int, text: Any, generat
     return torch.where(tokens < 0, nothing, tokens)
 
 
-def _check_request(model: PreTrainedModel, blocks: TokenBlocks, stride: int, num_samples: int) -> None:
+def _check_request(
+    model: PreTrainedModel, blocks: TokenBlocks, stride: int, num_samples: int, num_blocks: int | None
+) -> None:
     is_calm = isinstance(model, CalmForCausalLM)
     patch_size = model.config.patch_size if is_calm else 1
     if stride < 1 or stride % patch_size:
         raise ValueError(f"stride must be a multiple of the model's patch size {patch_size}, got {stride}.")
     if num_samples < 2:
         raise ValueError(f"num_samples must be at least 2 (draws are compared in pairs), got {num_samples}.")
+    if num_blocks is not None and num_blocks < 1:
+        raise ValueError(f"num_blocks must be at least 1, or None for all, got {num_blocks}.")
     if blocks.block_size < stride + NGRAM:
         raise ValueError(
             f"block_size must be at least {stride + NGRAM} to hold a scored n-gram, got {blocks.block_size}."

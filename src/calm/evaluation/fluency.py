@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calm.completions import SamplingSettings, continue_tokens
+from calm.completions import SamplingSettings, continue_tokens, until_end
 from calm.data.blocks import TokenBlocks
 
 _AT_ONCE = 16
@@ -78,9 +78,10 @@ def fluency_of_text(
     prompt_tokens: int = 32,
     new_tokens: int = 64,
 ) -> FluencyResult:
-    """The same figures of how the documents themselves go on."""
+    """The same figures of how the documents themselves go on, up to their ends, where generated texts stop too."""
     whole = _beginnings(blocks, num_texts, prompt_tokens + new_tokens)
-    return _judged(judge, tokenizer, whole[:, :prompt_tokens], whole[:, prompt_tokens:].tolist(), None, None)
+    texts = [until_end(text, tokenizer) for text in whole[:, prompt_tokens:].tolist()]
+    return _judged(judge, tokenizer, whole[:, :prompt_tokens], texts, None, None)
 
 
 def _beginnings(blocks: TokenBlocks, num_blocks: int, length: int) -> Tensor:

@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from calm.report.learning_curves import plot_learning_curves
-from calm.report.tables import brier_table, reconstruction_table
+from calm.report.tables import brier_cell, brier_table, reconstruction_table
 
 CURVES = [
     ("autoencoder", "accuracy", "autoencoder: accuracy in training (15% of inputs dropped)"),
@@ -61,7 +61,7 @@ def write(results: dict, curves: dict[str, list[dict]], run: Path) -> Path:
     for name, result in results["brier"].items():
         brier = " | ".join(f"{value:.2f}" for value in result["brier"])
         cells = " | ".join(costs[name].values())
-        lines.append(f"| {name} | {result['brier_lm']:.2f} ± {result['brier_lm_error']:.2f} | {brier} | {cells} |")
+        lines.append(f"| {name} | {brier_cell(result)} | {brier} | {cells} |")
     scored = results["brier"]["calm"]
     lines += [
         "",

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from calm.report.scatter import Panel, plot_panels
+from calm.report.tables import brier_cell
 
 PLAN, SCORE, REPORT = "plan.yaml", "score.json", "report.md"
 _COSTS = {
@@ -27,7 +28,7 @@ def write_report(run: str | os.PathLike) -> Path:
     if not scores:
         raise ValueError(f"no model of the study in {run} is done yet: no {SCORE} in it.")
     sections = plan["report"] or [{"title": "All models", "rows": list(labels)}]
-    lines = ["# Study", "", _protocol(scores), ""]
+    lines = ["# Study", "", _protocol(scores, labels), ""]
     for number, section in enumerate(sections, start=1):
         lines += [f"## {section['title']}", "", *([section["text"].strip(), ""] if "text" in section else [])]
         drawn = {line: [n for n in names if n in scores] for line, names in section.get("lines", {}).items()}
@@ -45,16 +46,27 @@ def write_report(run: str | os.PathLike) -> Path:
     return run / REPORT
 
 
-def _protocol(scores: dict[str, dict]) -> str:
-    first = next((score for score in scores.values() if "brier" in score), None)
-    if first is None:
+def _protocol(scores: dict[str, dict], labels: dict[str, str]) -> str:
+    scored: dict[str, list[str]] = {}
+    for name, score in scores.items():
+        if "brier" in score:
+            protocol = (
+                f"{score['num_positions']:,} n-grams in {score['num_blocks']:,} held-out blocks of "
+                f"{score['block_size']} tokens, one every {score['stride']} tokens, with {score['num_samples']} draws "
+                f"(text {score['data_sha256'][:12]})"
+            )
+            scored.setdefault(protocol, []).append(labels[name])
+    if not scored:
         return ""
+    if len(scored) == 1:
+        on = f"Language models are scored on {next(iter(scored))}."
+    else:
+        each = "; ".join(f"{', '.join(names)}: {protocol}" for protocol, names in scored.items())
+        on = f"**Not all language models are scored alike, and scores compare within a group only.** {each}."
     return (
-        f"Language models are scored on {first['num_positions']:,} n-grams in {first['num_blocks']:,} held-out blocks "
-        f"of {first['block_size']} tokens, one every {first['stride']} tokens, with {first['num_samples']} draws; ± is "
-        f"one standard error over blocks (text {first['data_sha256'][:12]}). FLOPs count the whole way to a model: its "
-        "autoencoder, its teacher, the token model its backbone was taken from. Read-outs: Brier-1 of what the hidden "
-        "states say of the next token where token prediction trained them to, without the head."
+        f"{on} ± is one standard error over blocks. FLOPs count the whole way to a model: its autoencoder, its teacher, "
+        "the token model its backbone was taken from. Read-outs: Brier-1 of what the hidden states say of the next "
+        "token where token prediction trained them to, without the head."
     )
 
 
@@ -109,7 +121,7 @@ def _tables(scores: dict[str, dict], labels: dict[str, str]) -> list[str]:
              "read-outs", "training FLOPs", "FLOPs per token", "parameters", "tokens"),
             [
                 (
-                    labels[name], f"{score['brier_lm']:.2f} ± {score['brier_lm_error']:.2f}",
+                    labels[name], brier_cell(score),
                     *(f"{value:.2f}" for value in score["brier"]), f"{score['accuracy'][0]:.2f}",
                     f"{score['collision'][0]:.2f}", _read_out(score), f"{score['total_flops']:.2g}",
                     f"{score['inference_flops_per_token']:.2g}", f"{score['parameters']:,}", f"{score['tokens']:,}",

@@ -12,12 +12,14 @@ def brier_table(results: dict[str, dict], costs: dict[str, dict[str, str]] | Non
     Args:
         costs: further cells of each model, by column heading, in place of accuracy and collision.
     """
-    protocols = {
-        f"{result['num_positions']:,} n-grams in {result['num_blocks']} blocks of {result['block_size']} tokens, "
-        f"one every {result['stride']} tokens": name
-        for name, result in results.items()
-    }
-    several = [f"{name}: {protocol}" for protocol, name in protocols.items()]
+    protocols: dict[str, list[str]] = {}
+    for name, result in results.items():
+        protocol = (
+            f"{result['num_positions']:,} n-grams in {result['num_blocks']} blocks of {result['block_size']} tokens, "
+            f"one every {result['stride']} tokens"
+        )
+        protocols.setdefault(protocol, []).append(name)
+    several = [f"{', '.join(names)}: {protocol}" for protocol, names in protocols.items()]
     caption = "; ".join(several if len(protocols) > 1 else protocols) + "; ± is a standard error"
     temperatures = {result["temperature"] for result in results.values()}
     title = "BrierLM (100 is best) and Brier-1 to Brier-4"
@@ -29,7 +31,7 @@ def brier_table(results: dict[str, dict], costs: dict[str, dict[str, str]] | Non
     for heading in ("BrierLM", "B-1", "B-2", "B-3", "B-4", *more):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
-        cells = [f"{result['brier_lm']:.2f} ± {result['brier_lm_error']:.2f}"]
+        cells = [brier_cell(result)]
         cells += [f"{value:.2f}" for value in result["brier"]]
         if costs:
             cells += [costs[name][heading] for heading in more]
@@ -37,6 +39,12 @@ def brier_table(results: dict[str, dict], costs: dict[str, dict[str, str]] | Non
             cells += [f"{result['accuracy'][0]:.2f}", f"{result['collision'][0]:.2f}"]
         table.add_row(name, *cells)
     return table
+
+
+def brier_cell(result: dict) -> str:
+    """BrierLM and its standard error, where there were blocks enough to tell it."""
+    error = result["brier_lm_error"]
+    return f"{result['brier_lm']:.2f} ± {'?' if error is None else f'{error:.2f}'}"
 
 
 def reconstruction_table(results: dict[str, dict]) -> Table:

@@ -138,7 +138,9 @@ class CalmTrainer(Trainer):
         blocks: Any = self.held_out_blocks
         stride = model.config.patch_size if isinstance(model, CalmForCausalLM) else NGRAM
         result = evaluate_brier(model, blocks, stride, self.brier_blocks)
-        scores = {"eval_brier_lm": result.brier_lm, "eval_brier_lm_error": result.brier_lm_error}
+        scores = {"eval_brier_lm": result.brier_lm}
+        if result.brier_lm_error is not None:
+            scores["eval_brier_lm_error"] = result.brier_lm_error
         return scores | {f"eval_brier_{n}": value for n, value in enumerate(result.brier, start=1)}
 
     @cached_property
