@@ -18,9 +18,9 @@ report:                                                             # tables, wi
     rows: [autoencoder, calm]
 ```
 
-A model that is trained and scored (``score.json``) as the plan says is not done again; with another ``evaluation`` it is
-scored again, and where its recipe changed the study says so and stops. Several processes may work on
-one study: each takes the next model that can be made and that nobody else works on.
+A model that is trained and scored (``score.json``) as the plan says is not done again; with another ``evaluation`` it
+is scored again, and where its recipe changed the study says so and stops. Several processes may work on one study: each
+takes the next model that can be made and that nobody else works on.
 """
 
 import dataclasses

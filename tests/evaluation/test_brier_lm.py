@@ -14,6 +14,7 @@ from calm.evaluation.brier_lm import _drawer, evaluate_brier
 from calm.evaluation.brier_scores import NGRAM, score_calm, score_token_model
 from calm.evaluation.count_models import _transition_table, evaluate_counts
 from calm.functional.brier import prefix_equal
+from calm.report.tables import brier_cell
 
 
 class Blocks:
@@ -293,13 +294,21 @@ def test_scores_at_a_temperature_are_those_of_the_sharpened_model():
 
 
 def test_result_states_its_protocol_and_errors():
-    blocks = Blocks(torch.randint(2, 5, (6, 12)), 5)
+    blocks = Blocks(torch.randint(2, 5, (8, 12)), 5)
     result = evaluate_brier(token_model(), blocks, stride=2, num_samples=2, batch_size=4, seed=3)
-    assert (result.num_blocks, result.num_positions, result.block_size) == (6, 6 * 4, 12)
+    assert (result.num_blocks, result.num_positions, result.block_size) == (8, 8 * 4, 12)
     assert result.brier_error[0] > 0
     again = evaluate_brier(token_model(), blocks, stride=2, num_samples=2, batch_size=4, seed=3)
     assert result.brier == again.brier
     assert result.data_sha256 == hashlib.sha256(blocks.ids.numpy().tobytes()).hexdigest()
+
+
+def test_too_few_blocks_tell_no_error():
+    result = evaluate_brier(token_model(), Blocks(torch.randint(2, 5, (7, 12)), 5), stride=2, num_samples=2)
+    assert (result.brier_lm_error, result.brier_error) == (None, None)
+    assert brier_cell(result.to_dict()) == f"{result.brier_lm:.2f} ± ?"
+    with pytest.raises(ValueError, match="num_blocks must be at least 1, or None for all, got 0"):
+        evaluate_brier(token_model(), Blocks(torch.randint(2, 5, (7, 12)), 5), stride=2, num_blocks=0)
 
 
 def test_standard_error_shrinks_with_the_number_of_blocks():

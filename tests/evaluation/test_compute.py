@@ -8,6 +8,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from calm.cli import main as cli
 from calm.evaluation.compute import compute
@@ -111,6 +119,29 @@ def test_counting_knows_the_autoencoders_parts(embedding_size):
         model.decode(torch.randn(5, 8))
     cost = compute(model, 1).inference_flops_per_token["total"] * 15
     assert counter.get_total_flops() == pytest.approx(cost)
+
+
+def test_counting_knows_the_layers_of_gpt2():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = GPT2Config(vocab_size=48, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    model = GPT2LMHeadModel(config).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tiny.tokens(1, 24))
+    cost = compute(model, context=24).inference_flops_per_token
+    assert (cost["total"] - cost["attention"]) * 24 <= counter.get_total_flops() <= cost["total"] * 24
+
+
+def test_counting_knows_how_many_experts_a_token_meets():
+    fields = tiny.backbone(num_local_experts=4)
+    one, two = (MixtralForCausalLM(MixtralConfig(**fields, num_experts_per_tok=active)) for active in (1, 2))
+    expert = 2 * 3 * 16 * 24  # gate, up and down projection
+    costs = [compute(model, context=8).inference_flops_per_token["backbone"] for model in (one, two)]
+    assert costs[1] - costs[0] == 2 * expert
+    model = LlamaForCausalLM(LlamaConfig(**tiny.backbone()))
+    model.model.mixer = torch.nn.Parameter(torch.zeros(2, 2, 2))
+    with pytest.raises(ValueError, match="LlamaForCausalLM has layers whose operations are not known"):
+        compute(model, context=8)
 
 
 def run(monkeypatch, capsys, *arguments):

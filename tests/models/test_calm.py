@@ -22,6 +22,26 @@ def test_saved_model_is_self_contained(tmp_path):
     assert config["head_config"]["type"] == "energy"
 
 
+def test_the_type_a_configuration_was_saved_with_does_not_matter_to_a_new_model(tmp_path):
+    tiny.calm().to(torch.bfloat16).save_pretrained(tmp_path)
+    model = CalmForCausalLM(CalmConfig.from_pretrained(tmp_path))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    half = CalmForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+def test_a_mask_may_count_tokens_or_patches():
+    model, ids = tiny.calm(), tiny.tokens(2, 16)
+    patches = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    by_patch = model(ids, attention_mask=patches).last_hidden_state
+    tokens = patches.repeat_interleave(4, dim=1)
+    tokens[1, 8:10] = 0  # a patch counts where any of its tokens does
+    assert torch.equal(model(ids, attention_mask=tokens).last_hidden_state, by_patch)
+    assert not torch.allclose(model(ids).last_hidden_state[1, 2:], by_patch[1, 2:])
+    with pytest.raises(ValueError, match="each of the 16 tokens or of the 4 patches, got 15"):
+        model(ids, attention_mask=tokens[:, 1:])
+
+
 def test_training_mode_leaves_the_autoencoder_alone():
     model = tiny.calm().train()
     assert model.head.training

@@ -217,8 +217,9 @@ def _check_request(
         raise ValueError(
             f"the data hold {vocab_size} tokens, the model knows {model.config.vocab_size}: not its tokenizer."
         )
-    for name in () if is_calm else _UNSUPPORTED:
-        if getattr(model.config, name, None) not in (None, 1, 1.0, False):
+    config, names = (model.config.backbone_config, ("sliding_window",)) if is_calm else (model.config, _UNSUPPORTED)
+    for name in names:
+        if getattr(config, name, None) not in (None, 1, 1.0, False):
             raise ValueError(
                 f"{type(model).__name__} with {name} cannot be scored: only full attention and plain logits."
             )

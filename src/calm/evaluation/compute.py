@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from calm.functional.temperature import check_temperature
 from calm.models.modeling_autoencoder import CalmAutoencoder
@@ -143,8 +144,22 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _matrices(module: nn.Module) -> int:
-    """Parameters of the linear layers."""
-    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+    """Parameters of the linear layers that a row meets: of experts those of the few it is sent to."""
+    linear = sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear | Conv1D))
+    config: Any = getattr(module, "config", None)
+    experts = [
+        parameter
+        for part in module.modules()
+        if not isinstance(part, nn.Conv1d)
+        for parameter in part.parameters(recurse=False)
+        if parameter.dim() == 3
+    ]
+    if not experts:
+        return linear
+    active = getattr(config, "num_experts_per_tok", None)
+    if active is None:
+        raise ValueError(f"{type(module).__name__} has layers whose operations are not known: its cost is not counted.")
+    return linear + sum(parameter.numel() * active // len(parameter) for parameter in experts)
 
 
 def _attention_flops(config, context: int) -> int:

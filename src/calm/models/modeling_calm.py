@@ -27,6 +27,19 @@ def target_patches(labels: Tensor, patch_size: int) -> Tensor:
     return labels[:, patch_size:].ne(-100).unflatten(-1, (-1, patch_size)).all(-1)
 
 
+def patch_mask(attention_mask: Tensor, patch_size: int, num_patches: int) -> Tensor:
+    """A mask of tokens ``[B, L * K]`` or of patches ``[B, L]`` as one of patches; ValueError for another length."""
+    length = attention_mask.shape[1]
+    if length == num_patches * patch_size:
+        return attention_mask.unflatten(1, (-1, patch_size)).amax(-1)
+    if length != num_patches:
+        raise ValueError(
+            f"attention_mask must have an entry for each of the {num_patches * patch_size} tokens or of the "
+            f"{num_patches} patches, got {length}."
+        )
+    return attention_mask
+
+
 @dataclass
 class CalmOutput(ModelOutput):
     """
@@ -79,7 +92,8 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
 
     def __init__(self, config: CalmConfig):
         super().__init__(config)
-        self.backbone = AutoModel.from_config(config.backbone_config)
+        # Not of the type that its configuration was once saved with: the rest would have another.
+        self.backbone = AutoModel.from_config(config.backbone_config, dtype=torch.get_default_dtype())
         self.patch_embedding = PatchEmbedding(config.patch_size, config.hidden_size)
         self.head = HEADS[config.head_config.type](
             config.head_config, config.hidden_size, config.autoencoder_config.latent_size
@@ -168,7 +182,8 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
 
         Args:
             input_ids: ``[B, T]``, T a multiple of K.
-            attention_mask: ``[B, L (+ cached)]``, one entry per *patch*, 0 for padding; or ``[B, 1, L, ...]`` as the
+            attention_mask: ``[B, L (+ cached)]``, one entry per *patch*, 0 for padding; without a cache also
+                ``[B, T]``, one per token: a patch counts where any of its tokens does; or ``[B, 1, L, ...]`` as the
                 backbone takes it.
             labels: ``[B, T]``, usually ``input_ids``. A patch with any label -100 is no target.
             position_ids: ``[B, L]``, positions of the patches.
@@ -179,8 +194,11 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             generator: source of the noise otherwise; one, or a list of one per row: the loss of a row then does not
                 depend on the rows beside it.
         """
+        inputs_embeds = self.embed_patches(input_ids)
+        if attention_mask is not None and attention_mask.dim() == 2 and past_key_values is None:
+            attention_mask = patch_mask(attention_mask, self.config.patch_size, inputs_embeds.shape[1])
         outputs = self.backbone(
-            inputs_embeds=self.embed_patches(input_ids),
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,

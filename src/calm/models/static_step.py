@@ -22,8 +22,8 @@ _LAST: WeakKeyDictionary = WeakKeyDictionary()  # of every model; beside it, so 
 class StaticStep:
     """Compiled step and cache for one batch size and one greatest length."""
 
-    def __init__(self, model: Any, batch_size: int, num_patches: int):
-        self.batch_size, self.num_patches = batch_size, num_patches
+    def __init__(self, model: Any, num_patches: int):
+        self.num_patches = num_patches
         self.cache = StaticCache(config=model.config.backbone_config, max_cache_len=num_patches)
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
         self.run: Callable[..., Tensor] = torch.compile(_step, mode=mode, dynamic=False)
@@ -32,9 +32,12 @@ class StaticStep:
     def start(cls, model: Any, state: Any, num_patches: int) -> tuple[Any, Callable[[Any, Tensor], Any]]:
         """A state whose cache is static, and the function that extends it."""
         limit = -(-num_patches // _SIZES) * _SIZES
-        step = _LAST.get(model)
-        if step is None or (step.batch_size, step.num_patches) != (len(state.hidden), limit):
-            step = _LAST[model] = cls(model, len(state.hidden), limit)
+        # What a cache and its compiled step are made for.
+        key = (len(state.hidden), limit, model.dtype, model.device, torch.is_inference_mode_enabled())
+        made_for, step = _LAST.get(model, (None, None))
+        if step is None or made_for != key:
+            step = cls(model, limit)
+            _LAST[model] = key, step
         return step.take_over(state), partial(step.extend, model)
 
     def take_over(self, state: Any) -> Any:

@@ -123,7 +123,7 @@ class Recipe:
             _check_types(self, {"tokens_per_step": int}, "the recipe")
             if "gradient_accumulation_steps" in self.training:
                 raise ValueError("give tokens_per_step or training.gradient_accumulation_steps, not both.")
-        known = {each.name: each.default for each in dataclasses.fields(TrainingArguments) if each.init}
+        known = {each.name: each.type for each in dataclasses.fields(TrainingArguments) if each.init}
         check_keys(self.training, known.keys() - set(_RESERVED_TRAINING), "training")
         for name, value in self.training.items():
             _check_number(f"training.{name}", value, known[name])
@@ -229,10 +229,9 @@ def _check_types(values: Any, types: dict[str, type], where: str) -> None:
             raise ValueError(f"{name} in {where} must be of type {kind.__name__}, got {value!r}; quote a text.")
 
 
-def _check_number(name: str, value: Any, default: Any) -> None:
-    """ValueError where a setting whose default is a number is given something else."""
-    kind = type(default)
-    allowed = {float: (float, int), int: (int,)}.get(kind)
+def _check_number(name: str, value: Any, kind: Any) -> None:
+    """ValueError where a setting that is an int or a float is given something else."""
+    allowed: tuple[type, ...] | None = {float: (float, int), int: (int,)}.get(kind)
     if allowed is not None and value is not None and (not isinstance(value, allowed) or isinstance(value, bool)):
         raise ValueError(f"{name} must be a number{' without fraction' * (kind is int)}, got {value!r}.")
 
