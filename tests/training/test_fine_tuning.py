@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_run import BACKBONE, autoencoder_recipe, calm_recipe, recipe, workspace  # noqa: F401
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +16,7 @@ from calm.data.prepare import prepare
 from calm.data.tokenizer import load_tokenizer
 from calm.models.prompts import align_prompt
 from calm.models.released import save_reference
+from calm.training.cost import recipe_cost
 from calm.training.metrics import read_metrics
 from calm.training.models import build_model
 from calm.training.run import train
@@ -226,8 +228,71 @@ def test_the_backbone_starts_from_a_token_model(workspace):  # noqa: F811
     values.model["backbone"] = BACKBONE | {"rope_theta": 123.0}
     with pytest.raises(ValueError, match="has rope_parameters"):
         build_model(values)
-    values.model["backbone_weights"] = str(train(calm_recipe(workspace, "to_tune", max_steps=6)))
-    with pytest.raises(ValueError, match=r"holds a CALM; `model\.pretrained` goes on with one"):
+    values.model |= {"backbone": BACKBONE, "freeze_backbone": True}
+    with pytest.raises(ValueError, match="holds a token model, whose backbone has yet to learn to read patches"):
+        build_model(values)
+
+
+def with_token_prediction(workspace, output, **training):  # noqa: F811
+    values = calm_recipe(workspace, output, **training)
+    values.model["token_prediction_weight"] = 1.0
+    return values
+
+
+def test_a_new_head_learns_on_a_frozen_backbone(workspace):  # noqa: F811
+    source = train(with_token_prediction(workspace, "read", max_steps=6))
+    values = with_token_prediction(workspace, "new_head", max_steps=12)
+    values.model |= {
+        "backbone_weights": str(source),
+        "freeze_backbone": True,
+        "head": {"type": "flow", "num_samples": 4},
+    }
+    output = train(values)
+    before, after = (CalmForCausalLM.from_pretrained(path) for path in (source, output))
+    for name, value in before.state_dict().items():
+        if name.startswith(("backbone.", "patch_embedding.", "token_predictor.", "autoencoder.")):
+            assert torch.equal(value, after.state_dict()[name]), name
+    records = [record for record in read_metrics(output) if "loss" in record]
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert "token_cross_entropy" not in records[0]
+    # Cheaper: the backbone is gone through forwards only, and no token is predicted.
+    cheap, whole = (
+        recipe_cost(each, after, 12)["training_flops"] for each in (values, with_token_prediction(workspace, "x"))
+    )
+    assert cheap < whole
+    # Its own head goes on learning, in one piece or several.
+    of_source = {"pretrained": str(source), "freeze_backbone": True}
+    whole, parts = (
+        recipe(workspace, "calm", name, of_source, max_steps=8, lr_scheduler_type="constant")
+        for name in ("head_whole", "head_parts")
+    )
+    train(whole)
+    parts.training["max_steps"] = 4
+    train(parts)
+    parts.training["max_steps"] = 8
+    train(parts, allow_recipe_change=True)
+    one, other = (load_file(workspace / name / "model.safetensors") for name in ("head_whole", "head_parts"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    changed = {
+        name for name, tensor in load_file(source / "model.safetensors").items() if not torch.equal(tensor, one[name])
+    }
+    assert changed
+    assert all(name.startswith("head.") for name in changed)
+
+
+def test_a_frozen_backbone_must_be_a_trained_one_that_fits(workspace, tmp_path):  # noqa: F811
+    model = {"autoencoder": str(workspace / "autoencoder"), "backbone": BACKBONE, "freeze_backbone": True}
+    with pytest.raises(ValueError, match=r"model.freeze_backbone is for a backbone that was trained"):
+        recipe(workspace, "calm", "refused", model)
+    with pytest.raises(ValueError, match=r"model.freeze_backbone must be true or false, got 'yes'"):
+        recipe(workspace, "calm", "refused", model | {"freeze_backbone": "yes"})
+    autoencoder = autoencoder_recipe(workspace, "other_patches", max_steps=2)
+    autoencoder.model["patch_size"] = 4
+    other = calm_recipe(workspace, "of_other_patches", max_steps=2)
+    other.model["autoencoder"] = str(train(autoencoder))
+    values = calm_recipe(workspace, "refused")
+    values.model["backbone_weights"] = str(train(other))
+    with pytest.raises(ValueError, match="has patches of 4 tokens, not 2"):
         build_model(values)
 
 

@@ -30,7 +30,13 @@ class Compute:
         return asdict(self)
 
 
-def compute(model: PreTrainedModel, context: int, temperature: float = 1.0, num_candidates: int = 200) -> Compute:
+def compute(
+    model: PreTrainedModel,
+    context: int,
+    temperature: float = 1.0,
+    num_candidates: int = 200,
+    frozen_backbone: bool = False,
+) -> Compute:
     """Costs of training and of generation, per token.
 
     Args:
@@ -39,12 +45,13 @@ def compute(model: PreTrainedModel, context: int, temperature: float = 1.0, num_
         temperature: of CALM's generation; below 1 every chunk is chosen among ``num_candidates`` draws, each of which
             is counted in full: head, decoder, K products with the vocabulary. Generation as it is implemented shares
             and skips part of that.
+        frozen_backbone: of a CALM's training, which then goes through the backbone forwards only.
     """
     if isinstance(model, CalmAutoencoder):
         return _autoencoder_compute(model)
     if isinstance(model, CalmForCausalLM):
         draws = 1 if check_temperature(temperature) == 1 else num_candidates
-        return _calm_compute(model, context, draws)
+        return _calm_compute(model, context, draws, frozen_backbone)
     return _token_model_compute(model, context)
 
 
@@ -75,7 +82,7 @@ def _autoencoder_compute(model: CalmAutoencoder) -> Compute:
     )
 
 
-def _calm_compute(model: CalmForCausalLM, context: int, draws: int) -> Compute:
+def _calm_compute(model: CalmForCausalLM, context: int, draws: int, frozen_backbone: bool) -> Compute:
     patch_size, head_config = model.config.patch_size, model.config.head_config
     backbone, embedding = 2 * _matrices(model.backbone), 2 * _matrices(model.patch_embedding)
     attention = _attention_flops(model.config.backbone_config, context)
@@ -89,7 +96,10 @@ def _calm_compute(model: CalmForCausalLM, context: int, draws: int) -> Compute:
         "autoencoder_decode": draws * _decode_flops(model.autoencoder),
     }
     inference = {name: flops / patch_size for name, flops in per_patch.items()}
-    step = backbone + embedding + attention + head_config.num_samples * head_pass + _token_prediction_flops(model)
+    states = backbone + embedding + attention
+    if not frozen_backbone:
+        states = 3 * (states + _token_prediction_flops(model))
+    heads = 3 * head_config.num_samples * head_pass
     total, autoencoder = _parameters(model), _parameters(model.autoencoder)
     return Compute(
         {
@@ -102,7 +112,7 @@ def _calm_compute(model: CalmForCausalLM, context: int, draws: int) -> Compute:
             "head": _parameters(model.head),
             **_autoencoder_parts(model.autoencoder),
         },
-        (3 * step + _encode_flops(model.autoencoder)) / patch_size,
+        (states + heads + _encode_flops(model.autoencoder)) / patch_size,
         {"total": sum(inference.values()), **inference},
     )
 

@@ -229,7 +229,8 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         weight = is_target / is_target.sum().clamp(min=1)
         metrics = {name: (value.detach() * weight).sum() for name, value in head_loss.metrics.items()}
         loss = (head_loss.loss * weight).sum()
-        if self.config.token_prediction_weight:
+        # One that is frozen has nothing to learn, and its loss nothing to say.
+        if self.config.token_prediction_weight and self.token_predictor.proj.weight.requires_grad:
             token_ids = labels[:, patch_size:].unflatten(-1, (-1, patch_size))
             embeddings: Any = self.get_input_embeddings().weight
             cross_entropy = self.token_predictor.loss(hidden[:, :-1], token_ids, is_target, embeddings)

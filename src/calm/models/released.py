@@ -252,7 +252,9 @@ def _check_representable(config: CalmConfig, fields: dict) -> None:
     theirs: Any = language_model_config(fields, config.autoencoder_config)
     ours = config.head_config.to_dict() | {"hidden_size": config.head_config.hidden_size or config.hidden_size}
     back = theirs.head_config.to_dict() | {"hidden_size": theirs.hidden_size}
-    lost = {f"head_config.{name}": (value, back[name]) for name, value in ours.items() if value != back[name]}
+    lost: dict[str, tuple[Any, ...]] = {
+        f"head_config.{name}": (value, back[name]) for name, value in ours.items() if value != back[name]
+    }
     head_dims = tuple(getattr(each.backbone_config, "head_dim", None) for each in (config, theirs))
     if head_dims[0] != head_dims[1]:
         lost["backbone_config.head_dim"] = head_dims

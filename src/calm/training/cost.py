@@ -19,7 +19,8 @@ def training_flops_per_token(recipe: Recipe, model: PreTrainedModel, others: Ite
         others: recipes that will train the teacher, where it is not trained yet.
     """
     positions = recipe.data.block_size // getattr(model.config, "patch_size", 1)
-    flops = compute(model, positions).training_flops_per_token
+    frozen = bool(recipe.model.get("freeze_backbone"))
+    flops = compute(model, positions, frozen_backbone=frozen).training_flops_per_token
     if recipe.distillation is not None:
         teacher = outline_at(recipe.distillation.teacher, others)
         student: Any = model

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from calm.data.blocks import MANIFEST, read_manifest
@@ -36,7 +37,14 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     model = CalmForCausalLM.from_autoencoder(autoencoder, backbone, _head(recipe), **_auxiliary(recipe))
     if "backbone_weights" in recipe.model:
         _check_same_tokenizer(recipe.model["backbone_weights"], recipe.data.train)
-        _load_backbone(model, recipe.model["backbone_weights"])
+        taken = _load_backbone(model, recipe.model["backbone_weights"])
+        if recipe.model.get("freeze_backbone"):
+            if "patch_embedding" not in taken:
+                raise ValueError(
+                    f"model.freeze_backbone: {recipe.model['backbone_weights']} holds a token model, whose backbone "
+                    "has yet to learn to read patches; give backbone_weights of a CALM."
+                )
+            _freeze(model, taken)
     if read_manifest(recipe.data.train).get("separator") == "bos":
         model.config.document_separator_id = tokens["bos_token_id"]
     return model
@@ -58,6 +66,8 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
         known = model.config.eos_token_id
         ends = {*(known if isinstance(known, list) else [known]), model.config.separator_id} - {None}
         model.generation_config.eos_token_id = sorted(ends)
+        if recipe.model.get("freeze_backbone"):
+            _freeze(model, _PARTS)
     return model.train()
 
 
@@ -85,29 +95,57 @@ _SAME_CONFIG = (
 )  # fmt: skip
 
 
-def _load_backbone(model: CalmForCausalLM, path: str) -> None:
-    """Take the weights of a token model's backbone; ValueError where the shapes differ."""
-    source = load_language_model(path, torch.float32)
+# What gives the hidden states, and the read-outs of them that token prediction trains.
+_PARTS = ("backbone", "patch_embedding", "token_predictor")
+
+
+def _load_backbone(model: CalmForCausalLM, path: str) -> list[str]:
+    """Take the weights of a token model's backbone, or of a CALM's with all that belongs to it, and say which parts.
+
+    ValueError where the shapes differ.
+    """
+    source: Any = load_language_model(path, torch.float32)
+    # What shapes do not show, and weights mean nothing without.
     if isinstance(source, CalmForCausalLM):
-        raise ValueError(f"model.backbone_weights: {path} holds a CALM; `model.pretrained` goes on with one.")
-    given, wanted = source.base_model.state_dict(), model.backbone.state_dict()
+        config = source.config.backbone_config
+        taken = [name for name in _PARTS if hasattr(source, name) and hasattr(model, name)]
+        given = {name: getattr(source, name).state_dict() for name in taken}
+        if source.config.patch_size != model.config.patch_size:
+            raise ValueError(
+                f"model.backbone_weights: the CALM in {path} has patches of {source.config.patch_size} tokens, not "
+                f"{model.config.patch_size}."
+            )
+    else:
+        config, taken, given = source.config, ["backbone"], {"backbone": source.base_model.state_dict()}
+    for name in _SAME_CONFIG:
+        theirs, ours = (getattr(each, name, None) for each in (config, model.backbone.config))
+        if theirs != ours:
+            raise ValueError(
+                f"model.backbone_weights: the model in {path} has {name} {theirs}, model.backbone {ours}; give "
+                "model.backbone the same."
+            )
+    for part in taken:
+        module = getattr(model, part)
+        _check_same_shapes(given[part], module.state_dict(), path)
+        module.load_state_dict(given[part])
+    return taken
+
+
+def _check_same_shapes(given: dict[str, Tensor], wanted: dict[str, Tensor], path: str) -> None:
     differing = [name for name in wanted if name not in given or given[name].shape != wanted[name].shape]
     if differing or given.keys() - wanted.keys():
         name = (differing or sorted(given.keys() - wanted.keys()))[0]
         shapes = " and ".join(str(tuple(state[name].shape)) for state in (given, wanted) if name in state)
         raise ValueError(
-            f"model.backbone_weights: the token model in {path} has another shape than model.backbone ({name}: "
-            f"{shapes}); give model.backbone its sizes."
+            f"model.backbone_weights: the model in {path} has another shape than model.backbone ({name}: {shapes}); "
+            "give model.backbone its sizes."
         )
-    # What shapes do not show, and weights mean nothing without.
-    for name in _SAME_CONFIG:
-        theirs, ours = (getattr(each.config, name, None) for each in (source, model.backbone))
-        if theirs != ours:
-            raise ValueError(
-                f"model.backbone_weights: the token model in {path} has {name} {theirs}, model.backbone {ours}; give "
-                "model.backbone the same."
-            )
-    model.backbone.load_state_dict(given)
+
+
+def _freeze(model: CalmForCausalLM, parts: Iterable[str]) -> None:
+    for name in parts:
+        if hasattr(model, name):
+            getattr(model, name).requires_grad_(False)
 
 
 def outline_model(recipe: Recipe, others: Iterable[Recipe] = ()) -> PreTrainedModel:

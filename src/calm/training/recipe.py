@@ -40,7 +40,7 @@ import yaml
 STAGES = ("autoencoder", "calm", "baseline")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 MODEL_PARTS = {
-    "calm": ("autoencoder", "backbone", "head", "token_prediction_weight", "backbone_weights"),
+    "calm": ("autoencoder", "backbone", "head", "token_prediction_weight", "backbone_weights", "freeze_backbone"),
     "baseline": ("backbone",),
 }
 
@@ -103,6 +103,8 @@ class Recipe:
                 check_keys(self.model[part], fields, f"model.{part}")
         _check_types(self, {"output_dir": str, "seed": int}, "the recipe")
         _check_types(self.data, {"train": str, "block_size": int}, "data")
+        if self.stage == "calm":
+            self._check_freeze_backbone()
         if "pretrained" in self.model:
             self._check_pretrained()
         elif self.stage != "autoencoder" and not self.model.get("backbone"):
@@ -134,8 +136,19 @@ class Recipe:
         }
         self.training = TRAINING_DEFAULTS | given
 
+    def _check_freeze_backbone(self) -> None:
+        freeze = self.model.get("freeze_backbone", False)
+        if not isinstance(freeze, bool):
+            raise ValueError(f"model.freeze_backbone must be true or false, got {freeze!r}.")
+        if freeze and not {"pretrained", "backbone_weights"} & self.model.keys():
+            raise ValueError(
+                "model.freeze_backbone is for a backbone that was trained: give model.backbone_weights or "
+                "model.pretrained too."
+            )
+
     def _check_pretrained(self) -> None:
-        beside = self.model.keys() - {"pretrained"} - ({"autoencoder"} if self.stage == "calm" else set())
+        more = {"autoencoder", "freeze_backbone"} if self.stage == "calm" else set()
+        beside = self.model.keys() - {"pretrained"} - more
         if beside:
             raise ValueError(
                 f"model.pretrained says all there is to say about the model; leave out {', '.join(sorted(beside))}."
