@@ -30,6 +30,17 @@ def test_the_type_a_configuration_was_saved_with_does_not_matter_to_a_new_model(
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
+def test_what_is_no_calm_is_named(tmp_path):
+    tiny.autoencoder().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a model of type 'calm_autoencoder'; CalmForCausalLM loads type 'calm'"):
+        CalmForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="vocab_size is a field of backbone_config and autoencoder_config"):
+        CalmConfig(vocab_size=48)
+    model, ids = tiny.calm(type="flow"), tiny.tokens(2, 8)
+    with pytest.raises(ValueError, match=r"target_ids are for an energy head.*got flow"):
+        model(ids, labels=ids, target_ids=ids[None, :, 4:].unflatten(-1, (1, 4)))
+
+
 def test_a_mask_may_count_tokens_or_patches():
     model, ids = tiny.calm(), tiny.tokens(2, 16)
     patches = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])

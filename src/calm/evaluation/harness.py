@@ -120,8 +120,12 @@ class CalmHarness(LM):
 
     def _end_of(self, prompt: str, room: int) -> str:
         """A prompt too long for the context keeps its end, as lm-eval's own models do."""
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return prompt if len(ids) <= room else str(self.tokenizer.decode(ids[-room:]))
+        ids, keep = self.tokenizer(prompt, add_special_tokens=False)["input_ids"], room
+        while len(ids) > room:
+            prompt = str(self.tokenizer.decode(ids[-keep:]))
+            # A character cut in two may come back as more tokens than were kept of it.
+            ids, keep = self.tokenizer(prompt, add_special_tokens=False)["input_ids"], keep - 1
+        return prompt
 
 
 def _before(text: str, stops: list[str]) -> str:

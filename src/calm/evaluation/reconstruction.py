@@ -44,6 +44,7 @@ def evaluate_reconstruction(
 ) -> ReconstructionResult:
     """Encode and decode blocks of text; ``advance`` is called with the number of blocks after every batch."""
     generator = torch.Generator(model.device).manual_seed(seed)
+    was_training = model.training
     model.eval()
     hits_mean, hits_sample, kl, std, means = [], [], [], [], []
     hits_noise: dict[float, list[torch.Tensor]] = {scale: [] for scale in NOISE}
@@ -62,6 +63,7 @@ def evaluate_reconstruction(
         means.append(mean.flatten(0, 1).float())
         if advance is not None:
             advance(len(ids))
+    model.train(was_training)
     from_mean, from_sample = torch.cat(hits_mean), torch.cat(hits_sample)
     return ReconstructionResult(
         token_accuracy_mean=from_mean.float().mean().item(),

@@ -42,6 +42,9 @@ class CalmConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         patch_size = kwargs.pop("patch_size", None)
+        for name in ("vocab_size", "hidden_size"):
+            if name in kwargs:
+                raise ValueError(f"{name} is a field of backbone_config and autoencoder_config, not of CalmConfig.")
         if not isinstance(self.autoencoder_config, PreTrainedConfig):
             self.autoencoder_config = CalmAutoencoderConfig(**(self.autoencoder_config or {}))
         if not isinstance(self.backbone_config, PreTrainedConfig):

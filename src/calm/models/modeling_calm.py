@@ -219,7 +219,11 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         target_noise: Tensor | None,
         generator: Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        patch_size = self.config.patch_size
+        patch_size, head_type = self.config.patch_size, self.config.head_config.type
+        if target_ids is not None and head_type != "energy":
+            raise ValueError(
+                f"target_ids are for an energy head, whose loss compares draws with draws; got {head_type}."
+            )
         is_target = target_patches(labels, patch_size)
         ids = labels[:, patch_size:].clamp(min=0) if target_ids is None else target_ids.flatten(-2)
         with torch.no_grad():

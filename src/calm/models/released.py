@@ -74,6 +74,9 @@ def from_pretrained(
     if path is None or not is_reference_layout(fields):
         if autoencoder is not None:
             raise ValueError(f"{path} holds its autoencoder: pass autoencoder= for checkpoints of the reference alone.")
+        kind, wanted = fields.get("model_type"), cls.config_class.model_type  # type: ignore[union-attr]
+        if kind is not None and kind != wanted:
+            raise ValueError(f"{path} holds a model of type {kind!r}; {cls.__name__} loads type {wanted!r} alone.")
         return transformers_from_pretrained(path, *args, **kwargs)
     architecture = fields["architectures"][0]
     if (architecture == AUTOENCODER) != (cls.config_class is CalmAutoencoderConfig):

@@ -64,9 +64,9 @@ def _protocol(scores: dict[str, dict], labels: dict[str, str]) -> str:
         each = "; ".join(f"{', '.join(names)}: {protocol}" for protocol, names in scored.items())
         on = f"**Not all language models are scored alike, and scores compare within a group only.** {each}."
     return (
-        f"{on} ± is one standard error over blocks. FLOPs count the whole way to a model: its autoencoder, "
-        "its teacher, what its backbone was taken from. Read-outs: Brier-1 of what the hidden states say of the next token "
-        "where token prediction trained them to, without the head."
+        f"{on} ± is one standard error over blocks. FLOPs count the whole way to a model: its autoencoder, its "
+        "teacher, what its backbone was taken from. Read-outs: Brier-1 of what the hidden states say of the next "
+        "token where token prediction trained them to, without the head."
     )
 
 
