@@ -78,6 +78,10 @@ def test_long_prompts_keep_their_end(model):
     kept = harness._end_of("one two " * 200 + "seven", room)
     assert kept.endswith("two seven")
     assert len(harness.tokenizer(kept)["input_ids"]) <= room
+    # Characters of several tokens, cut in two at any place.
+    for shift in range(3):
+        kept = harness._end_of("a" * shift + "€" * 200, room)
+        assert 0 < len(harness.tokenizer(kept, add_special_tokens=False)["input_ids"]) <= room
     with pytest.raises(ValueError, match="max_gen_toks=500 leaves no room"):
         harness._room(500)
 
