@@ -100,6 +100,9 @@ def _calm_compute(model: CalmForCausalLM, context: int, draws: int, frozen_backb
     if not frozen_backbone:
         states = 3 * (states + _token_prediction_flops(model))
     heads = 3 * head_config.num_samples * head_pass
+    if model.config.decoded_brier_weight:
+        # Forwards, and back to the draws: the decoder's own weights are frozen.
+        heads += 2 * head_config.num_samples * _decode_flops(model.autoencoder)
     total, autoencoder = _parameters(model), _parameters(model.autoencoder)
     return Compute(
         {

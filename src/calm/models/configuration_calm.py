@@ -34,6 +34,7 @@ class CalmConfig(PreTrainedConfig):
     head_config: Any = None
     document_separator_id: int | None = None
     token_prediction_weight: float | int = 0.0
+    decoded_brier_weight: float | int = 0.0
     initializer_range: float = 0.02
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -63,8 +64,14 @@ class CalmConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self.autoencoder_config, name))
-        if self.token_prediction_weight < 0:
-            raise ValueError(f"token_prediction_weight must be at least 0, got {self.token_prediction_weight}.")
+        for name in ("token_prediction_weight", "decoded_brier_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if self.decoded_brier_weight and self.head_config.type != "energy":
+            raise ValueError(
+                "decoded_brier_weight is for an energy head, which draws in its loss; the head_config's type is "
+                f"{self.head_config.type!r}."
+            )
         if patch_size is not None and patch_size != self.patch_size:
             raise ValueError(
                 f"patch_size is {patch_size}, but the autoencoder was built for {self.patch_size} tokens per patch."

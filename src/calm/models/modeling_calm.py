@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from calm.functional.noise import Generator
 from calm.models.configuration_calm import CalmConfig
+from calm.models.decoded_brier import decoded_brier
 from calm.models.generation import CalmGenerationMixin
 from calm.models.generation_settings import GENERATION_DEFAULTS
 from calm.models.heads import HEADS
@@ -233,6 +234,11 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         weight = is_target / is_target.sum().clamp(min=1)
         metrics = {name: (value.detach() * weight).sum() for name, value in head_loss.metrics.items()}
         loss = (head_loss.loss * weight).sum()
+        if self.config.decoded_brier_weight:
+            assert head_loss.samples is not None
+            brier = (self._decoded_brier(head_loss.samples, ids) * weight).sum()
+            loss = loss - self.config.decoded_brier_weight * brier
+            metrics["decoded_brier"] = brier.detach()
         # One that is frozen has nothing to learn, and its loss nothing to say.
         if self.config.token_prediction_weight and self.token_predictor.proj.weight.requires_grad:
             token_ids = labels[:, patch_size:].unflatten(-1, (-1, patch_size))
@@ -241,3 +247,10 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             loss = loss + self.config.token_prediction_weight * cross_entropy
             metrics["token_cross_entropy"] = cross_entropy.detach()
         return loss, metrics
+
+    def _decoded_brier(self, samples: Tensor, ids: Tensor) -> Tensor:
+        """Of draws ``[N, B, L - 1, Z]`` against text ``[(S,) B, (L - 1) * K]``: ``[B, L - 1]``."""
+        states = self.autoencoder.decoder(samples)
+        text = ids.view(-1, *states.shape[1:-1])
+        brier = decoded_brier(states.flatten(1, 2), self.autoencoder.embed_tokens.weight, text.flatten(1, 2))
+        return brier.view(samples.shape[1:-1])

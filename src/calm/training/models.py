@@ -16,7 +16,7 @@ from calm.models.loading import load_autoencoder, load_language_model, load_mode
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.outline import outline
-from calm.training.recipe import Recipe
+from calm.training.recipe import AUXILIARY, Recipe
 from calm.training.token_loss import use_linear_cross_entropy
 
 
@@ -207,7 +207,7 @@ def _head(recipe: Recipe) -> dict:
 
 
 def _auxiliary(recipe: Recipe) -> dict:
-    return {"token_prediction_weight": recipe.model.get("token_prediction_weight", 0.0)}
+    return {name: recipe.model[name] for name in AUXILIARY if name in recipe.model}
 
 
 def _token_ids(data: str) -> dict[str, int | None]:

@@ -13,6 +13,7 @@ model:                               # stage autoencoder: fields of CalmAutoenco
   backbone: {hidden_size: 256}       #   the backbone's fields (`model_type` if it is no Llama),
   head: {type: energy}               #   and the head's; stage baseline: the backbone alone
   token_prediction_weight: 0.0       # stage calm: of an auxiliary cross-entropy; optional
+  decoded_brier_weight: 0.0          # stage calm: of the Brier score of decoded draws; optional
   backbone_weights: runs/baseline    # stage calm, optional: start from a token model's weights of the same shape
   pretrained: runs/calm              # instead of all that: go on from a trained model, to fine-tune it
 distillation:                        # stage calm with an energy head, optional: the targets of the loss are
@@ -39,8 +40,10 @@ import yaml
 
 STAGES = ("autoencoder", "calm", "baseline")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+# Weights of losses beside the head's.
+AUXILIARY = ("token_prediction_weight", "decoded_brier_weight")
 MODEL_PARTS = {
-    "calm": ("autoencoder", "backbone", "head", "token_prediction_weight", "backbone_weights", "freeze_backbone"),
+    "calm": ("autoencoder", "backbone", "head", *AUXILIARY, "backbone_weights", "freeze_backbone"),
     "baseline": ("backbone",),
 }
 

@@ -10,10 +10,14 @@ from calm.models.modeling_autoencoder import Posterior
 
 @dataclass
 class HeadLoss:
-    """``loss`` of every position ``[...]`` (lower is better) and named parts of it for the log, each ``[...]``."""
+    """``loss`` of every position ``[...]`` (lower is better) and named parts of it for the log, each ``[...]``.
+
+    ``samples`` are the draws ``[N, ..., Z]`` that it compares with the target, for heads that draw in their loss.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    samples: Tensor | None = None
 
 
 class Head(nn.Module):

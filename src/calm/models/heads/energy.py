@@ -109,9 +109,9 @@ class EnergyHead(Head):
         center = mean.mean(0)
         if noise is None:
             noise = self.draw_noise(hidden, config.num_samples, generator, row_dim=1)
-        samples = self.sample(hidden, noise).float()
+        samples = self.sample(hidden, noise)
         # Distances do not change with the origin; that of the differences of squares lies among the points.
-        errors = (samples - center).movedim(0, -2)  # [..., N, Z]
+        errors = (samples.float() - center).movedim(0, -2)  # [..., N, Z]
         diversity = self._distance(mean_distance_of_pairs, errors)
         fidelity = self._fidelity(errors, mean - center, std, target_noise, generator)
         loss = 2 * fidelity - diversity
@@ -120,7 +120,7 @@ class EnergyHead(Head):
             pull = errors.mean(-2).square().sum(-1)
             loss = loss + config.mean_pull_weight * pull
             metrics["mean_pull"] = pull
-        return HeadLoss(loss, metrics)
+        return HeadLoss(loss, metrics, samples)
 
     def _fidelity(
         self, errors: Tensor, mean: Tensor, std: Tensor, target_noise: Tensor | None, generator: Generator

@@ -1,0 +1,72 @@
+"""A training aid: the Brier score of the tokens that a head's draws decode to.
+
+The energy score weighs draws by their distance to the true latent, and two latents that decode to the same token or to
+another one may be equally far from it. This looks at the draws through the decoder instead: the tokens of a patch are
+drawn from the mixture of what the decoder says of N latents, and the Brier scores of its n-grams are a proper rule for
+that mixture, with a gradient. Evaluation scores the same n-grams (BrierLM), from tokens alone.
+
+Shapes: N draws of the head, P positions, K tokens of a patch, S possible next patches, E decoder states, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+_TILE_ELEMENTS = 2**22  # of a (positions x tokens x draws x vocabulary) tensor: 16 MiB in float32
+_LONGEST = 4  # tokens of the longest n-gram, as in BrierLM
+
+
+def decoded_brier(states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
+    """Mean of Brier-1 to Brier-n of the first n = min(K, 4) tokens, ``[P]``; 1 at best.
+
+    The collisions are those of different draws, so that the score is without bias for the mixture of infinitely many.
+    It has a gradient for the states alone, and keeps nothing else for it: no probability outlives its tile.
+
+    Args:
+        states: of the decoder for every draw, N >= 2, ``[N, P, K, E]``.
+        embeddings: its output layer, ``[V, E]``.
+        text: token ids of the next patch ``[S, P, K]``; of several, the mean counts.
+    """
+    longest = min(states.shape[2], _LONGEST)
+    states, text = states[:, :, :longest].permute(1, 2, 0, 3), text[..., :longest].permute(1, 2, 0)
+    size = max(1, _TILE_ELEMENTS // (longest * states.shape[2] * len(embeddings)))
+    tiles = zip(states.split(size), text.split(size), strict=True)
+    scores: list[Tensor] = [_DecodedBrier.apply(tile, embeddings, tokens) for tile, tokens in tiles]
+    return torch.cat(scores)
+
+
+class _DecodedBrier(torch.autograd.Function):
+    """``[P, K, N, E], [V, E], [P, K, S] -> [P]``."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
+        num_tokens, num_draws, num_texts = states.shape[1], states.shape[2], text.shape[2]
+        law = (states @ embeddings.T.to(states.dtype)).float().softmax(-1)  # [P, K, N, V]
+        places = text[:, :, None].expand(-1, -1, num_draws, -1)
+        right = law.gather(-1, places)  # [P, K, N, S]
+        agree = law @ law.mT  # [P, K, N, N]
+        of_right = 2 / (num_tokens * num_draws * num_texts)
+        of_agree = (1 - torch.eye(num_draws, device=agree.device)) / (num_tokens * num_draws * (num_draws - 1))
+        score = (right.cumprod(1) * of_right).sum((1, 2, 3)) - (agree.cumprod(1) * of_agree).sum((1, 2, 3))
+        if ctx.needs_input_grad[0]:
+            # From both, which are small, to the probabilities, and back through the softmax.
+            of_law = (_gradient_of_prefixes(agree) * of_agree * -2) @ law
+            of_law.scatter_add_(-1, places, _gradient_of_prefixes(right) * of_right)
+            of_logits = of_law.sub_((of_law * law).sum(-1, keepdim=True)).mul_(law)
+            ctx.save_for_backward(of_logits.to(states.dtype) @ embeddings.to(states.dtype))
+        return score
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (of_states,) = ctx.saved_tensors
+        return of_states * gradient[:, None, None, None].to(of_states.dtype), None, None
+
+
+def _gradient_of_prefixes(values: Tensor) -> Tensor:
+    """Of ``values.cumprod(1).sum(1)`` for the values ``[P, K, ...]``."""
+    parts = []
+    for token in range(values.shape[1]):
+        others = values.clone()
+        others[:, token] = 1
+        parts.append(others.cumprod(1)[:, token:].sum(1))
+    return torch.stack(parts, dim=1)
