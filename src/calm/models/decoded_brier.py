@@ -11,7 +11,7 @@ Shapes: N draws of the head, P positions, K tokens of a patch, S possible next p
 import torch
 from torch import Tensor
 
-_TILE_ELEMENTS = 2**22  # of a (positions x tokens x draws x vocabulary) tensor: 16 MiB in float32
+_TILE_ELEMENTS = 2**20  # of a (positions x tokens x draws x vocabulary) tensor: 4 MiB in float32, which caches hold
 _LONGEST = 4  # tokens of the longest n-gram, as in BrierLM
 
 
