@@ -18,7 +18,7 @@ from calm.models.prompts import align_prompt
 from calm.models.released import save_reference
 from calm.training.cost import recipe_cost
 from calm.training.metrics import read_metrics
-from calm.training.models import build_model
+from calm.training.models import build_model, outline_model
 from calm.training.run import train
 
 ANSWERS = {"alpha": "gamma gamma", "beta": "delta", "gamma": "alpha alpha alpha", "delta": "beta beta"}
@@ -278,6 +278,21 @@ def test_a_new_head_learns_on_a_frozen_backbone(workspace):  # noqa: F811
     }
     assert changed
     assert all(name.startswith("head.") for name in changed)
+
+
+def test_decoded_draws_are_scored_where_a_trained_model_goes_on(workspace):  # noqa: F811
+    source = train(with_token_prediction(workspace, "read", max_steps=6))
+    model = {"pretrained": str(source), "freeze_backbone": True, "decoded_brier_weight": 5.0}
+    values = recipe(workspace, "calm", "scored", model, max_steps=4)
+    output = train(values)
+    assert "decoded_brier" in next(record for record in read_metrics(output) if "loss" in record)
+    assert CalmForCausalLM.from_pretrained(output).config.decoded_brier_weight == 5.0
+    without = recipe(workspace, "calm", "x", {"pretrained": str(source), "freeze_backbone": True}, max_steps=4)
+    costs = [recipe_cost(each, outline_model(each), 4)["training_flops"] for each in (values, without)]
+    assert costs[0] > costs[1]
+    values.model["decoded_brier_weight"] = -1.0
+    with pytest.raises(ValueError, match="decoded_brier_weight must be at least 0, got -1"):
+        build_model(values)
 
 
 def test_a_frozen_backbone_must_be_a_trained_one_that_fits(workspace, tmp_path):  # noqa: F811

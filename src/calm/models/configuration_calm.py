@@ -64,14 +64,7 @@ class CalmConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self.autoencoder_config, name))
-        for name in ("token_prediction_weight", "decoded_brier_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        if self.decoded_brier_weight and self.head_config.type != "energy":
-            raise ValueError(
-                "decoded_brier_weight is for an energy head, which draws in its loss; the head_config's type is "
-                f"{self.head_config.type!r}."
-            )
+        self.check_weights()
         if patch_size is not None and patch_size != self.patch_size:
             raise ValueError(
                 f"patch_size is {patch_size}, but the autoencoder was built for {self.patch_size} tokens per patch."
@@ -85,6 +78,17 @@ class CalmConfig(PreTrainedConfig):
             raise ValueError(
                 f"backbone_config.vocab_size ({self.backbone_config.vocab_size}) and autoencoder_config.vocab_size "
                 f"({self.autoencoder_config.vocab_size}) must be equal: both read the same tokens."
+            )
+
+    def check_weights(self) -> None:
+        """ValueError where the weight of an auxiliary loss does not fit."""
+        for name in ("token_prediction_weight", "decoded_brier_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if self.decoded_brier_weight and self.head_config.type != "energy":
+            raise ValueError(
+                "decoded_brier_weight is for an energy head, which draws in its loss; the head_config's type is "
+                f"{self.head_config.type!r}."
             )
 
     @property

@@ -66,6 +66,9 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
         known = model.config.eos_token_id
         ends = {*(known if isinstance(known, list) else [known]), model.config.separator_id} - {None}
         model.generation_config.eos_token_id = sorted(ends)
+        if "decoded_brier_weight" in recipe.model:
+            model.config.decoded_brier_weight = recipe.model["decoded_brier_weight"]
+            model.config.check_weights()
         if recipe.model.get("freeze_backbone"):
             _freeze(model, _PARTS)
     return model.train()
@@ -158,7 +161,10 @@ def outline_model(recipe: Recipe, others: Iterable[Recipe] = ()) -> PreTrainedMo
     """
     tokens = _token_ids(recipe.data.train) if (Path(recipe.data.train) / MANIFEST).is_file() else {}
     if "pretrained" in recipe.model:
-        return outline_at(recipe.model["pretrained"], others)
+        model: Any = outline_at(recipe.model["pretrained"], others)
+        if "decoded_brier_weight" in recipe.model:
+            model.config.decoded_brier_weight = recipe.model["decoded_brier_weight"]
+        return model
     vocab_size = recipe.model if recipe.stage == "autoencoder" else recipe.model["backbone"]
     if not tokens and "vocab_size" not in vocab_size:
         raise ValueError(

@@ -150,7 +150,7 @@ class Recipe:
             )
 
     def _check_pretrained(self) -> None:
-        more = {"autoencoder", "freeze_backbone"} if self.stage == "calm" else set()
+        more = {"autoencoder", "freeze_backbone", "decoded_brier_weight"} if self.stage == "calm" else set()
         beside = self.model.keys() - {"pretrained"} - more
         if beside:
             raise ValueError(
