@@ -12,7 +12,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from calm.functional.temperature import LOWEST_TEMPERATURE
 from calm.models.modeling_calm import CalmForCausalLM
+
+# What a line of results has beside the fields of its prompt.
+_RESULTS = {"text", "tokens", "tokens_per_second", "draws_per_chunk", "products_per_token", "settings"}
 
 
 @dataclass
@@ -48,7 +52,7 @@ class SamplingSettings:
         return {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": True,
-            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "temperature": 1.0 if self.temperature is None else max(self.temperature, LOWEST_TEMPERATURE),
             "top_k": 0,
             "stop_strings": self.stop_strings,
         }
@@ -145,7 +149,7 @@ def complete_file(
     if output.exists():
         raise ValueError(f"{output} is there already: choose another file, or remove it.")
     draft = output.with_name(f".{output.name}.partial")
-    said = {
+    said = {"model": str(getattr(model, "name_or_path", ""))} | {
         name: value for name, value in vars(settings).items() if name not in ("seed", "compile") and value is not None
     }
     done = _finished_lines(draft, records, said, settings.seed)
@@ -171,6 +175,11 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], model: PreTrainedModel
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Left-padded ids and mask; an empty prompt of a token model is its end-of-text token."""
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt {prompt!r:.60} is not UTF-8 text (character {error.start}).") from error
     rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     if not isinstance(model, CalmForCausalLM):
         rows = [row or [tokenizer.eos_token_id] for row in rows]
@@ -198,6 +207,10 @@ def _read_prompts(source: str | os.PathLike) -> list[dict]:
             raise ValueError(f"{source} line {number} is not JSON: {error}.") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise ValueError(f'{source} line {number} has no "prompt": every line must be like {{"prompt": "Once"}}.')
+        if taken := _RESULTS & record.keys():
+            raise ValueError(
+                f"{source} line {number} has a field {min(taken)!r}, which the result would replace: rename it."
+            )
         records.append(record)
     return records
 

@@ -9,8 +9,11 @@ def write_whole(path: str | os.PathLike, content: str | Callable[[Path], object]
     """Write a text, or let a function write to a path, and put the result in place in one step."""
     path = Path(path)
     draft = path.with_name(f".{path.name}.partial")
-    if isinstance(content, str):
-        draft.write_text(content, encoding="utf-8")
-    else:
-        content(draft)
-    draft.replace(path)
+    try:
+        if isinstance(content, str):
+            draft.write_text(content, encoding="utf-8")
+        else:
+            content(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)  # where the disk was full

@@ -109,6 +109,10 @@ def test_generate_continues_a_file_of_prompts_and_resumes(quickstart, monkeypatc
     code, _, error = run(monkeypatch, capsys, *arguments, "-o", tmp_path / "again.jsonl", "--seed", "6")
     assert code == 2
     assert "unfinished output of other prompts or settings" in error
+    code, _, error = run(monkeypatch, capsys, "generate", quickstart / "baseline", *arguments[2:6],
+                         "-o", tmp_path / "again.jsonl", "--seed", "5")  # fmt: skip
+    assert code == 2
+    assert "unfinished output of other prompts or settings" in error
     # The baseline takes the same file.
     arguments = ("generate", quickstart / "baseline", "--prompts", prompts, "-o", tmp_path / "baseline.jsonl")
     assert run(monkeypatch, capsys, *arguments, "--max-new-tokens", "5")[0] == 0
@@ -120,6 +124,8 @@ def test_generate_continues_a_file_of_prompts_and_resumes(quickstart, monkeypatc
     [
         ('{"prompt": "a"}\n{"text": "b"}\n', (), 'line 2 has no "prompt"'),
         ("import os\n", (), "line 1 is not JSON"),
+        ('{"prompt": "a", "text": "mine"}\n', (), "line 1 has a field 'text', which the result would replace"),
+        ('{"prompt": "\\ud800"}\n', (), "is not UTF-8 text (character 0)"),
         ('{"prompt": "a"}\n', ("--prompt", "b"), "takes the place of --prompt"),
         ('{"prompt": "a"}\n', ("--temperature", "nan"), "temperature must lie in (0, 1], got nan"),
     ],

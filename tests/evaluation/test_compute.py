@@ -167,6 +167,15 @@ def test_info_prints_json_for_recipes(monkeypatch, capsys):
     assert "training" in out
 
 
+def test_info_passes_over_what_is_no_recipe_beside_one(tmp_path, monkeypatch, capsys):
+    recipe = (PAPER / "transformer_s.yaml").read_text()
+    (tmp_path / "baseline.yaml").write_text(recipe)
+    (tmp_path / "plan.yaml").write_text("models: [1")
+    code, out, _ = run(monkeypatch, capsys, tmp_path / "baseline.yaml", "--json")
+    assert code == 0
+    assert json.loads(out)["parameters"]["total"] > 0
+
+
 def test_info_reads_models_in_either_layout(tmp_path, monkeypatch, capsys):
     tiny.calm().save_pretrained(tmp_path)
     released = Path(__file__).parents[1] / "data" / "checkpoint_k4" / "energy"

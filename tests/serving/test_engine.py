@@ -92,6 +92,19 @@ def test_a_token_model_is_served_in_the_same_way(baseline, tokenizer, engine_of)
         assert collected.text() == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
 
 
+def test_the_lowest_temperature_takes_the_likeliest_token_and_ends_nobody_elses_text(baseline, tokenizer, engine_of):
+    ids = ids_of(tokenizer, "the quick brown")
+    cold, warm = Collected(ids, 8, Sampling(1e-40), 0), Collected(ids, 30, Sampling(1.0), 1)
+    engine_of(baseline).submit([warm.job, cold.job])
+    text = list(ids)
+    for _ in range(8):
+        text.append(int(baseline(torch.tensor([text])).logits[0, -1].argmax()))
+        if text[-1] == tokenizer.eos_token_id:
+            break
+    assert cold.text() == tokenizer.decode(text[len(ids) :], skip_special_tokens=True)
+    assert warm.chunks()[-1].finish_reason in ("length", "stop")
+
+
 def test_cancelled_sequences_give_up_their_slots(calm, tokenizer, engine_of):
     engine = engine_of(calm, max_batch=2)
     engine.stepper.end_ids = set()  # so that texts have their full length

@@ -110,6 +110,15 @@ def test_missing_empty_and_unknown_sources_are_refused(tmp_path):
         find_sources([tmp_path / "a.docx"])
 
 
+def test_the_embedded_corpus_replaces_nothing(tmp_path):
+    (tmp_path / "validation.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match=r"validation.jsonl is there already and holds something else"):
+        write_embedded_corpus(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["validation.jsonl"]
+    (tmp_path / "validation.jsonl").unlink()
+    assert write_embedded_corpus(tmp_path) == write_embedded_corpus(tmp_path)  # the same again
+
+
 def test_embedded_corpus_is_the_standard_library_split_by_file(tmp_path):
     paths = write_embedded_corpus(tmp_path)
     records = {

@@ -308,3 +308,10 @@ def test_a_longer_run_logs_the_rate_it_uses(workspace):
 def test_settings_that_no_run_can_have_are_refused(workspace, setting, message):
     with pytest.raises(ValueError, match=message):
         calm_recipe(workspace, "refused", **setting)
+
+
+def test_a_run_refused_before_its_first_step_claims_nothing(workspace):
+    refused = calm_recipe(workspace, "unclaimed", per_device_train_batch_size=100000)
+    with pytest.raises(ValueError, match="prepare more text, or choose a smaller"):
+        train(refused)
+    assert train(calm_recipe(workspace, "unclaimed")) == workspace / "unclaimed"

@@ -39,7 +39,7 @@ def info(
     if source.endswith((".yaml", ".yml")):
         recipe = Recipe.load(source, overrides or [])
         steps = recipe.training.get("max_steps")
-        beside = [Recipe.load(path) for path in sorted(Path(source).parent.glob("*.yaml"))]
+        beside = [recipe, *_recipes_beside(Path(source))]
         model = outline_model(recipe, beside)
     elif overrides:
         raise ValueError(f"overrides are for recipes, {source} is a model.")
@@ -72,3 +72,16 @@ def info(
 
     for table in compute_tables(document):
         Console().print(table)
+
+
+def _recipes_beside(path: Path) -> list:
+    """The recipes in the same directory; other files are none of ours."""
+    from calm.training.recipe import Recipe
+
+    recipes = []
+    for other in sorted(path.parent.glob("*.yaml")):
+        try:
+            recipes.append(Recipe.load(other))
+        except ValueError:
+            continue
+    return recipes

@@ -112,9 +112,19 @@ def _exchanges(
     if not isinstance(prompt, str) or not isinstance(response, str):
         problem = f"holds neither messages nor the texts prompt and response (found: {', '.join(record)})."
         return BadRecordError(place, problem, "no prompt and response")
+    if not _is_text(prompt, response):
+        return BadRecordError(place, "holds half of a surrogate pair.", "not UTF-8 text")
     if not response:
         return BadRecordError(place, "has an empty response.", "empty response")
     return [(prompt, response)]
+
+
+def _is_text(*texts: str) -> bool:
+    """Whether no text holds half of a surrogate pair, which no tokenizer takes."""
+    try:
+        return "".join(texts).encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _turns(messages: Any, place: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]] | BadRecordError:
@@ -127,6 +137,8 @@ def _turns(messages: Any, place: str, tokenizer: PreTrainedTokenizerBase) -> lis
     )
     if not good:
         return BadRecordError(place, "has messages that are no list of role and content.", "bad messages")
+    if not _is_text(*(message["content"] for message in messages)):
+        return BadRecordError(place, "holds half of a surrogate pair.", "not UTF-8 text")
     turns = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":

@@ -10,6 +10,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from calm.files import write_whole
+
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 _VALIDATION_SHARE = 0.05
 
@@ -36,17 +38,21 @@ def in_validation(path: str) -> bool:
 
 
 def write_embedded_corpus(directory: str | os.PathLike) -> dict[str, Path]:
-    """Write ``train.jsonl`` and ``validation.jsonl`` (fields ``text`` and ``path``); returns their paths."""
+    """Write ``train.jsonl`` and ``validation.jsonl`` (fields ``text`` and ``path``); returns their paths.
+
+    ValueError where files of these names hold something else.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    paths = {split: directory / f"{split}.jsonl" for split in ("train", "validation")}
-    drafts = {split: path.with_suffix(".tmp") for split, path in paths.items()}
-    with (
-        open(drafts["train"], "w", encoding="utf-8") as train,
-        open(drafts["validation"], "w", encoding="utf-8") as val,
-    ):
-        for path, text in stdlib_documents():
-            print(json.dumps({"text": text, "path": path}), file=val if in_validation(path) else train)
-    for split, draft in drafts.items():
-        draft.replace(paths[split])
+    lines: dict[str, list[str]] = {"train": [], "validation": []}
+    for name, text in stdlib_documents():
+        split = "validation" if in_validation(name) else "train"
+        lines[split].append(json.dumps({"text": text, "path": name}) + "\n")
+    paths = {split: directory / f"{split}.jsonl" for split in lines}
+    contents = {split: "".join(lines[split]) for split in lines}
+    for split, path in paths.items():
+        if path.exists() and path.read_bytes() != contents[split].encode():
+            raise ValueError(f"{path} is there already and holds something else: choose another directory.")
+    for split, path in paths.items():
+        write_whole(path, contents[split])
     return paths

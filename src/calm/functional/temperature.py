@@ -24,6 +24,9 @@ from torch import Tensor
 from calm.functional.draws import Draws
 from calm.functional.noise import Generator
 
+# Of a token model, whose logits are divided by it: there the likeliest token is as good as certain.
+LOWEST_TEMPERATURE = 1e-6
+
 # The urn is opened in steps: a few draws settle a context where the model is sure.
 _URN_STEPS = (4, 16, 64)
 _ROUND_LIMIT = 64  # draws of a row at once, exact sampler

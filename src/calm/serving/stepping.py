@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from calm.functional.temperature import check_candidates
+from calm.functional.temperature import LOWEST_TEMPERATURE, check_candidates
 from calm.models.generation import NextChunk
 from calm.models.modeling_calm import CalmForCausalLM
 
@@ -107,7 +107,9 @@ class TokenStepper(Stepper):
         return outputs.last_hidden_state[:, -1], outputs.past_key_values, prompt.shape[1]
 
     def draw(self, conditions: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> NextChunk:
-        logits = self.model.get_output_embeddings()(conditions).float() / sampling.temperature
+        logits = self.model.get_output_embeddings()(conditions).float()
+        # However low the temperature, the likeliest token stays a number: one request must not end the others.
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, LOWEST_TEMPERATURE)
         rows = zip(logits.softmax(-1), generators, strict=True)
         tokens = torch.stack([row.multinomial(1, generator=generator) for row, generator in rows])
         ones = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)

@@ -29,7 +29,8 @@ def is_complete(recipe: Recipe) -> bool:
 def check_output(recipe: Recipe, allow_recipe_change: bool = False) -> None:
     """ValueError when the output directory holds something else than (part of) this recipe's run."""
     output = Path(recipe.output_dir)
-    if not output.exists() or not any(output.iterdir()):
+    # Empty directories are what a run leaves that was refused before its first step.
+    if not any(path.is_file() for path in output.rglob("*")):
         return
     if not (output / RECIPE).exists():
         raise ValueError(f"{output} is not empty and holds no training run: choose another output_dir.")

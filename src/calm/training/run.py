@@ -56,8 +56,6 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
 
     if arguments.process_index == 0:
         output.mkdir(parents=True, exist_ok=True)
-        if not (output / RECIPE).exists():
-            write_whole(output / RECIPE, recipe.to_yaml())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")  # the one way the Trainer offers
     interruption = InterruptionCallback()
     trainer = CalmTrainer(
@@ -65,7 +63,7 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
         args=arguments,
         train_dataset=train_blocks,
         eval_dataset=validation_blocks,
-        callbacks=[JsonlCallback(output / "metrics.jsonl"), interruption],
+        callbacks=[_ClaimCallback(recipe), JsonlCallback(output / "metrics.jsonl"), interruption],
         brier_blocks=recipe.brier_blocks,
         about={"data": data_fingerprint(recipe)},
         keep=recipe.training["save_total_limit"],
@@ -83,7 +81,6 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
         checkpoint = checkpoint_to_resume(trainer, recipe, partial(shown.console.out, highlight=False))
         if arguments.process_index == 0:
             trainer.add_callback(ProgressCallback(shown, f"train {recipe.stage}"))
-            trainer.add_callback(_ClaimCallback(recipe))
         try:
             _train_to_the_end(trainer, checkpoint)
         except RuntimeError as error:
@@ -106,9 +103,10 @@ class _ClaimCallback(TrainerCallback):
         self.recipe = recipe
 
     def on_train_begin(self, args, state, control, **kwargs):
-        output = Path(self.recipe.output_dir)
-        (output / COMPLETE).unlink(missing_ok=True)
-        write_whole(output / RECIPE, self.recipe.to_yaml())
+        if state.is_world_process_zero:
+            output = Path(self.recipe.output_dir)
+            (output / COMPLETE).unlink(missing_ok=True)
+            write_whole(output / RECIPE, self.recipe.to_yaml())
 
 
 def _train_to_the_end(trainer: CalmTrainer, checkpoint: Path | None) -> None:
