@@ -47,7 +47,7 @@ from calm.models.loading import load_language_model, load_model
 from calm.report.study import PLAN, SCORE, write_report
 from calm.training.cost import recipe_cost
 from calm.training.models import outline_model
-from calm.training.recipe import Recipe, check_keys
+from calm.training.recipe import Recipe, check_keys, read_yaml
 from calm.training.resume import is_complete, read_run
 from calm.training.run import train
 
@@ -99,10 +99,18 @@ class Plan:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"no plan at {path}.")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
         check_keys(values, {"models", "evaluation", "set", "fluency", "report"}, "the plan")
         if not values.get("models"):
             raise ValueError(f"{path} names no models.")
+        shapes: dict[str, type] = {"models": dict, "set": dict, "report": list}
+        for part, shape in shapes.items():
+            if not isinstance(values.get(part) or shape(), shape):
+                raise ValueError(f"{part} of the plan must be a {shape.__name__}, got {values[part]!r}.")
+        for section in values.get("report") or []:
+            check_keys(section, {"title", "text", "rows", "lines"}, "a section of the report")
+            if "title" not in section:
+                raise ValueError(f"a section of the plan's report lacks 'title': {section!r}.")
         for part, kind in (("evaluation", Evaluation), ("fluency", Fluency)):
             if values.get(part) is not None:
                 check_keys(values[part], {each.name for each in dataclasses.fields(kind)}, part)

@@ -43,7 +43,7 @@ def test_quickstart_leaves_models_scores_samples_and_a_report(quickstart):
     assert set(results["brier"]) == {"calm", "baseline", "bigram counts", "unigram counts"}
     assert results["brier"]["bigram counts"]["brier"][0] > 0
     for name in ("calm", "baseline"):
-        assert results["brier"][name]["brier_lm_error"] >= 0
+        assert results["brier"][name]["brier_lm"] >= 0
         assert results["generation_tokens_per_second"][name] > 0
         assert results["training"][name]["training_flops"] > 1e9
     assert {sample["temperature"] for sample in results["samples"]} == {1.0, 1 / 2, 1 / 3}

@@ -1,5 +1,6 @@
 """The server over HTTP: OpenAI's own client, and requests as no client sends them."""
 
+import asyncio
 import copy
 import json
 import threading
@@ -13,7 +14,9 @@ import torch
 from conftest import TEMPLATE, serving
 from prometheus_client.parser import text_string_to_metric_families
 
+from calm.serving.guard import Guard
 from calm.serving.service import Limits
+from calm.serving.telemetry import Metrics
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +127,26 @@ def test_neutral_values_of_the_same_parameters_are_fine(client):
         model="calm", prompt="a", max_tokens=3, top_p=1, presence_penalty=0, frequency_penalty=0, logit_bias={},
         best_of=1, echo=False, user="me", stop=None, n=None, stream=None,
     )  # fmt: skip
+
+
+def test_a_body_that_never_arrives_is_given_up():
+    sent = []
+
+    async def call():
+        first = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+
+        async def receive():
+            return next(first, None) or await asyncio.sleep(60)
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "path": "/v1/completions", "headers": []}
+        await Guard(None, Metrics(), body_timeout=0.05)(scope, receive, send)
+
+    asyncio.run(call())
+    assert sent[0]["status"] == 408
+    assert "did not arrive within 0.05 seconds" in json.loads(sent[1]["body"])["error"]["message"]
 
 
 def test_other_requests_get_a_json_error_too(server):

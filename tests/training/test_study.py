@@ -190,6 +190,9 @@ def test_a_model_another_process_is_at_work_on_is_left_alone(family, tmp_path): 
         ({"models": {"calm": {"recipe": "calm.yaml", "set": {"model.autoencoder": "@nobody"}}}}, r"needs @nobody"),
         ({"models": {"calm": {"label": "CALM"}}}, r"model calm of the plan lacks 'recipe'"),
         ({"report": [{"title": "All", "rows": ["somebody"]}]}, r"names 'somebody', which no model is called"),
+        ({"models": ["calm.yaml"]}, r"models of the plan must be a dict"),
+        ({"set": [1]}, r"set of the plan must be a dict"),
+        ({"report": [{"rows": ["plain"]}]}, r"a section of the plan's report lacks 'title'"),
         ({"evaluation": {"num_samples": 1}}, r"evaluation.num_samples must be a whole number, at least 2, got 1"),
         ({"evaluation": {"num_blocks": 0}}, r"evaluation.num_blocks must be a whole number, at least 1, got 0"),
         ({"evaluation": {"samples": 3}}, r"unknown key 'samples' in evaluation: did you mean 'num_samples'"),
@@ -198,6 +201,15 @@ def test_a_model_another_process_is_at_work_on_is_left_alone(family, tmp_path): 
 def test_a_plan_that_does_not_hold_together_is_refused(family, changes, message):  # noqa: F811
     with pytest.raises(ValueError, match=message):
         Plan.load(write(family, **changes))
+
+
+def test_a_plan_is_read_as_recipes_are(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text("models: {a: {recipe: a.yaml, set: {training.learning_rate: 1e-3}}}")
+    assert Plan.load(path).models["a"]["set"] == {"training.learning_rate": 0.001}
+    path.write_text("models: [1")
+    with pytest.raises(ValueError, match=r"plan\.yaml is not valid YAML"):
+        Plan.load(path)
 
 
 def test_what_could_not_be_scored_is_refused_before_it_is_trained(family, tmp_path):  # noqa: F811

@@ -61,6 +61,7 @@ def evaluate(
     from calm.evaluation.brier_lm import evaluate_brier
     from calm.evaluation.reconstruction import evaluate_reconstruction
     from calm.files import write_whole
+    from calm.functional.temperature import check_temperature
     from calm.models.loading import load_model
     from calm.models.modeling_autoencoder import CalmAutoencoder
     from calm.report.scatter import plot_panels, temperature_panels
@@ -69,6 +70,9 @@ def evaluate(
 
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}.")
+    temperatures = temperature or [1.0]
+    for each in temperatures:
+        check_temperature(each)
     if protocol == "paper" and (block_size is not None or stride is not None):
         raise ValueError("--protocol paper sets block size and stride itself: leave them out, or take common.")
     target = resolve_device(device)
@@ -83,7 +87,6 @@ def evaluate(
             raise ValueError(
                 f"{data} was not prepared with the tokenizer of {name}: `calm prepare --tokenizer {name}`."
             )
-    temperatures = temperature or [1.0]
     common_patch = math.lcm(*(getattr(model.config, "patch_size", 1) for model in loaded.values()))
 
     results: dict[str, dict] = {}

@@ -23,8 +23,12 @@ def read_manifest(path: str | os.PathLike) -> dict:
     path = Path(path)
     if not (path / MANIFEST).is_file():
         raise ValueError(f"no prepared data in {path}: {MANIFEST} is missing; `calm prepare` makes it.")
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    for file in manifest["files"]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / MANIFEST} is damaged or cut short ({error!r}); run `calm prepare` again.") from error
+    for file in files:
         expected = file["num_tokens"] * manifest["token_bytes"]
         actual = (path / file["name"]).stat().st_size if (path / file["name"]).exists() else None
         if actual != expected:

@@ -1,5 +1,6 @@
 """What every request meets first: the host it names, its key, its size."""
 
+import asyncio
 import hmac
 import json
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ class Guard:
         hosts: names a request may give as its host, so that no page of another site can reach a server of this
             machine by a name of its own; None allows all.
         max_body: bytes.
+        body_timeout: seconds that a body may take to arrive; one that never does would keep the server from ending.
     """
 
     def __init__(
@@ -31,8 +33,10 @@ class Guard:
         api_keys: Sequence[str] = (),
         hosts: Sequence[str] | None = None,
         max_body: int = 2**20,
+        body_timeout: float = 30.0,
     ):
         self.app, self.metrics, self.hosts, self.max_body = app, metrics, hosts, max_body
+        self.body_timeout = body_timeout
         self.api_keys = [key.encode() for key in api_keys]
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
@@ -46,7 +50,12 @@ class Guard:
         elif not self._knows(headers.get(b"authorization", b"")) and scope["path"] not in _OPEN:
             await refuse(send, 401, "a valid API key is needed, as a bearer token", "invalid_api_key")
         else:
-            body = await self._read(receive)
+            try:
+                body = await asyncio.wait_for(self._read(receive), self.body_timeout)
+            except TimeoutError:
+                message = f"the body of the request did not arrive within {self.body_timeout:g} seconds"
+                await refuse(send, 408, message, "request_timeout")
+                return
             if body is None:
                 await refuse(send, 413, f"the request is larger than {self.max_body:,} bytes", "request_too_large")
             else:
@@ -107,7 +116,7 @@ def _host(header: bytes) -> str:
 async def refuse(send: Any, status: int, message: str, code: str) -> None:
     body = json.dumps(error_document(status, message, code)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status == 413:
+    if status in (408, 413):
         headers.append((b"connection", b"close"))  # the rest of the body is not read
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -197,10 +197,7 @@ class Recipe:
         """Read a YAML file and apply ``dotted.key=value`` overrides."""
         if not Path(path).is_file():
             raise ValueError(f"no recipe at {path}.")
-        try:
-            values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        values = read_yaml(path)
         if not isinstance(values, dict):
             raise ValueError(f"{path} must be a mapping of recipe keys, got {type(values).__name__}.")
         for override in overrides:
@@ -217,6 +214,14 @@ class Recipe:
     def to_yaml(self) -> str:
         """The resolved recipe, defaults included."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def read_yaml(path: str | os.PathLike) -> Any:
+    """The content of a YAML file, with numbers as people write them; ValueError where it is none."""
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _set_dotted(values: dict[str, Any], path: list[str], value: Any, override: str) -> None:
