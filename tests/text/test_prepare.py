@@ -138,6 +138,14 @@ def write_blocks(path, lengths, token_bytes=2):
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
+def test_a_damaged_manifest_is_named(tmp_path, content):
+    write_blocks(tmp_path / "data", [8])
+    (tmp_path / "data" / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged or cut short"):
+        TokenBlocks(tmp_path / "data", 4, 1)
+
+
 @pytest.mark.parametrize("token_bytes", [2, 4])
 def test_blocks_are_consecutive_tokens_of_each_file(tmp_path, token_bytes):
     write_blocks(tmp_path / "data", [10, 3, 9], token_bytes)
