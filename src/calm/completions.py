@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from calm.data.text import half_character
 from calm.functional.temperature import LOWEST_TEMPERATURE
 from calm.models.modeling_calm import CalmForCausalLM
 
@@ -176,10 +177,8 @@ def _encode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Left-padded ids and mask; an empty prompt of a token model is its end-of-text token."""
     for prompt in prompts:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt {prompt!r:.60} is not UTF-8 text (character {error.start}).") from error
+        if (place := half_character(prompt)) is not None:
+            raise ValueError(f"the prompt {prompt!r:.60} is not UTF-8 text (character {place}).")
     rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     if not isinstance(model, CalmForCausalLM):
         rows = [row or [tokenizer.eos_token_id] for row in rows]

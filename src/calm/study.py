@@ -185,7 +185,8 @@ def run_study(
     _check_can_be_scored(recipes, plan.evaluation)
     run.mkdir(parents=True, exist_ok=True)
     task = None if progress is None else progress.add_task("study", total=len(recipes), note="")
-    while missing := [name for name in recipes if not _is_done(name, plan, recipes[name])]:
+    missing = list(recipes)
+    while missing := [name for name in missing if not _is_done(plan, recipes[name])]:
         if progress is not None and task is not None:
             progress.update(task, completed=len(recipes) - len(missing))
         ready = (name for name in missing if not set(plan.needs(name)) & set(missing))
@@ -215,7 +216,7 @@ def study_cost(
         steps = recipe.training.get("max_steps")
         if steps is None:
             raise ValueError(f"model {name}: what it costs is known for recipes with training.max_steps.")
-        is_done = _is_done(name, plan, recipe)
+        is_done = _is_done(plan, recipe)
         costs[name] = {"is_done": is_done} | recipe_cost(recipe, outline_model(recipe, others), steps, others)
     return costs
 
@@ -224,7 +225,7 @@ def _lock(run: Path, name: str) -> FileLock:
     return FileLock(run / f".{name}.lock")
 
 
-def _is_done(name: str, plan: Plan, recipe: Recipe) -> bool:
+def _is_done(plan: Plan, recipe: Recipe) -> bool:
     """Whether a model is trained as its recipe says and scored as the plan says."""
     path = Path(recipe.output_dir) / SCORE
     if not path.exists() or not is_complete(recipe):
@@ -237,20 +238,20 @@ def _check_can_be_scored(recipes: dict[str, Recipe], evaluation: Evaluation) -> 
     for name, recipe in recipes.items():
         if recipe.data.validation is None:
             raise ValueError(f"model {name}: its recipe needs data.validation, prepared data to be scored on.")
-        config: Any = outline_model(recipe, others).config
-        patch_size = getattr(config, "patch_size", 1)
-        if recipe.stage == "calm" and evaluation.stride % patch_size:
-            raise ValueError(
-                f"evaluation.stride must be a multiple of the patch size {patch_size} of model {name}, got "
-                f"{evaluation.stride}."
-            )
+        if recipe.stage == "calm":
+            config: Any = outline_model(recipe, others).config
+            if evaluation.stride % config.patch_size:
+                raise ValueError(
+                    f"evaluation.stride must be a multiple of the patch size {config.patch_size} of model {name}, got "
+                    f"{evaluation.stride}."
+                )
 
 
 def _make(name: str, plan: Plan, recipe: Recipe, run: Path, progress: Progress | None) -> bool:
     """Train and score one model; False when another process is doing that."""
     try:
         with _lock(run, name).acquire(blocking=False):
-            if _is_done(name, plan, recipe):
+            if _is_done(plan, recipe):
                 return True
             train(recipe, progress)
             score = score_run(run / name, plan.evaluation)

@@ -23,6 +23,7 @@ from calm.data.blocks import MANIFEST, check_block_size, read_manifest
 from calm.data.documents import BadRecordError, read_records
 from calm.data.output import draft_of, find_prepared, put_in_place
 from calm.data.sources import find_sources
+from calm.data.text import half_character
 from calm.data.tokenizer import tokenizer_hash
 
 _TOKENS, _LENGTHS = "examples.ds", "lengths.npy"
@@ -112,19 +113,11 @@ def _exchanges(
     if not isinstance(prompt, str) or not isinstance(response, str):
         problem = f"holds neither messages nor the texts prompt and response (found: {', '.join(record)})."
         return BadRecordError(place, problem, "no prompt and response")
-    if not _is_text(prompt, response):
+    if half_character(prompt + response) is not None:
         return BadRecordError(place, "holds half of a surrogate pair.", "not UTF-8 text")
     if not response:
         return BadRecordError(place, "has an empty response.", "empty response")
     return [(prompt, response)]
-
-
-def _is_text(*texts: str) -> bool:
-    """Whether no text holds half of a surrogate pair, which no tokenizer takes."""
-    try:
-        return "".join(texts).encode() is not None
-    except UnicodeEncodeError:
-        return False
 
 
 def _turns(messages: Any, place: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]] | BadRecordError:
@@ -137,7 +130,7 @@ def _turns(messages: Any, place: str, tokenizer: PreTrainedTokenizerBase) -> lis
     )
     if not good:
         return BadRecordError(place, "has messages that are no list of role and content.", "bad messages")
-    if not _is_text(*(message["content"] for message in messages)):
+    if any(half_character(message["content"]) is not None for message in messages):
         return BadRecordError(place, "holds half of a surrogate pair.", "not UTF-8 text")
     turns = []
     for index, message in enumerate(messages):

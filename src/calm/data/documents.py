@@ -9,6 +9,8 @@ from typing import IO, Any
 
 import fsspec
 
+from calm.data.text import half_character
+
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")  # .json: as the paper's code names its JSON lines
 SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, ".parquet")
@@ -176,11 +178,10 @@ def _text_of(record: dict, place: str, text_key: str) -> str | BadRecordError:
             f"has no text field {text_key!r} (found: {', '.join(record)}); name it with --text-key.",
             "no text field",
         )
-    try:
-        record[text_key].encode()
-    except UnicodeEncodeError as error:
+    half = half_character(record[text_key])
+    if half is not None:
         return BadRecordError(
-            place, f"holds half of a surrogate pair (character {error.start} of its text).", "not UTF-8 text"
+            place, f"holds half of a surrogate pair (character {half} of its text).", "not UTF-8 text"
         )
     return record[text_key]
 

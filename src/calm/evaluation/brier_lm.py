@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from calm.data.blocks import TokenBlocks
-from calm.evaluation.brier_scores import NGRAM, Draw, score_calm, score_token_model, scored_positions
-from calm.functional.brier import brier_lm
+from calm.evaluation.brier_scores import Draw, score_calm, score_token_model, scored_positions
+from calm.functional.brier import NGRAM, brier_lm
 from calm.functional.temperature import check_temperature
 from calm.models.modeling_calm import CalmForCausalLM
 

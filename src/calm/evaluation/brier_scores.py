@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from calm.evaluation.branches import Branches
-from calm.functional.brier import prefix_equal
+from calm.functional.brier import NGRAM, prefix_equal
 from calm.functional.noise import categorical
 
-NGRAM = 4
 # Of a (positions x vocabulary) tensor: 4 MiB in float32, which caches hold, unless that is but a few positions.
 _TILE_ELEMENTS, _TILE_ROWS = 2**20, 128
 

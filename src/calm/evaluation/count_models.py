@@ -10,7 +10,8 @@ import torch
 
 from calm.data.blocks import TokenBlocks
 from calm.evaluation.brier_lm import BrierResult, summarise
-from calm.evaluation.brier_scores import NGRAM, scored_positions
+from calm.evaluation.brier_scores import scored_positions
+from calm.functional.brier import NGRAM
 
 _MAX_VOCAB_SIZE = 16384  # the bigram table is vocabulary x vocabulary in float32
 _PRIOR_COUNTS = 1.0  # weight of the unigram distribution in a bigram row

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from calm.data.blocks import TokenBlocks
-from calm.evaluation.brier_scores import NGRAM, scored_positions
+from calm.evaluation.brier_scores import scored_positions
+from calm.functional.brier import NGRAM
 
 _TILE_ELEMENTS = 2**22  # of a (positions x tokens x vocabulary) tensor: 16 MiB in float32
 

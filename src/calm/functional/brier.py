@@ -6,6 +6,8 @@ Shapes: n tokens of an n-gram, ... any leading dimensions.
 import torch
 from torch import Tensor
 
+NGRAM = 4  # tokens of the longest n-gram that BrierLM scores
+
 
 def brier_estimate(first: Tensor, second: Tensor, target: Tensor) -> Tensor:
     """Unbiased estimate of the Brier score of every prefix of an n-gram, from two independent draws.

@@ -11,8 +11,9 @@ Shapes: N draws of the head, P positions, K tokens of a patch, S possible next p
 import torch
 from torch import Tensor
 
+from calm.functional.brier import NGRAM
+
 _TILE_ELEMENTS = 2**20  # of a (positions x tokens x draws x vocabulary) tensor: 4 MiB in float32, which caches hold
-_LONGEST = 4  # tokens of the longest n-gram, as in BrierLM
 
 
 def decoded_brier(states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def decoded_brier(states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
         embeddings: its output layer, ``[V, E]``.
         text: token ids of the next patch ``[S, P, K]``; of several, the mean counts.
     """
-    longest = min(states.shape[2], _LONGEST)
+    longest = min(states.shape[2], NGRAM)
     states, text = states[:, :, :longest].permute(1, 2, 0, 3), text[..., :longest].permute(1, 2, 0)
     size = max(1, _TILE_ELEMENTS // (longest * states.shape[2] * len(embeddings)))
     tiles = zip(states.split(size), text.split(size), strict=True)

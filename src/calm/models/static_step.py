@@ -35,7 +35,7 @@ class StaticStep:
         # What a cache and its compiled step are made for.
         key = (len(state.hidden), limit, model.dtype, model.device, torch.is_inference_mode_enabled())
         made_for, step = _LAST.get(model, (None, None))
-        if step is None or made_for != key:
+        if made_for != key:
             step = cls(model, limit)
             _LAST[model] = key, step
         return step.take_over(state), partial(step.extend, model)

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
+from calm.data.text import half_character
+
 _SAMPLES = "this server gives samples of text, not probabilities of tokens"
 _SAFER = f"{_SAMPLES}; a lower temperature makes text safer"
 # Parameters without a meaning here: values that ask for nothing, and why others are refused.
@@ -142,10 +144,8 @@ class ChatRequest(SamplingRequest):
 
 def check_text(text: str) -> None:
     """ValueError for what JSON can say and no text can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"a text holds half of a surrogate pair (character {error.start})") from error
+    if (place := half_character(text)) is not None:
+        raise ValueError(f"a text holds half of a surrogate pair (character {place})")
 
 
 def _equal(value: Any, neutral: Any) -> bool:

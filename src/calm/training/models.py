@@ -66,12 +66,17 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
         known = model.config.eos_token_id
         ends = {*(known if isinstance(known, list) else [known]), model.config.separator_id} - {None}
         model.generation_config.eos_token_id = sorted(ends)
-        if "decoded_brier_weight" in recipe.model:
-            model.config.decoded_brier_weight = recipe.model["decoded_brier_weight"]
-            model.config.check_weights()
+        _set_weight(model, recipe)
         if recipe.model.get("freeze_backbone"):
             _freeze(model, _PARTS)
     return model.train()
+
+
+def _set_weight(model: Any, recipe: Recipe) -> None:
+    """The one thing a recipe may say of a trained model's loss; ValueError where it does not fit."""
+    if "decoded_brier_weight" in recipe.model:
+        model.config.decoded_brier_weight = recipe.model["decoded_brier_weight"]
+        model.config.check_weights()
 
 
 def load_teacher(recipe: Recipe, model: Any, arguments: TrainingArguments) -> tuple[PreTrainedModel, int] | None:
@@ -162,8 +167,7 @@ def outline_model(recipe: Recipe, others: Iterable[Recipe] = ()) -> PreTrainedMo
     tokens = _token_ids(recipe.data.train) if (Path(recipe.data.train) / MANIFEST).is_file() else {}
     if "pretrained" in recipe.model:
         model: Any = outline_at(recipe.model["pretrained"], others)
-        if "decoded_brier_weight" in recipe.model:
-            model.config.decoded_brier_weight = recipe.model["decoded_brier_weight"]
+        _set_weight(model, recipe)
         return model
     vocab_size = recipe.model if recipe.stage == "autoencoder" else recipe.model["backbone"]
     if not tokens and "vocab_size" not in vocab_size:

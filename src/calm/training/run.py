@@ -82,7 +82,7 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
         if arguments.process_index == 0:
             trainer.add_callback(ProgressCallback(shown, f"train {recipe.stage}"))
         try:
-            _train_to_the_end(trainer, checkpoint)
+            _train_to_the_end(trainer, recipe, checkpoint)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -95,21 +95,26 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
     return output
 
 
+def _claim(recipe: Recipe) -> None:
+    """Make the directory this recipe's, and its run one that is under way."""
+    output = Path(recipe.output_dir)
+    (output / COMPLETE).unlink(missing_ok=True)
+    write_whole(output / RECIPE, recipe.to_yaml())
+
+
 class _ClaimCallback(TrainerCallback):
-    """Makes the directory this recipe's when its training goes on: behind the checkpoint, which may not fit. Until
-    then what is there stays as it is."""
+    """Claims the directory when training goes on: behind the checkpoint, which may not fit. Until then what is there
+    stays as it is."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            output = Path(self.recipe.output_dir)
-            (output / COMPLETE).unlink(missing_ok=True)
-            write_whole(output / RECIPE, self.recipe.to_yaml())
+            _claim(self.recipe)
 
 
-def _train_to_the_end(trainer: CalmTrainer, checkpoint: Path | None) -> None:
+def _train_to_the_end(trainer: CalmTrainer, recipe: Recipe, checkpoint: Path | None) -> None:
     if checkpoint is None:
         trainer.train()
         return
@@ -122,6 +127,8 @@ def _train_to_the_end(trainer: CalmTrainer, checkpoint: Path | None) -> None:
         best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
         trainer._load_from_checkpoint(best or str(checkpoint))
         trainer.state = state
+        if trainer.is_world_process_zero():
+            _claim(recipe)
         return
     trainer.averages.load(checkpoint / f"averages_{trainer.args.process_index}.json")
     trainer.train(resume_from_checkpoint=str(checkpoint))
@@ -142,7 +149,6 @@ def save_result(trainer: CalmTrainer, recipe: Recipe) -> None:
                 path.replace(output / path.name)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-        write_whole(output / RECIPE, recipe.to_yaml())
         write_whole(output / COMPLETE, lambda path: trainer.state.save_to_json(str(path)))
     trainer.accelerator.wait_for_everyone()
 

@@ -21,8 +21,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from calm.data.blocks import TokenBlocks
 from calm.evaluation.brier_lm import evaluate_brier
-from calm.evaluation.brier_scores import NGRAM
 from calm.evaluation.reconstruction import LIVE_VARIANCE
+from calm.functional.brier import NGRAM
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM, target_patches
 from calm.training import sharding
