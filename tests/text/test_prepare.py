@@ -147,16 +147,16 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize("token_bytes", [2, 4])
-def test_blocks_are_consecutive_tokens_of_each_file(tmp_path, token_bytes):
-    write_blocks(tmp_path / "data", [10, 3, 9], token_bytes)
+def test_blocks_are_consecutive_tokens_across_files(tmp_path, token_bytes):
+    write_blocks(tmp_path / "data", [0, 6, 1, 0, 2, 13, 0, 1], token_bytes)
     blocks = TokenBlocks(tmp_path / "data", 4, patch_size=2)
-    starts = [block["input_ids"][0].item() for block in (blocks[i] for i in range(len(blocks)))]
-    assert starts == [0, 4, 13, 17]
-    assert blocks[3]["input_ids"].tolist() == [17, 18, 19, 20]
+    assert [block["input_ids"].tolist() for block in (blocks[i] for i in range(len(blocks)))] == [
+        list(range(start, start + 4)) for start in range(0, 20, 4)
+    ]
     assert torch.equal(blocks[3]["labels"], blocks[3]["input_ids"])
-    assert [int(batch[0, 0]) for batch in blocks.batches(2, 1)] == [0, 13]
+    assert [int(batch[0, 0]) for batch in blocks.batches(2, 1)] == [0, 8]
     with pytest.raises(IndexError):
-        blocks[4]
+        blocks[5]
 
 
 def test_blocks_work_in_worker_processes(tmp_path):

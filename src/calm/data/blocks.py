@@ -49,8 +49,8 @@ def check_block_size(block_size: int, patch_size: int) -> None:
 class TokenBlocks(Dataset):
     """Consecutive blocks of ``block_size`` tokens, memory-mapped: nothing is read before it is asked for.
 
-    Documents run on across blocks, with the end-of-text token between them. Tokens behind the last whole block of a
-    file are left out. An item holds ``input_ids`` and ``labels``, int64 ``[block_size]``, equal.
+    Documents run on across blocks, with the end-of-text token between them, and blocks across files; the tokens behind
+    the last whole block are left out. An item holds ``input_ids`` and ``labels``, int64 ``[block_size]``, equal.
 
     Args:
         path: a directory made by ``calm prepare``.
@@ -65,7 +65,7 @@ class TokenBlocks(Dataset):
         self.manifest = read_manifest(path)
         if self.manifest.get("kind") == "conversations":
             raise ValueError(f"{path} holds prompts and responses; documents are needed here.")
-        self._first_block = [0, *accumulate(file["num_tokens"] // block_size for file in self.manifest["files"])]
+        self._first_token = [0, *accumulate(file["num_tokens"] for file in self.manifest["files"])]
         if len(self) == 0:
             raise ValueError(
                 f"prepared data in {path} are shorter than one block: {self.manifest['num_tokens']} tokens, block_size "
@@ -73,14 +73,19 @@ class TokenBlocks(Dataset):
             )
 
     def __len__(self) -> int:
-        return self._first_block[-1]
+        return self._first_token[-1] // self.block_size
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
-        file = bisect_right(self._first_block, index) - 1
-        start = (index - self._first_block[file]) * self.block_size
-        ids = torch.from_numpy(self._files[file][start : start + self.block_size].astype(np.int64))
+        start, parts, missing = index * self.block_size, [], self.block_size
+        while missing:
+            file = bisect_right(self._first_token, start) - 1
+            begin = start - self._first_token[file]
+            parts.append(self._files[file][begin : begin + missing])
+            start += len(parts[-1])
+            missing -= len(parts[-1])
+        ids = torch.from_numpy(np.concatenate(parts, dtype=np.int64))
         return {"input_ids": ids, "labels": ids.clone()}
 
     def spread(self, num_blocks: int | None) -> list[int]:
