@@ -47,7 +47,8 @@ from calm.models.loading import load_language_model, load_model
 from calm.report.study import PLAN, SCORE, write_report
 from calm.training.cost import recipe_cost
 from calm.training.models import outline_model
-from calm.training.recipe import Recipe, check_keys, read_yaml
+from calm.training.recipe import Recipe, read_yaml
+from calm.training.recipe_checks import check_keys
 from calm.training.resume import is_complete, read_run
 from calm.training.run import train
 

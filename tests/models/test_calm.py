@@ -149,6 +149,8 @@ def test_one_step_of_8_equals_8_accumulated_steps_of_1(tmp_path):
         ({"head_config": {"num_samples": 1}}, "num_samples must be at least 2.*got 1"),
         ({"head_config": {"alpha": 2.0}}, r"alpha must lie in \(0, 2\), got 2.0"),
         ({"patch_size": 3}, "patch_size is 3, but the autoencoder was built for 4"),
+        ({"backbone_config": {"model_type": "bert"}}, "a bert is an encoder, which would see what it has to predict"),
+        ({"backbone_config": {"model_type": "t5"}}, "of a decoder-only model such as llama, got model_type 't5'"),
         ({"backbone_config": tiny.backbone(vocab_size=50)}, r"vocab_size \(50\) and .*\(48\) must be equal"),
     ],
 )

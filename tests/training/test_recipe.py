@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_resolved_recipe_loads_as_itself(recipe, tmp_path):
         ("dta.train=x", "unknown key 'dta' in the recipe: did you mean 'data'?"),
         ("data.blok_size=3", "unknown key 'blok_size' in data: did you mean 'block_size'?"),
         ("stage=distil", "stage must be one of autoencoder, calm, baseline, got 'distil'"),
-        ("training.output_dir=x", "unknown key 'output_dir' in training"),
+        ("training.output_dir=x", "training.output_dir has no place in a recipe"),
         ("seed", "an override reads dotted.key=value, got 'seed'"),
         ("seed.x=1", "'seed' is a value"),
         ("stage=baseline", "stage baseline needs model.backbone"),
@@ -109,3 +110,57 @@ def test_tokens_per_step_sets_the_accumulation(recipe):
         accumulation_steps(loaded, num_processes=3)
     with pytest.raises(ValueError, match=r"tokens_per_step or training.gradient_accumulation_steps, not both"):
         Recipe.load(recipe, ["tokens_per_step=2048", "training.gradient_accumulation_steps=2"])
+
+
+CALM = {
+    "stage": "calm",
+    "output_dir": "runs/x",
+    "data": {"train": "data/train", "block_size": 64},
+    "model": {"autoencoder": "runs/a", "backbone": {"hidden_size": 8, "num_attention_heads": 2}},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("training", 5, "training must be a mapping of keys, got 5"),
+        ("training.use_cpu", "yes", "training.use_cpu must be true or false, got 'yes'"),
+        ("training.save_total_limit", "x", "training.save_total_limit must be a number, got 'x'"),
+        ("training.per_device_train_batch_size", 0, "training.per_device_train_batch_size must be at least 1, got 0"),
+        ("training.gradient_accumulation_steps", 0, "training.gradient_accumulation_steps must be at least 1, got 0"),
+        ("training.max_steps", 0, "training.max_steps must be at least 1, or -1"),
+        ("training.label_smoothing_factor", 0.1, "training.label_smoothing_factor has no place in a recipe"),
+        ("tokens_per_step", 0, "tokens_per_step must be at least 1, got 0"),
+        ("data.validation", 5, "validation in data must be of type str, got 5"),
+        ("model.autoencoder", None, "model.autoencoder must name a directory or hub id, got None"),
+        ("model.backbone_weights", 5, "model.backbone_weights must name a directory or hub id, got 5"),
+        ("model.backbone", 5, "model.backbone must be a mapping of its configuration's fields, got 5"),
+        ("model.head", "flow", "model.head must be a mapping of its configuration's fields, got 'flow'"),
+        ("model.backbone.num_hidden_layers", -1, "model.backbone.num_hidden_layers must be a whole number, at least 1"),
+        ("model.backbone.hidden_size", 2.5, "model.backbone.hidden_size must be a whole number, at least 1, got 2.5"),
+        ("model.backbone.num_key_value_heads", 3, "num_key_value_heads (3) must divide num_attention_heads (2)"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(path, value, message):
+    values = copy.deepcopy(CALM)
+    *groups, last = path.split(".")
+    node = values
+    for group in groups:
+        node = node.setdefault(group, {})
+    node[last] = value
+    with pytest.raises(ValueError) as error:
+        Recipe.from_dict(values)
+    assert message in str(error.value)
+
+
+def test_reports_go_to_what_is_installed(recipe):
+    with pytest.raises(ValueError, match=r"'nowhere' is not installed or not known; installed: .*tensorboard"):
+        training_arguments(Recipe.load(recipe, ["training.report_to=[tensorboard, nowhere]"]))
+
+
+def test_the_best_checkpoint_is_told_by_what_is_measured(recipe):
+    given = ["training.metric_for_best_model=brier_lm", "data.validation=data/validation", "training.use_cpu=true"]
+    with pytest.raises(ValueError, match="must be one of loss, got 'brier_lm'; the recipe's brier_blocks would"):
+        training_arguments(Recipe.load(recipe, given))
+    recipe.write_text(MINIMAL.replace("autoencoder", "baseline") + "model: {backbone: {hidden_size: 8}}")
+    training_arguments(Recipe.load(recipe, [*given, "brier_blocks=2"]))

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from calm.data.blocks import TokenBlocks
@@ -302,7 +303,7 @@ def test_a_longer_run_logs_the_rate_it_uses(workspace):
     [
         ({"learning_rate": "abc"}, r"training.learning_rate must be a number, got 'abc'"),
         ({"max_steps": 1.5}, r"training.max_steps must be a number without fraction, got 1.5"),
-        ({"save_only_model": True}, r"unknown key 'save_only_model' in training"),
+        ({"save_only_model": True}, r"training.save_only_model has no place in a recipe"),
     ],
 )
 def test_settings_that_no_run_can_have_are_refused(workspace, setting, message):
@@ -315,3 +316,27 @@ def test_a_run_refused_before_its_first_step_claims_nothing(workspace):
     with pytest.raises(ValueError, match="prepare more text, or choose a smaller"):
         train(refused)
     assert train(calm_recipe(workspace, "unclaimed")) == workspace / "unclaimed"
+
+
+def test_two_runs_do_not_share_a_directory(workspace):
+    place = workspace / "shared"
+    place.mkdir()
+    with FileLock(place / ".lock"), pytest.raises(ValueError, match=r"another process is training in .*shared: wait"):
+        train(calm_recipe(workspace, "shared"))
+    assert train(calm_recipe(workspace, "shared", max_steps=2)) == place  # the refused run claimed nothing
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "nonsense"}, "the settings in model.backbone make no model: KeyError"),
+        ({"rope_theta": "x"}, "the settings in model.backbone make no model: TypeError"),
+    ],
+)
+def test_backbones_that_make_no_model_are_refused(workspace, change, message):
+    for stage in ("calm", "baseline"):
+        model = {"backbone": BACKBONE | change}
+        if stage == "calm":
+            model["autoencoder"] = str(workspace / "autoencoder")
+        with pytest.raises(ValueError, match=message):
+            train(recipe(workspace, stage, "refused", model))

@@ -8,6 +8,9 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.configuration_heads import HEAD_CONFIGS
 
+# Of losses beside the head's.
+AUXILIARY_WEIGHTS = ("token_prediction_weight", "decoded_brier_weight")
+
 
 @strict
 class CalmConfig(PreTrainedConfig):
@@ -23,6 +26,9 @@ class CalmConfig(PreTrainedConfig):
         token_prediction_weight: weight of an auxiliary loss, the cross-entropy of the next patch's tokens, each
             predicted by itself. Generation does not use what it trains beside the backbone. 0 as in the paper; small
             models on small budgets learn to look at their context by it.
+        decoded_brier_weight: weight of an auxiliary loss of an energy head, the Brier score of the tokens that its
+            draws decode to. 0 as in the paper; 20 at the end of a small model's training is worth as much as a lot of
+            it.
     """
 
     model_type = "calm"
@@ -61,6 +67,7 @@ class CalmConfig(PreTrainedConfig):
             self.head_config = HEAD_CONFIGS[head_type](**fields)
         super().__post_init__(**kwargs)
 
+        _check_looks_back_only(self.backbone_config)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self.autoencoder_config, name))
@@ -82,7 +89,7 @@ class CalmConfig(PreTrainedConfig):
 
     def check_weights(self) -> None:
         """ValueError where the weight of an auxiliary loss does not fit."""
-        for name in ("token_prediction_weight", "decoded_brier_weight"):
+        for name in AUXILIARY_WEIGHTS:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if self.decoded_brier_weight and self.head_config.type != "energy":
@@ -115,6 +122,23 @@ class CalmConfig(PreTrainedConfig):
     def to_dict(self) -> dict:
         """All fields, with the sub-configurations and (for readers of config.json) the patch size."""
         return super().to_dict() | {"head_config": self.head_config.to_dict(), "patch_size": self.patch_size}
+
+
+def _check_looks_back_only(backbone: PreTrainedConfig) -> None:
+    """ValueError for a backbone whose states would see the patches they have to predict."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = backbone.model_type
+    if backbone.is_encoder_decoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"backbone_config must be of a decoder-only model such as llama, got model_type {kind!r}.")
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(backbone, "is_decoder", False):
+        raise ValueError(
+            f"backbone_config: a {kind} is an encoder, which would see what it has to predict, unless it is given "
+            "is_decoder: true."
+        )
 
 
 def _calm_m_backbone() -> dict:

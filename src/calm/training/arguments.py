@@ -2,10 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
+from calm.functional.brier import NGRAM
 from calm.training.recipe import Recipe
 
 
@@ -25,6 +28,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             raise ValueError("training.eval_strategy needs data.validation: prepared data to evaluate on.")
     elif "eval_strategy" not in values:
         values |= {"eval_strategy": "steps", "eval_steps": values.get("eval_steps", values["save_steps"])}
+    _check_installed(values["report_to"])
+    _check_metric(recipe)
     return TrainingArguments(
         output_dir=str(Path(recipe.output_dir) / "checkpoints"),
         seed=recipe.seed,
@@ -33,6 +38,28 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         logging_nan_inf_filter=False,  # such a loss ends the run
         **values | {"save_total_limit": None},  # a checkpoint goes when a newer one is sealed
     )
+
+
+def _check_installed(report_to: Any) -> None:
+    """ValueError where a run is to be reported to something that is not installed."""
+    available = get_available_reporting_integrations()
+    for name in report_to if isinstance(report_to, list) else [report_to or "none"]:
+        if name not in ("all", "none", *available):
+            raise ValueError(
+                f"training.report_to: {name!r} is not installed or not known; installed: "
+                f"{', '.join(available) or 'nothing'} (or none)."
+            )
+
+
+def _check_metric(recipe: Recipe) -> None:
+    """ValueError where the best checkpoint is to be told by something that no evaluation measures."""
+    metric = recipe.training.get("metric_for_best_model")
+    known = ["loss"] + ["brier_lm", *(f"brier_{n}" for n in range(1, NGRAM + 1))] * (recipe.brier_blocks is not None)
+    if metric is not None and str(metric).removeprefix("eval_") not in known:
+        raise ValueError(
+            f"training.metric_for_best_model must be one of {', '.join(known)}, got {metric!r}"
+            + ("." if recipe.brier_blocks else "; the recipe's brier_blocks would add BrierLM.")
+        )
 
 
 def check_processes(recipe: Recipe, arguments: TrainingArguments) -> None:

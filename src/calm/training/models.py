@@ -1,6 +1,7 @@
 """The model of a recipe: built with weights for a run, or as an outline without."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 from calm.data.blocks import MANIFEST, read_manifest
 from calm.data.tokenizer import load_tokenizer, tokenizer_hash
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
-from calm.models.configuration_calm import CalmConfig
+from calm.models.configuration_calm import AUXILIARY_WEIGHTS, CalmConfig
 from calm.models.loading import load_autoencoder, load_language_model, load_model
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.outline import outline
-from calm.training.recipe import AUXILIARY, Recipe
+from calm.training.recipe import Recipe
 from calm.training.token_loss import use_linear_cross_entropy
 
 
@@ -28,13 +29,15 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     if recipe.stage == "autoencoder":
         return CalmAutoencoder(CalmAutoencoderConfig(**tokens | recipe.model))
     if recipe.stage == "baseline":
-        model = AutoModelForCausalLM.from_config(_baseline_config(recipe, tokens), dtype=torch.float32)
+        with _settings_may_not_fit():
+            model = AutoModelForCausalLM.from_config(_baseline_config(recipe, tokens), dtype=torch.float32)
         use_linear_cross_entropy(model)
         return model
     autoencoder = load_autoencoder(recipe.model["autoencoder"])
     _check_same_tokenizer(recipe.model["autoencoder"], recipe.data.train)
     backbone = _backbone(recipe, autoencoder.config, tokens)
-    model = CalmForCausalLM.from_autoencoder(autoencoder, backbone, _head(recipe), **_auxiliary(recipe))
+    with _settings_may_not_fit():
+        model = CalmForCausalLM.from_autoencoder(autoencoder, backbone, _head(recipe), **_auxiliary(recipe))
     if "backbone_weights" in recipe.model:
         _check_same_tokenizer(recipe.model["backbone_weights"], recipe.data.train)
         taken = _load_backbone(model, recipe.model["backbone_weights"])
@@ -48,6 +51,15 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     if read_manifest(recipe.data.train).get("separator") == "bos":
         model.config.document_separator_id = tokens["bos_token_id"]
     return model
+
+
+@contextmanager
+def _settings_may_not_fit() -> Iterator[None]:
+    """What transformers raises for a backbone's settings that make no model, and that differs, as ValueError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"the settings in model.backbone make no model: {type(error).__name__}: {error}") from error
 
 
 def _pretrained(recipe: Recipe) -> PreTrainedModel:
@@ -178,17 +190,19 @@ def outline_model(recipe: Recipe, others: Iterable[Recipe] = ()) -> PreTrainedMo
     if recipe.stage == "autoencoder":
         return outline(CalmAutoencoderConfig(**tokens | recipe.model))
     if recipe.stage == "baseline":
-        return outline(_baseline_config(recipe, tokens))
+        with _settings_may_not_fit():
+            return outline(_baseline_config(recipe, tokens))
     config: Any = outline_at(recipe.model["autoencoder"], others).config
     autoencoder = config if isinstance(config, CalmAutoencoderConfig) else config.autoencoder_config
-    return outline(
-        CalmConfig(
-            backbone_config=_backbone(recipe, autoencoder, tokens),
-            head_config=_head(recipe),
-            autoencoder_config=autoencoder,
-            **_auxiliary(recipe),
+    with _settings_may_not_fit():
+        return outline(
+            CalmConfig(
+                backbone_config=_backbone(recipe, autoencoder, tokens),
+                head_config=_head(recipe),
+                autoencoder_config=autoencoder,
+                **_auxiliary(recipe),
+            )
         )
-    )
 
 
 def outline_at(place: str, recipes: Iterable[Recipe]) -> PreTrainedModel:
@@ -217,7 +231,7 @@ def _head(recipe: Recipe) -> dict:
 
 
 def _auxiliary(recipe: Recipe) -> dict:
-    return {name: recipe.model[name] for name in AUXILIARY if name in recipe.model}
+    return {name: recipe.model[name] for name in AUXILIARY_WEIGHTS if name in recipe.model}
 
 
 def _token_ids(data: str) -> dict[str, int | None]:

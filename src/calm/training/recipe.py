@@ -28,25 +28,19 @@ training:                            # fields of transformers.TrainingArguments
 """
 
 import dataclasses
-import difflib
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from calm.training.recipe_checks import check_keys, check_model, check_smallest, check_training, check_types
+
 STAGES = ("autoencoder", "calm", "baseline")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-# Weights of losses beside the head's.
-AUXILIARY = ("token_prediction_weight", "decoded_brier_weight")
-MODEL_PARTS = {
-    "calm": ("autoencoder", "backbone", "head", *AUXILIARY, "backbone_weights", "freeze_backbone"),
-    "baseline": ("backbone",),
-}
-
 # The paper's optimiser, and habits that suit language models; a recipe may change every one of them.
 TRAINING_DEFAULTS: dict[str, Any] = {
     "learning_rate": 3e-4,
@@ -61,10 +55,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "tensorboard",
 }
-# Set by the run itself, or at odds with going on where it was.
-_RESERVED_TRAINING = (
-    "output_dir", "seed", "remove_unused_columns", "prediction_loss_only", "logging_nan_inf_filter", "save_only_model",
-)  # fmt: skip
 
 
 @dataclass
@@ -98,40 +88,25 @@ class Recipe:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
+        check_training(self.training)
         if self.precision != "auto" and {"bf16", "fp16"} & self.training.keys():
             raise ValueError("give precision or training.bf16 and training.fp16, not both.")
-        check_keys(self.model, _model_fields(self.stage), "model")
-        for part, fields in (("backbone", _backbone_fields(self.model)), ("head", _head_fields(self.model))):
-            if fields is not None:
-                check_keys(self.model[part], fields, f"model.{part}")
-        _check_types(self, {"output_dir": str, "seed": int}, "the recipe")
-        _check_types(self.data, {"train": str, "block_size": int}, "data")
-        if self.stage == "calm":
-            self._check_freeze_backbone()
-        if "pretrained" in self.model:
-            self._check_pretrained()
-        elif self.stage != "autoencoder" and not self.model.get("backbone"):
-            raise ValueError(
-                f"stage {self.stage} needs model.backbone: at least its hidden_size and num_hidden_layers."
-            )
-        elif self.stage == "calm" and "autoencoder" not in self.model:
-            raise ValueError("stage calm needs model.autoencoder: the directory of a trained autoencoder.")
+        check_model(self.stage, self.model)
+        check_types(self, {"output_dir": str, "seed": int}, "the recipe")
+        check_types(self.data, {"train": str, "block_size": int}, "data")
+        if self.data.validation is not None:
+            check_types(self.data, {"validation": str}, "data")
         if self.distillation is not None:
             self._check_distillation(self.distillation)
-        from transformers import TrainingArguments
-
         if self.brier_blocks is not None:
-            _check_types(self, {"brier_blocks": int}, "the recipe")
+            check_types(self, {"brier_blocks": int}, "the recipe")
             if self.stage == "autoencoder" or self.data.validation is None or self.brier_blocks < 1:
                 raise ValueError("brier_blocks, at least 1, is for language models with data.validation.")
         if self.tokens_per_step is not None:
-            _check_types(self, {"tokens_per_step": int}, "the recipe")
+            check_types(self, {"tokens_per_step": int}, "the recipe")
+            check_smallest("tokens_per_step", self.tokens_per_step, 1)
             if "gradient_accumulation_steps" in self.training:
                 raise ValueError("give tokens_per_step or training.gradient_accumulation_steps, not both.")
-        known = {each.name: each.type for each in dataclasses.fields(TrainingArguments) if each.init}
-        check_keys(self.training, known.keys() - set(_RESERVED_TRAINING), "training")
-        for name, value in self.training.items():
-            _check_number(f"training.{name}", value, known[name])
         # YAML reads a bare `no` as false; every strategy has "no" among its values.
         given = {
             name: "no" if value is False and name.endswith("_strategy") else value
@@ -139,35 +114,12 @@ class Recipe:
         }
         self.training = TRAINING_DEFAULTS | given
 
-    def _check_freeze_backbone(self) -> None:
-        freeze = self.model.get("freeze_backbone", False)
-        if not isinstance(freeze, bool):
-            raise ValueError(f"model.freeze_backbone must be true or false, got {freeze!r}.")
-        if freeze and not {"pretrained", "backbone_weights"} & self.model.keys():
-            raise ValueError(
-                "model.freeze_backbone is for a backbone that was trained: give model.backbone_weights or "
-                "model.pretrained too."
-            )
-
-    def _check_pretrained(self) -> None:
-        more = {"autoencoder", "freeze_backbone", "decoded_brier_weight"} if self.stage == "calm" else set()
-        beside = self.model.keys() - {"pretrained"} - more
-        if beside:
-            raise ValueError(
-                f"model.pretrained says all there is to say about the model; leave out {', '.join(sorted(beside))}."
-            )
-        if not isinstance(self.model["pretrained"], str):
-            raise ValueError(f"model.pretrained must name a directory or hub id, got {self.model['pretrained']!r}.")
-
     def _check_distillation(self, distillation: DistillationRecipe) -> None:
-        _check_types(distillation, {"teacher": str, "num_continuations": int}, "distillation")
+        check_types(distillation, {"teacher": str, "num_continuations": int}, "distillation")
         head = self.model.get("head") or {}
         if self.stage != "calm" or head.get("type", "energy") != "energy":
             raise ValueError("distillation is for stage calm with an energy head: its loss compares draws with draws.")
-        if distillation.num_continuations < 1:
-            raise ValueError(
-                f"distillation.num_continuations must be at least 1, got {distillation.num_continuations}."
-            )
+        check_smallest("distillation.num_continuations", distillation.num_continuations, 1)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
@@ -230,58 +182,6 @@ def _set_dotted(values: dict[str, Any], path: list[str], value: Any, override: s
         if not isinstance(values, dict):
             raise ValueError(f"override {override!r}: {name!r} is a value, not a group of keys.")
     values[path[-1]] = value
-
-
-def check_keys(given: Any, allowed: Collection[str], where: str) -> None:
-    """ValueError that names a key which is none of those allowed."""
-    if not isinstance(given, dict):
-        raise ValueError(f"{where} must be a mapping of keys, got {given!r}.")
-    for key in given:
-        if key not in allowed:
-            near = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}."
-            raise ValueError(f"unknown key {key!r} in {where}: {hint}")
-
-
-def _check_types(values: Any, types: dict[str, type], where: str) -> None:
-    for name, kind in types.items():
-        value = getattr(values, name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{name} in {where} must be of type {kind.__name__}, got {value!r}; quote a text.")
-
-
-def _check_number(name: str, value: Any, kind: Any) -> None:
-    """ValueError where a setting that is an int or a float is given something else."""
-    allowed: tuple[type, ...] | None = {float: (float, int), int: (int,)}.get(kind)
-    if allowed is not None and value is not None and (not isinstance(value, allowed) or isinstance(value, bool)):
-        raise ValueError(f"{name} must be a number{' without fraction' * (kind is int)}, got {value!r}.")
-
-
-def _model_fields(stage: str) -> Collection[str]:
-    if stage != "autoencoder":
-        return (*MODEL_PARTS[stage], "pretrained")
-    from calm.models.configuration_autoencoder import CalmAutoencoderConfig
-
-    return {each.name for each in dataclasses.fields(CalmAutoencoderConfig)} | {"pretrained"}
-
-
-def _backbone_fields(model: dict[str, Any]) -> Collection[str] | None:
-    """Fields of the backbone's configuration; for a Llama they are known to be all there are."""
-    backbone = model.get("backbone")
-    if not isinstance(backbone, dict) or backbone.get("model_type", "llama") != "llama":
-        return None
-    from transformers import LlamaConfig
-
-    return {each.name for each in dataclasses.fields(LlamaConfig)} | {"model_type", "rope_theta"}
-
-
-def _head_fields(model: dict[str, Any]) -> Collection[str] | None:
-    """Fields of the head's configuration; an unknown type of head is named when the model is built."""
-    from calm.models.configuration_heads import HEAD_CONFIGS
-
-    head = model.get("head")
-    config = HEAD_CONFIGS.get(head.get("type", "energy")) if isinstance(head, dict) else None
-    return None if config is None else {each.name for each in dataclasses.fields(config)}
 
 
 class _Loader(yaml.SafeLoader):

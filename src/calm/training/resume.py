@@ -16,6 +16,7 @@ from calm.training.trainer import CalmTrainer, blocks_per_step
 
 RECIPE = "recipe.yaml"
 COMPLETE = "complete.json"
+LOCK = ".lock"  # held by the process that trains here
 _NEVER_CHANGES = ("stage", "model", "seed", "training.optim")
 _UNLIKE_OTHERS = "reduce_lr_on_plateau"  # the one schedule whose state means nothing to another
 
@@ -29,8 +30,8 @@ def is_complete(recipe: Recipe) -> bool:
 def check_output(recipe: Recipe, allow_recipe_change: bool = False) -> None:
     """ValueError when the output directory holds something else than (part of) this recipe's run."""
     output = Path(recipe.output_dir)
-    # Empty directories are what a run leaves that was refused before its first step.
-    if not any(path.is_file() for path in output.rglob("*")):
+    # Empty directories and a lock are what a run leaves that was refused before its first step.
+    if not any(path.is_file() and path.name != LOCK for path in output.rglob("*")):
         return
     if not (output / RECIPE).exists():
         raise ValueError(f"{output} is not empty and holds no training run: choose another output_dir.")

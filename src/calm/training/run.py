@@ -3,13 +3,16 @@
 import math
 import os
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from rich.progress import Progress
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
@@ -23,8 +26,18 @@ from calm.training.metrics import JsonlCallback
 from calm.training.models import build_model, load_teacher
 from calm.training.progress import ProgressCallback, make_progress
 from calm.training.recipe import Recipe
-from calm.training.resume import COMPLETE, RECIPE, check_output, checkpoint_to_resume, data_fingerprint, is_complete
+from calm.training.resume import (
+    COMPLETE,
+    LOCK,
+    RECIPE,
+    check_output,
+    checkpoint_to_resume,
+    data_fingerprint,
+    is_complete,
+)
 from calm.training.trainer import CalmTrainer
+
+Blocks = TokenBlocks | ConversationBlocks
 
 
 def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change: bool = False) -> Path:
@@ -39,47 +52,82 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
         the output directory: model, tokenizer, ``recipe.yaml``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``.
 
     Raises:
-        ValueError: when the directory holds a run of another recipe, the recipe's parts do not fit together, the loss
-            is not finite, or memory does not suffice.
+        ValueError: when the directory holds a run of another recipe or somebody else trains in it, the recipe's parts
+            do not fit together, the loss is not finite, or memory does not suffice.
         TrainingInterruptedError: after SIGTERM or Ctrl-C, when the checkpoint is written.
     """
     output = Path(recipe.output_dir)
     if is_complete(recipe):
         return output
     check_output(recipe, allow_recipe_change)
-    arguments = training_arguments(recipe)
-    check_processes(recipe, arguments)
+    try:
+        arguments = training_arguments(recipe)
+        check_processes(recipe, arguments)
+        trainer = _make_trainer(recipe, arguments)
+        with _alone_in(output, arguments):
+            _run(trainer, recipe, progress)
+    except ImportError as error:
+        raise ValueError(f"a setting of this recipe needs a library that is not installed: {error}") from error
+    return output
+
+
+def _make_trainer(recipe: Recipe, arguments: TrainingArguments) -> CalmTrainer:
+    output = Path(recipe.output_dir)
     set_seed(recipe.seed)
     model = build_model(recipe)
     train_blocks, validation_blocks = load_blocks(recipe, model)
-    teacher = load_teacher(recipe, model, arguments)
-
-    if arguments.process_index == 0:
-        output.mkdir(parents=True, exist_ok=True)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")  # the one way the Trainer offers
-    interruption = InterruptionCallback()
     trainer = CalmTrainer(
         model=model,
         args=arguments,
         train_dataset=train_blocks,
         eval_dataset=validation_blocks,
-        callbacks=[_ClaimCallback(recipe), JsonlCallback(output / "metrics.jsonl"), interruption],
+        callbacks=[_ClaimCallback(recipe), JsonlCallback(output / "metrics.jsonl")],
         brier_blocks=recipe.brier_blocks,
         about={"data": data_fingerprint(recipe)},
         keep=recipe.training["save_total_limit"],
-        teacher=teacher,
+        teacher=load_teacher(recipe, model, arguments),
     )
     trainer.remove_callback(TqdmCallback)
     trainer.remove_callback(PrinterCallback)
-    with nullcontext(progress) if progress else make_progress(disable=arguments.process_index > 0) as shown:
-        if arguments.process_index == 0 and isinstance(train_blocks, ConversationBlocks) and train_blocks.num_cut:
+    return trainer
+
+
+@contextmanager
+def _alone_in(output: Path, arguments: TrainingArguments) -> Iterator[None]:
+    """Make the directory and keep other runs out of it; ValueError, for all processes, where one is at work there."""
+    lock = FileLock(output / LOCK, blocking=False)
+    error: list[str | None] = [None]
+    if arguments.process_index == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except NotImplementedError:
+            pass  # some network file systems know no locks
+        except Timeout:
+            error = [f"another process is training in {output}: wait for it, or take another output_dir."]
+    (message,) = broadcast_object_list(error)
+    if message is not None:
+        raise ValueError(message)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run(trainer: CalmTrainer, recipe: Recipe, progress: Progress | None) -> None:
+    is_main, blocks = trainer.is_world_process_zero(), trainer.train_dataset
+    interruption = InterruptionCallback()
+    trainer.add_callback(interruption)
+    with nullcontext(progress) if progress else make_progress(disable=not is_main) as shown:
+        if is_main and isinstance(blocks, ConversationBlocks) and blocks.num_cut:
             shown.console.out(
-                f"{train_blocks.num_cut:,} of {len(train_blocks.lengths):,} examples are longer than a block of "
+                f"{blocks.num_cut:,} of {len(blocks.lengths):,} examples are longer than a block of "
                 f"{recipe.data.block_size} tokens: the front of their prompts is left out",
                 highlight=False,
             )
         checkpoint = checkpoint_to_resume(trainer, recipe, partial(shown.console.out, highlight=False))
-        if arguments.process_index == 0:
+        if is_main:
             trainer.add_callback(ProgressCallback(shown, f"train {recipe.stage}"))
         try:
             _train_to_the_end(trainer, recipe, checkpoint)
@@ -92,7 +140,6 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
     if interruption.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         raise TrainingInterruptedError(interruption.signal, trainer.state.global_step)
     save_result(trainer, recipe)
-    return output
 
 
 def _claim(recipe: Recipe) -> None:
@@ -165,9 +212,6 @@ def _more_memory(trainer: CalmTrainer, recipe: Recipe, error: Exception) -> str:
         "training.per_device_train_batch_size and double training.gradient_accumulation_steps, or set "
         f"training.gradient_checkpointing=true. ({str(error).splitlines()[0]})"
     )
-
-
-Blocks = TokenBlocks | ConversationBlocks
 
 
 def load_blocks(recipe: Recipe, model: PreTrainedModel) -> tuple[Blocks, Blocks | None]:

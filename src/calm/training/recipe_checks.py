@@ -1,0 +1,153 @@
+"""What a recipe may say: every check raises ValueError that names the key, what was given, and what is allowed."""
+
+import dataclasses
+import difflib
+from collections.abc import Collection
+from typing import Any, get_args
+
+# Set by the run itself, at odds with going on where it was, or without effect on how these models are trained.
+_RESERVED_TRAINING = (
+    "output_dir", "seed", "remove_unused_columns", "prediction_loss_only", "logging_nan_inf_filter", "save_only_model",
+    "data_seed", "train_sampling_strategy", "ignore_data_skip", "resume_from_checkpoint", "auto_find_batch_size",
+    "label_smoothing_factor", "label_names", "average_tokens_across_devices", "do_train", "do_eval", "do_predict",
+)  # fmt: skip
+_SMALLEST_TRAINING = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "save_total_limit": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+}
+
+
+def check_keys(given: Any, allowed: Collection[str], where: str) -> None:
+    """Names a key which is none of those allowed."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} must be a mapping of keys, got {given!r}.")
+    for key in given:
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), allowed, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}."
+            raise ValueError(f"unknown key {key!r} in {where}: {hint}")
+
+
+def check_types(values: Any, types: dict[str, type], where: str) -> None:
+    for name, kind in types.items():
+        value = getattr(values, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} in {where} must be of type {kind.__name__}, got {value!r}; quote a text.")
+
+
+def check_smallest(name: str, value: Any, smallest: float) -> None:
+    if value is not None and value < smallest:
+        raise ValueError(f"{name} must be at least {smallest}, got {value!r}.")
+
+
+def check_training(training: Any) -> None:
+    """Fields of transformers' TrainingArguments, of the types these have."""
+    from transformers import TrainingArguments
+
+    known = {each.name: each.type for each in dataclasses.fields(TrainingArguments) if each.init}
+    given = training if isinstance(training, dict) else {}
+    if reserved := [name for name in _RESERVED_TRAINING if name in given]:
+        raise ValueError(f"training.{reserved[0]} has no place in a recipe: a run decides it, or would not heed it.")
+    check_keys(training, known.keys() - set(_RESERVED_TRAINING), "training")
+    for name, value in training.items():
+        _check_setting(f"training.{name}", value, known[name])
+    for name, smallest in _SMALLEST_TRAINING.items():
+        check_smallest(f"training.{name}", training.get(name), smallest)
+    if training.get("max_steps") == 0:
+        raise ValueError("training.max_steps must be at least 1, or -1 for as many as training.num_train_epochs takes.")
+
+
+def _check_setting(name: str, value: Any, kind: Any) -> None:
+    """Numbers and truth values; what else a setting may be, transformers checks."""
+    kinds = set(get_args(kind) or (kind,))
+    if type(None) in kinds and value is None:
+        return
+    kinds -= {type(None)}
+    if kinds == {bool} and not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}.")
+    if kinds in ({int}, {float}) and (not isinstance(value, int | float) or isinstance(value, bool)):
+        raise ValueError(f"{name} must be a number, got {value!r}.")
+    if kinds == {int} and not isinstance(value, int):
+        raise ValueError(f"{name} must be a number without fraction, got {value!r}.")
+
+
+def check_model(stage: str, model: Any) -> None:
+    """The keys of a stage, and what the parts of a model are."""
+    check_keys(model, _model_fields(stage), "model")
+    for name in ("autoencoder", "backbone_weights", "pretrained"):
+        if name in model and not isinstance(model[name], str):
+            raise ValueError(f"model.{name} must name a directory or hub id, got {model[name]!r}.")
+    for part in ("backbone", "head"):
+        if model.get(part) is not None:
+            _check_part(part, model[part])
+    freeze = model.get("freeze_backbone", False)
+    if not isinstance(freeze, bool):
+        raise ValueError(f"model.freeze_backbone must be true or false, got {freeze!r}.")
+    if freeze and not {"pretrained", "backbone_weights"} & model.keys():
+        raise ValueError(
+            "model.freeze_backbone is for a backbone that was trained: give model.backbone_weights or "
+            "model.pretrained too."
+        )
+    if "pretrained" in model:
+        more = {"autoencoder", "freeze_backbone", "decoded_brier_weight"} if stage == "calm" else set()
+        if beside := model.keys() - {"pretrained"} - more:
+            raise ValueError(
+                f"model.pretrained says all there is to say about the model; leave out {', '.join(sorted(beside))}."
+            )
+    elif stage != "autoencoder" and not model.get("backbone"):
+        raise ValueError(f"stage {stage} needs model.backbone: at least its hidden_size and num_hidden_layers.")
+    elif stage == "calm" and "autoencoder" not in model:
+        raise ValueError("stage calm needs model.autoencoder: the directory of a trained autoencoder.")
+
+
+def _check_part(part: str, given: Any) -> None:
+    if not isinstance(given, dict):
+        raise ValueError(f"model.{part} must be a mapping of its configuration's fields, got {given!r}.")
+    fields = _backbone_fields(given) if part == "backbone" else _head_fields(given)
+    if fields is not None:
+        check_keys(given, fields, f"model.{part}")
+    for name, value in given.items():
+        is_count = name.startswith("num_") or name.endswith("_size")
+        if is_count and value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"model.{part}.{name} must be a whole number, at least 1, got {value!r}.")
+    heads, shared = given.get("num_attention_heads"), given.get("num_key_value_heads")
+    if heads and shared and heads % shared:
+        raise ValueError(
+            f"model.{part}.num_key_value_heads ({shared}) must divide num_attention_heads ({heads}): each serves as "
+            "many of them."
+        )
+
+
+def _model_fields(stage: str) -> Collection[str]:
+    from calm.models.configuration_autoencoder import CalmAutoencoderConfig
+    from calm.models.configuration_calm import AUXILIARY_WEIGHTS
+
+    if stage == "autoencoder":
+        return {each.name for each in dataclasses.fields(CalmAutoencoderConfig)} | {"pretrained"}
+    if stage == "baseline":
+        return ("backbone", "pretrained")
+    return ("autoencoder", "backbone", "head", *AUXILIARY_WEIGHTS, "backbone_weights", "freeze_backbone", "pretrained")
+
+
+def _backbone_fields(backbone: dict[str, Any]) -> Collection[str] | None:
+    """Fields of the backbone's configuration; for a Llama they are known to be all there are."""
+    if backbone.get("model_type", "llama") != "llama":
+        return None
+    from transformers import LlamaConfig
+
+    return {each.name for each in dataclasses.fields(LlamaConfig)} | {"model_type", "rope_theta"}
+
+
+def _head_fields(head: dict[str, Any]) -> Collection[str] | None:
+    """Fields of the head's configuration; an unknown type of head is named when the model is built."""
+    from calm.models.configuration_heads import HEAD_CONFIGS
+
+    config = HEAD_CONFIGS.get(str(head.get("type", "energy")))
+    return None if config is None else {each.name for each in dataclasses.fields(config)}
