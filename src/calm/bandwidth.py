@@ -12,11 +12,12 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from calm.data.blocks import check_block_size
 from calm.files import write_whole
 from calm.report.scatter import Panel, plot_panels
 from calm.report.study import SCORE
 from calm.report.tables import brier_cell
-from calm.study import Evaluation, score_run
+from calm.study import Evaluation, score_run, scored_block_size
 from calm.training.recipe import Recipe
 from calm.training.run import train
 
@@ -49,6 +50,11 @@ def run_bandwidth(
     if not patch_sizes or min(patch_sizes) < 1:
         raise ValueError(f"patch sizes must be at least 1, got {list(patch_sizes)}.")
     stride = math.lcm(*patch_sizes)
+    for name in RECIPES:
+        recipe = Recipe.load(family / f"{name}.yaml", overrides)
+        scored_block_size(name, recipe, stride)
+        for patch_size in patch_sizes:
+            check_block_size(recipe.data.block_size, patch_size)
     points = []
     for patch_size in (0, *sorted(set(patch_sizes))):
         folder = run / (f"k{patch_size}" if patch_size else "baseline")

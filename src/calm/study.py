@@ -43,6 +43,7 @@ from calm.evaluation.fluency import evaluate_fluency, fluency_of_text
 from calm.evaluation.read_out import read_out_brier
 from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.files import write_whole
+from calm.functional.brier import NGRAM
 from calm.models.loading import load_language_model, load_model
 from calm.report.study import PLAN, SCORE, write_report
 from calm.training.cost import recipe_cost
@@ -237,8 +238,7 @@ def _is_done(plan: Plan, recipe: Recipe) -> bool:
 def _check_can_be_scored(recipes: dict[str, Recipe], evaluation: Evaluation) -> None:
     others = list(recipes.values())
     for name, recipe in recipes.items():
-        if recipe.data.validation is None:
-            raise ValueError(f"model {name}: its recipe needs data.validation, prepared data to be scored on.")
+        scored_block_size(name, recipe, evaluation.stride)
         if recipe.stage == "calm":
             config: Any = outline_model(recipe, others).config
             if evaluation.stride % config.patch_size:
@@ -246,6 +246,19 @@ def _check_can_be_scored(recipes: dict[str, Recipe], evaluation: Evaluation) -> 
                     f"evaluation.stride must be a multiple of the patch size {config.patch_size} of model {name}, got "
                     f"{evaluation.stride}."
                 )
+
+
+def scored_block_size(name: str, recipe: Recipe, stride: int) -> int:
+    """Tokens of the blocks that a recipe's model is scored on; ValueError when it cannot be scored."""
+    if recipe.data.validation is None:
+        raise ValueError(f"model {name}: its recipe needs data.validation, prepared data to be scored on.")
+    block_size = recipe.data.block_size // stride * stride
+    if block_size < stride + NGRAM:
+        raise ValueError(
+            f"model {name}: its data.block_size of {recipe.data.block_size} holds no n-gram to score behind {stride} "
+            f"tokens of context (the stride); it must be at least {-(-NGRAM // stride) * stride + stride}."
+        )
+    return block_size
 
 
 def _make(name: str, plan: Plan, recipe: Recipe, run: Path, progress: Progress | None) -> bool:
@@ -275,12 +288,10 @@ def score_run(path: Path, evaluation: Evaluation) -> dict[str, Any]:
     """
     recipe, steps = read_run(path)
     assert recipe is not None
-    if recipe.data.validation is None:
-        raise ValueError("scores need data.validation in the recipes: prepared data to evaluate on.")
     model: Any = load_model(path)
     patch_size = getattr(model.config, "patch_size", None)
-    block_size = recipe.data.block_size // evaluation.stride * evaluation.stride
-    blocks = TokenBlocks(recipe.data.validation, block_size, evaluation.stride)
+    block_size = scored_block_size(path.name, recipe, evaluation.stride)
+    blocks = TokenBlocks(str(recipe.data.validation), block_size, evaluation.stride)
     assert steps is not None
     score = {"stage": recipe.stage, "patch_size": patch_size} | recipe_cost(recipe, model, steps)
     if recipe.stage == "autoencoder":

@@ -116,6 +116,8 @@ def test_an_empty_corpus_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="no text in"):
         prepare([tmp_path / "empty.txt"], tokenizer, tmp_path / "data")
     assert not (tmp_path / "data").exists()
+    (tmp_path / "empty.txt").write_text("no longer")
+    assert prepare([tmp_path / "empty.txt"], tokenizer, tmp_path / "data")["num_documents"] == 1
 
 
 def test_a_foreign_directory_is_not_touched(tokenizer, source, tmp_path):

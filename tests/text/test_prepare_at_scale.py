@@ -163,6 +163,32 @@ def test_killed_and_started_again_the_files_are_the_same(tmp_path, tokenizer, fo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "texts", "tokenizer", "whole"]
 
 
+def test_asked_to_end_it_takes_its_workers_along(tmp_path, tokenizer, folder):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    write_jsonl(folder / "long.jsonl.gz", DOCUMENTS * 100)
+    arguments = [str(folder), "--tokenizer", str(tmp_path / "tokenizer"), "--workers", "2", "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "calm.cli.main", "prepare", *arguments]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / ".out.partial" / "logs" / "completions").glob("*")):
+        time.sleep(0.01)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    deadline = time.monotonic() + 60
+    while is_alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_alive(process.pid)
+
+
+def is_alive(group):
+    """Whether a process of this group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_what_is_complete_survives_a_bad_record_and_serves_when_bad_ones_are_skipped(tmp_path, tokenizer, folder):
     (folder / "z.jsonl").write_text("{broken\n" + json.dumps({"text": "fine"}) + "\n")
     with pytest.raises(ValueError, match=r"z\.jsonl line 1 is not valid JSON.*4 of 5 tasks are complete and kept"):

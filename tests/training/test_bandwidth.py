@@ -70,3 +70,17 @@ def test_the_command_prints_the_table(family, tmp_path, monkeypatch, capsys):
 def test_an_incomplete_family_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no autoencoder.yaml in .*: a family of recipes has"):
         run_bandwidth(tmp_path, tmp_path / "run", [2])
+
+
+@pytest.mark.parametrize(
+    ("patch_sizes", "overrides", "message"),
+    [
+        ([1, 5], [], "block_size must be a multiple of the patch size 5, got 36"),
+        ([4, 9], ["data.block_size=36"], "block_size of 36 holds no n-gram to score behind 36 tokens .* at least 72"),
+        ([1, 2], ["data.validation=null"], "model autoencoder: its recipe needs data.validation"),
+    ],
+)
+def test_what_could_not_be_scored_is_refused_before_it_is_trained(family, tmp_path, patch_sizes, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        run_bandwidth(family, tmp_path / "run", patch_sizes, overrides)
+    assert not (tmp_path / "run").exists()

@@ -42,15 +42,22 @@ app.command()(serve)
 app.command()(convert)
 app.command()(info)
 
+_CTRL_C = 128 + signal.SIGINT
+
 
 def main() -> None:
     """Run the command; a user's mistake ends in one line and exit code 2, Ctrl-C in exit code 130."""
-    quieten_libraries()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
+        quieten_libraries()
         app()
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on.", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        _say_interrupted()
+        sys.exit(_CTRL_C)
+    except SystemExit as end:
+        if end.code == _CTRL_C:  # Typer's word for it
+            _say_interrupted()
+        raise
     except InterruptedError as error:  # a training run that was asked to stop, and did
         print(f"calm: {error}", file=sys.stderr)
         sys.exit(128 + getattr(error, "signal", signal.SIGINT))
@@ -59,6 +66,15 @@ def main() -> None:
             raise
         print(f"calm: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _terminate(number: int, frame) -> None:
+    """SIGTERM ends a command as an error would: workers are stopped, drafts removed."""
+    sys.exit(128 + number)
+
+
+def _say_interrupted() -> None:
+    print("interrupted; run the same command again to go on.", file=sys.stderr)
 
 
 def quieten_libraries() -> None:

@@ -148,6 +148,7 @@ def _finish(draft: Path, output: Path, sources: list[str]) -> None:
     settings = json.loads((draft / _SETTINGS_FILE).read_text(encoding="utf-8"))
     manifest = settings | _describe(draft)
     if manifest["num_documents"] == 0:
+        shutil.rmtree(draft)  # nothing to go on from once the files are mended
         raise ValueError(f"no text in {', '.join(sources)}: every document is empty.")
     # From here on only this remains to be done, however often it is cut short.
     write_whole(draft / MANIFEST, json.dumps(manifest, indent=1))
