@@ -1,0 +1,51 @@
+"""Low-rank adapters of the peft library on a language model."""
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+# Of peft, about names that transformers gave up.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+LAYERS = {
+    "energy": ["q_proj", "v_proj", "hidden_proj", "mix", "down_proj"],
+    "flow": ["q_proj", "v_proj"],
+    "diffusion": ["q_proj", "v_proj"],
+}
+
+
+@pytest.mark.parametrize("head_type", LAYERS)
+def test_adapters_learn_alone_and_can_be_saved_loaded_and_merged(head_type, tmp_path):
+    torch.manual_seed(0)
+    ids = torch.randint(2, tiny.VOCAB_SIZE, (4, 16))
+    plain = {name: value.clone() for name, value in tiny.calm(type=head_type).state_dict().items()}
+    model = get_peft_model(tiny.calm(type=head_type), LoraConfig(r=4, target_modules=LAYERS[head_type]))
+    before = loss(model, ids)
+    assert before == pytest.approx(loss(tiny.calm(type=head_type), ids), rel=1e-5)  # an adapter starts as nothing
+
+    optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids, generator=torch.Generator().manual_seed(0)).loss.backward()
+        optimizer.step()
+    after = loss(model, ids)
+    assert after < before
+
+    model.save_pretrained(tmp_path / "adapter")
+    assert loss(PeftModel.from_pretrained(tiny.calm(type=head_type), tmp_path / "adapter"), ids) == (
+        pytest.approx(after, rel=1e-5)
+    )
+    text = model.generate(input_ids=ids[:1], max_new_tokens=8, generator=torch.Generator().manual_seed(0))
+    merged = model.merge_and_unload()
+    assert loss(merged, ids) == pytest.approx(after, rel=1e-4)
+    again = merged.generate(ids[:1], max_new_tokens=8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again, text)
+    changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, plain[name])}
+    assert changed
+    assert all(name.split(".")[-2] in LAYERS[head_type] for name in changed)
+
+
+def loss(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids, labels=ids, generator=torch.Generator().manual_seed(0)).loss.item()
