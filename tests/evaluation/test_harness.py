@@ -71,6 +71,11 @@ def test_likelihood_tasks_are_refused_with_the_reason(model, tasks):
         evaluate(CalmHarness(str(model)), tasks[1])
 
 
+def test_unknown_arguments_are_refused(model):
+    with pytest.raises(ValueError, match=r"unknown in model_args: temprature; allowed: pretrained, .*dtype"):
+        CalmHarness.create_from_arg_string(f"pretrained={model},temprature=0.5", {"max_batch_size": None})
+
+
 def test_long_prompts_keep_their_end(model):
     harness = CalmHarness(str(model))
     room = harness._room(8)

@@ -7,6 +7,7 @@ Importing this module registers the model as ``calm``; ``calm harness`` is lm-ev
 """
 
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -51,9 +52,13 @@ class CalmHarness(LM):
         tokenizer: str | None = None,
         device: str | None = None,
         dtype: str = "auto",
-        **_: Any,
+        max_batch_size: int | None = None,  # lm-eval's, for models that look for a batch size
+        **unknown: Any,
     ):
         super().__init__()
+        if unknown:
+            allowed = [name for name in signature(CalmHarness).parameters if name not in ("max_batch_size", "unknown")]
+            raise ValueError(f"unknown in model_args: {', '.join(unknown)}; allowed: {', '.join(allowed)}.")
         # lm-eval's command line says cuda:0 wherever it runs, unless told otherwise.
         target = resolve_device("auto" if device in (None, "cuda:0") else device)
         model = load_language_model(pretrained, resolve_dtype(dtype, target))
