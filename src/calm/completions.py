@@ -118,6 +118,7 @@ def continue_tokens(
         )  # fmt: skip
         sequences = out.sequences
     else:
+        _check_room(model, ids.shape[1], settings.max_new_tokens)
         # transformers' generate takes no generator
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(settings.seed + first)
@@ -126,6 +127,16 @@ def continue_tokens(
                 **settings.of_token_model(),
             )  # fmt: skip
     return [until_end(row, tokenizer) for row in sequences[:, ids.shape[1] :].tolist()], out
+
+
+def _check_room(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
+    """ValueError when a token model has not the positions, as CALM raises it."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and prompt_tokens + max_new_tokens - 1 > limit:
+        raise ValueError(
+            f"the prompt of {prompt_tokens} tokens and max_new_tokens={max_new_tokens} do not fit the model's context "
+            f"of {limit}: shorten the prompt or ask for at most {max(0, limit - prompt_tokens + 1)} new tokens."
+        )
 
 
 def complete_file(

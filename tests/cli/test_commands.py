@@ -74,6 +74,10 @@ def test_generate_continues_a_prompt(quickstart, monkeypatch, capsys):
         assert code == 0
         assert first.startswith("import os")
         assert first == run(monkeypatch, capsys, *arguments)[1]  # the seed is fixed
+        code, _, error = run(monkeypatch, capsys, *arguments[:-1], "99999")
+        assert code == 2
+        assert "context" in error
+        assert "shorten the prompt or ask for at most" in error
     code, _, _ = run(
         monkeypatch, capsys, "generate", quickstart / "calm", "--sampler", "exact", "--temperature", "0.9",
         "--max-new-tokens", "3",
