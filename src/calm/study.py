@@ -10,7 +10,7 @@ models:
     recipe: calm.yaml
     set: {model.autoencoder: "@autoencoder"}                        # "@name": where another model of the plan lies
 fluency: {judge: baseline, models: [calm], temperatures: [1, 0.5]}  # texts at low temperature; optional
-report:                                                             # tables, with plots where there are lines
+report:                                                             # tables with plots: lines against compute, rows
   - title: Frontier
     text: What is to be seen.
     lines: {CALM: [calm]}

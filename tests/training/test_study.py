@@ -39,6 +39,7 @@ PLAN = {
     "report": [
         {"title": "Frontier", "text": "Who wins.", "lines": {"CALM": ["plain", "distilled"], "token": ["teacher"]}},
         {"title": "Autoencoders", "rows": ["autoencoder"]},
+        {"title": "Changes", "rows": ["autoencoder", "plain", "distilled"]},
     ],
 }  # fmt: skip
 
@@ -66,9 +67,11 @@ def test_every_model_is_trained_and_scored_once_and_reported(family, tmp_path, m
     assert len(scores["distilled"]["read_out_brier"]) == 3
     assert "read_out_brier" not in scores["plain"]
     assert f" {scores['distilled']['read_out_brier'][0]:.2f} | " in text
-    for part in ("| CALM | ", "| token model | ", "Who wins.", "![Frontier](plot_1.png)", "| the documents |", "▸"):
+    for part in ("| CALM | ", "| token model | ", "Who wins.", "![Frontier](plot_1.png)", "![Changes](plot_3.png)",
+                 "| the documents |", "▸"):  # fmt: skip
         assert part in text
-    assert (run / "plot_1.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in run.glob("*.png")) == ["plot_1.png", "plot_3.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in run.glob("*.png"))
 
     # What is lost is made again, and that alone.
     assert len(trained) == 4

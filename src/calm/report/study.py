@@ -2,11 +2,14 @@
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from calm.report.rows import plot_rows
 from calm.report.scatter import Panel, plot_panels
 from calm.report.tables import brier_cell
 
@@ -33,17 +36,25 @@ def write_report(run: str | os.PathLike) -> Path:
         lines += [f"## {section['title']}", "", *([section["text"].strip(), ""] if "text" in section else [])]
         drawn = {line: [n for n in names if n in scores] for line, names in section.get("lines", {}).items()}
         if any(drawn.values()):
-            name = f"plot_{number}.png"
-            try:
-                plot_panels(_panels(section["title"], drawn, scores, labels), run / name)
-                lines += [f"![{section['title']}]({name})", ""]
-            except ImportError:
-                lines += ["(Plots need matplotlib: install `calm-lm[report]`.)", ""]
+            panels = _panels(section["title"], drawn, scores, labels)
+            lines += _plot(section["title"], run / f"plot_{number}.png", partial(plot_panels, panels))
+        elif len(compared := [n for n in section.get("rows", []) if "brier" in scores.get(n, {})]) > 1:
+            points = [(labels[n], scores[n]["brier_lm"], scores[n]["brier_lm_error"]) for n in compared]
+            lines += _plot(section["title"], run / f"plot_{number}.png", partial(plot_rows, points, "BrierLM"))
         rows = [*section.get("rows", []), *(name for names in drawn.values() for name in names)]
         lines += _tables({name: scores[name] for name in dict.fromkeys(rows) if name in scores}, labels)
     lines += _fluency(run, labels)
     (run / REPORT).write_text("\n".join(lines), encoding="utf-8")
     return run / REPORT
+
+
+def _plot(title: str, path: Path, draw: Callable[[Path], None]) -> list[str]:
+    """Draw a plot and say where it is; where matplotlib is missing, say so."""
+    try:
+        draw(path)
+    except ImportError:
+        return ["(Plots need matplotlib: install `calm-lm[report]`.)", ""]
+    return [f"![{title}]({path.name})", ""]
 
 
 def _protocol(scores: dict[str, dict], labels: dict[str, str]) -> str:
