@@ -126,7 +126,7 @@ def continue_tokens(
                 ids, attention_mask=mask, streamer=streamer, tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id,
                 **settings.of_token_model(),
             )  # fmt: skip
-    return [until_end(row, tokenizer) for row in sequences[:, ids.shape[1] :].tolist()], out
+    return [until_end(row, tokenizer, model) for row in sequences[:, ids.shape[1] :].tolist()], out
 
 
 def _check_room(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
@@ -200,9 +200,12 @@ def _encode(
     return ids.view(len(rows), length), mask.long().view(len(rows), length)
 
 
-def until_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Without the end of text and what follows it, and without the padding behind a text that ended otherwise."""
-    stop = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
+def until_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[int]:
+    """Without the end of text (the tokenizer's, or one the model knows) and what follows it, and without the padding
+    behind a text that ended otherwise."""
+    known: Any = None if model is None else model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+    stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
     while stop and tokens[stop - 1] == tokenizer.pad_token_id:
         stop -= 1
     return tokens[:stop]

@@ -8,7 +8,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 def resolve_device(name: str) -> torch.device:
     """``auto`` is the first accelerator, or the CPU; anything else is taken as torch names it."""
     if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        # What torch was built for need not be here.
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -46,6 +46,7 @@ from calm.files import write_whole
 from calm.functional.brier import NGRAM
 from calm.models.loading import load_language_model, load_model
 from calm.report.study import PLAN, SCORE, write_report
+from calm.training.arguments import training_arguments
 from calm.training.cost import recipe_cost
 from calm.training.models import outline_model
 from calm.training.recipe import Recipe, read_yaml
@@ -289,6 +290,7 @@ def score_run(path: Path, evaluation: Evaluation) -> dict[str, Any]:
     recipe, steps = read_run(path)
     assert recipe is not None
     model: Any = load_model(path)
+    model.to(training_arguments(recipe).device)  # where it was trained
     patch_size = getattr(model.config, "patch_size", None)
     block_size = scored_block_size(path.name, recipe, evaluation.stride)
     blocks = TokenBlocks(str(recipe.data.validation), block_size, evaluation.stride)
@@ -310,7 +312,9 @@ def score_run(path: Path, evaluation: Evaluation) -> dict[str, Any]:
 def _judge_texts(fluency: Fluency, run: Path, judge_recipe: Recipe, seed: int) -> None:
     """Put ``fluency.json`` into the directory of every model, and of the text itself into that of the judge."""
     assert judge_recipe.data.validation is not None
-    judge = load_language_model(run / fluency.judge)
+    device: Any = training_arguments(judge_recipe).device
+    judge: Any = load_language_model(run / fluency.judge)
+    judge.to(device)
     tokenizer = load_tokenizer(run / fluency.judge)
     blocks = TokenBlocks(judge_recipe.data.validation, judge_recipe.data.block_size)
     size = (fluency.num_texts, fluency.prompt_tokens, fluency.new_tokens)
@@ -320,7 +324,8 @@ def _judge_texts(fluency: Fluency, run: Path, judge_recipe: Recipe, seed: int) -
     for name in fluency.models:
         path = run / name / "fluency.json"
         if not path.exists():
-            model = load_language_model(run / name)
+            model: Any = load_language_model(run / name)
+            model.to(device)
             results = [
                 evaluate_fluency(model, judge, tokenizer, blocks, *size, temperature=temperature, seed=seed).to_dict()
                 for temperature in fluency.temperatures

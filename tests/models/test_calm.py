@@ -210,3 +210,27 @@ def test_the_token_predictor_is_saved_and_takes_no_part_in_generation(tmp_path):
         each.generate(ids, max_new_tokens=8, generator=torch.Generator().manual_seed(0)) for each in (model, again)
     )
     assert torch.equal(first, second)
+
+
+def test_the_kind_of_attention_can_be_chosen(tmp_path):
+    tiny.calm().save_pretrained(tmp_path)
+    ids = torch.randint(2, tiny.VOCAB_SIZE, (1, 16))
+    hidden = []
+    for kind in ("sdpa", "eager"):
+        model = CalmForCausalLM.from_pretrained(tmp_path, attn_implementation=kind)
+        assert model.backbone.config._attn_implementation == kind
+        hidden.append(model(ids).last_hidden_state)
+    torch.testing.assert_close(*hidden, rtol=1e-4, atol=1e-5)
+    model.set_attn_implementation("sdpa")
+    assert model.backbone.config._attn_implementation == "sdpa"
+
+
+def test_the_vocabulary_is_the_autoencoders():
+    model = tiny.calm()
+    with pytest.raises(ValueError, match="the vocabulary of a CALM is that of its frozen autoencoder"):
+        model.resize_token_embeddings(tiny.VOCAB_SIZE + 2)
+    assert len(model.get_input_embeddings().weight) == model.config.vocab_size == tiny.VOCAB_SIZE
+
+
+def test_parts_that_read_weights_past_their_modules_stay_on_one_device():
+    assert {"CalmAutoencoder", "EnergyHead", "LlamaDecoderLayer"} <= set(tiny.calm()._no_split_modules)

@@ -127,3 +127,23 @@ def test_other_heads_and_negative_weights_are_refused():
             CalmConfig(**{**fields, "decoded_brier_weight": 1.0})
     with pytest.raises(ValueError, match="decoded_brier_weight must be at least 0, got -1"):
         CalmConfig(**{**tiny.calm().config.to_dict(), "decoded_brier_weight": -1.0})
+
+
+def test_half_precision_is_for_the_products_with_the_vocabulary_alone():
+    """As a GPU trains: the model under autocast to bfloat16, the probabilities and their sums in float32."""
+    states, embeddings, text = example(4, dtype=torch.float32)
+    exact, mixed = states.clone().requires_grad_(), states.clone().requires_grad_()
+    decoded_brier(exact, embeddings, text).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        score = decoded_brier(mixed, embeddings, text)
+    assert score.dtype == torch.float32
+    score.sum().backward()
+    torch.testing.assert_close(score, decoded_brier(states, embeddings, text), rtol=0.05, atol=0.01)
+    torch.testing.assert_close(mixed.grad, exact.grad, rtol=0.1, atol=0.01)
+
+    model = tiny.calm(2).train()
+    model.config.decoded_brier_weight = 1.0
+    ids = torch.randint(2, tiny.VOCAB_SIZE, (2, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert all(each.grad.isfinite().all() for each in model.head.parameters())

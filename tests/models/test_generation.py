@@ -271,6 +271,31 @@ def test_exact_sampler_hands_over_to_the_batch_sampler_with_a_warning():
         model.generate(tiny.tokens(1, 8), max_new_tokens=8, temperature=0.2, sampler="exact")
 
 
+def test_what_callers_of_transformers_pass_is_understood():
+    model, ids = tiny.calm(), tiny.tokens(2, 8)
+    plain = model.generate(ids, max_new_tokens=8, generator=seeded())
+    habits = {"use_cache": False, "logits_processor": [], "output_scores": False, "max_time": 3600.0}
+    assert torch.equal(model.generate(inputs=ids, max_new_tokens=8, generator=seeded(), **habits), plain)
+    at_once = model.generate(ids, max_new_tokens=8, generator=seeded(), max_time=1e-9)
+    assert torch.equal(at_once, plain[:, :9])  # the first token ends it
+
+
+def test_a_step_is_compiled_for_any_number_of_shapes(monkeypatch):
+    """The compiler's limit is one of every cache, not of the process."""
+    compiled, real = [], torch.compile
+
+    def counting(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda step, **_: real(step, backend=counting, dynamic=False))
+    model = tiny.calm()
+    for count in range(1, torch._dynamo.config.recompile_limit + 4):
+        before = len(compiled)
+        model.generate(tiny.tokens(count, 8), max_new_tokens=12, compile=True)
+        assert len(compiled) > before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -280,6 +305,8 @@ def test_exact_sampler_hands_over_to_the_batch_sampler_with_a_warning():
         ({"temperature": 0.1, "num_candidates": 5}, r"num_candidates must be at least 10 at temperature 0.1 .*got 5"),
         ({"sampler": "nucleus"}, "sampler must be one of batch, exact, got 'nucleus'"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"tempreature": 0.5}, r"has no parameter tempreature; it takes max_new_tokens, temperature"),
+        ({"output_scores": True}, r"cannot follow output_scores=True.*no scores to give"),
         ({"top_p": 0.9}, r"cannot follow top_p=0.9.*no use for"),
         ({"do_sample": False}, r"cannot follow do_sample=False"),
         ({"num_beams": 4, "penalty_alpha": 0.6}, r"cannot follow num_beams=4, penalty_alpha=0.6"),

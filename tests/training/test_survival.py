@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_run import calm_recipe, workspace  # noqa: F401
+from test_run import autoencoder_recipe, calm_recipe, workspace  # noqa: F401
 
 from calm.models.loading import load_model
 from calm.training.checkpoints import find_checkpoint
@@ -83,6 +84,27 @@ def test_a_sharded_run_equals_one_process_and_each_goes_on_from_the_other(worksp
     losses = [[record["loss"] for record in read_metrics(run) if "loss" in record] for run in
               (whole, workspace / "sharded")]  # fmt: skip
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_weight_that_embeds_and_predicts_can_be_sharded(workspace, tmp_path):  # noqa: F811
+    """Of an autoencoder, and of a CALM with losses beside the head's."""
+    sizes = {"max_steps": 2, "save_steps": 2}
+    recipes = {}
+    for name, batch, fsdp in (("whole", 4, {}), ("parts", 2, {"fsdp": True})):
+        training = sizes | {"per_device_train_batch_size": batch} | fsdp
+        calm = calm_recipe(workspace, f"calm_{name}", **training)
+        calm.model |= {"token_prediction_weight": 1.0, "decoded_brier_weight": 1.0}
+        recipes[name] = [autoencoder_recipe(workspace, f"autoencoder_{name}", **training), calm]
+    for whole, parts in zip(*recipes.values(), strict=True):
+        train(whole)
+        process = start(
+            parts, tmp_path / "recipe.yaml", sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+            "--master_port=29519",
+        )  # fmt: skip
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+        # A step is 1e-2 wide, also where a gradient is next to nothing.
+        same_weights(Path(whole.output_dir), Path(parts.output_dir), rtol=1e-4, atol=1e-4)
 
 
 def test_a_damaged_checkpoint_is_passed_over(workspace):  # noqa: F811

@@ -22,13 +22,12 @@ from calm.evaluation.brier_scores import Draw, score_calm, score_token_model, sc
 from calm.functional.brier import NGRAM, brier_lm
 from calm.functional.temperature import check_temperature
 from calm.models.modeling_calm import CalmForCausalLM
+from calm.models.requirements import check_full_attention, check_plain_logits
 
 _STATES_AT_ONCE = 4096  # hidden states that CALM's head draws from together
 _BOOTSTRAP_ROUNDS = 1000
 # From fewer blocks no error is told, and from fewer none is believed that would end an evaluation.
 _FEWEST_BLOCKS, _FEWEST_TO_STOP = 8, 32
-# What some token models do to logits or attention, and the scores here do not.
-_UNSUPPORTED = ("final_logit_softcapping", "logits_scaling", "logit_scale", "sliding_window")
 
 
 @dataclass
@@ -103,8 +102,8 @@ def evaluate_brier(
             hit, collision = score_calm(model, ids, starts, num_samples, draw)
         else:
             hit, collision = score_token_model(model, ids, starts, num_samples // 2, generator, temperature)
-        hits.append(hit.mean(1).double().cpu())  # [B, n]
-        collisions.append(collision.mean(1).double().cpu())
+        hits.append(hit.mean(1).cpu().double())  # [B, n]
+        collisions.append(collision.mean(1).cpu().double())
         if advance is not None:
             advance(len(ids))
         if target_error is not None and _score_error(2 * torch.cat(hits) - torch.cat(collisions)) <= target_error:
@@ -217,9 +216,6 @@ def _check_request(
         raise ValueError(
             f"the data hold {vocab_size} tokens, the model knows {model.config.vocab_size}: not its tokenizer."
         )
-    config, names = (model.config.backbone_config, ("sliding_window",)) if is_calm else (model.config, _UNSUPPORTED)
-    for name in names:
-        if getattr(config, name, None) not in (None, 1, 1.0, False):
-            raise ValueError(
-                f"{type(model).__name__} with {name} cannot be scored: only full attention and plain logits."
-            )
+    check_full_attention(model.config.backbone_config if is_calm else model.config, "scored")
+    if not is_calm:
+        check_plain_logits(model.config, "scored")

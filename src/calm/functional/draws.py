@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from calm.functional.noise import Generator, of_rows, uniform
+from calm.functional.noise import Generator, finest, of_rows, uniform
 
 # Decoding so few tokens costs what reading the vocabulary's weights costs: then all that remain are decoded at once.
 _FEW_TOKENS = 32
@@ -109,8 +109,9 @@ class Draws:
         return part
 
     def uniform(self, *shape: int) -> Tensor:
-        """Random numbers in [0, 1) of every row: ``[R, *shape]``, float64."""
+        """Random numbers in [0, 1) of every row: ``[R, *shape]``, in the finest floats there are."""
         width = shape[-1]
         size = (*shape[:-1], len(self.rows), width)
-        luck = uniform(size, of_rows(self._generator, self.rows), self.tokens.device, torch.float64)
+        device = self.tokens.device
+        luck = uniform(size, of_rows(self._generator, self.rows), device, finest(device))
         return luck.movedim(-2, 0)

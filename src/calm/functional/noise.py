@@ -45,6 +45,11 @@ def categorical(law: Tensor, num_draws: int, generator: Generator = None, row_di
     return drawn.clamp(max=law.shape[-1] - 1)
 
 
+def finest(device: torch.device) -> torch.dtype:
+    """float64; float32 on Apple's GPUs, which have nothing finer."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def of_rows(generator: Generator, rows: Tensor) -> Generator:
     """The generators of some rows; one generator serves all of them."""
     return [generator[row] for row in rows.tolist()] if isinstance(generator, Sequence) else generator
@@ -65,8 +70,21 @@ def _draw(
     row_dim: int,
 ) -> Tensor:
     if not isinstance(generator, Sequence):
-        return function(*shape, generator=generator, device=device, dtype=dtype)
+        return _draw_one(function, shape, generator, device, dtype)
     check_rows(generator, shape[row_dim])
     one = list(shape)
     del one[row_dim]
-    return torch.stack([function(*one, generator=each, device=device, dtype=dtype) for each in generator], row_dim)
+    return torch.stack([_draw_one(function, one, each, device, dtype) for each in generator], row_dim)
+
+
+def _draw_one(
+    function: Callable[..., Tensor],
+    shape: Sequence[int],
+    generator: torch.Generator | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    if generator is None or device is None or generator.device.type == torch.device(device).type:
+        return function(*shape, generator=generator, device=device, dtype=dtype)
+    # A generator of the CPU gives a GPU the numbers that it gives the CPU.
+    return function(*shape, generator=generator, device=generator.device, dtype=dtype).to(device)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from calm.functional.draws import Draws
-from calm.functional.noise import Generator
+from calm.functional.noise import Generator, finest
 
 # Of a token model, whose logits are divided by it: there the likeliest token is as good as certain.
 LOWEST_TEMPERATURE = 1e-6
@@ -184,7 +184,7 @@ def _trial_limit(luck: Tensor, remainder: float, most: int) -> Tensor:
     """L of the Bernoulli factory, at most ``most``, from uniform random numbers."""
     if remainder == 0:
         return torch.zeros_like(luck, dtype=torch.long)
-    i = torch.arange(1, most + 1, dtype=torch.float64, device=luck.device)
+    i = torch.arange(1, most + 1, dtype=luck.dtype, device=luck.device)
     log_survival = torch.lgamma(i - remainder) - torch.lgamma(i) - math.lgamma(1 - remainder)
     return torch.searchsorted(-log_survival.exp(), -luck)
 
@@ -205,7 +205,7 @@ def _settle(draws: Draws, slot: Tensor, limit: Tensor, exponent: float, num_cand
     copies = draws.equal(slot[:, None], everything, torch.ones_like(everything, dtype=torch.bool)).sum((1, 2)) - whole
     # Of the others, _TRIALS were looked at in vain; the copies lie in random places of the rest.
     rest = num_candidates - whole - _TRIALS
-    blanks, left = (rest - copies).double(), (limit - _TRIALS).double()
+    blanks, left = (each.to(finest(slot.device)) for each in (rest - copies, limit - _TRIALS))
     log_miss = torch.lgamma(blanks + 1) - torch.lgamma((blanks - left + 1).clamp(min=1))
     log_miss = log_miss - math.lgamma(rest + 1) + torch.lgamma(rest - left + 1)
     miss = torch.where(blanks >= left, log_miss.exp(), 0.0)
@@ -231,7 +231,7 @@ def _choose_by_counts(draws: Draws, exponent: float) -> Tensor:
         for position in range(patch_size):
             token = draws.decode(alive, position)
             same = same & (token[:, :, None] == token[:, None])
-            copies = same.sum(-1).double()
+            copies = same.sum(-1).to(finest(same.device))
             # What is too rare in its first tokens is too rare as a chunk.
             alive = alive & (copies >= exponent)
         # A chunk stands c times among the draws, so each copy carries 1/c of the chunk's weight.

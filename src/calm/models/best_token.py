@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits live in tiles that fit the cache, unless the vocabulary's weights would be read too often then.
+# Logits live in tiles that fit the cache of a CPU, unless the vocabulary's weights would be read too often then.
 _TILE_ELEMENTS, _TILE_ROWS = 2**21, 128
+_TILE_ELEMENTS_ELSEWHERE = 2**26
 _BLOCK = 128
 
 
 def best_token(states: Tensor, weight: Tensor) -> Tensor:
     """``argmax(states @ weight.T)``: ``[P, H], [V, H] -> [P]``."""
-    tiles = states.split(max(_TILE_ROWS, _TILE_ELEMENTS // len(weight)))
+    elements = _TILE_ELEMENTS if states.device.type == "cpu" else _TILE_ELEMENTS_ELSEWHERE
+    tiles = states.split(max(_TILE_ROWS, elements // len(weight)))
     return torch.cat([_argmax(F.linear(tile, weight)) for tile in tiles])
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from calm.functional.brier import NGRAM
 
-_TILE_ELEMENTS = 2**20  # of a (positions x tokens x draws x vocabulary) tensor: 4 MiB in float32, which caches hold
+# Of a (positions x tokens x draws x vocabulary) tensor in float32: 4 MiB, which caches hold; 128 MiB elsewhere, where
+# starting many small kernels would cost more than memory does.
+_TILE_ELEMENTS, _TILE_ELEMENTS_ELSEWHERE = 2**20, 2**25
 
 
 def decoded_brier(states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
@@ -29,7 +31,11 @@ def decoded_brier(states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
     """
     longest = min(states.shape[2], NGRAM)
     states, text = states[:, :, :longest].permute(1, 2, 0, 3), text[..., :longest].permute(1, 2, 0)
-    size = max(1, _TILE_ELEMENTS // (longest * states.shape[2] * len(embeddings)))
+    # The products with the vocabulary have the precision of the rest of the model; probabilities are float32.
+    device = states.device.type
+    embeddings = embeddings.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype)
+    elements = _TILE_ELEMENTS if device == "cpu" else _TILE_ELEMENTS_ELSEWHERE
+    size = max(1, elements // (longest * states.shape[2] * len(embeddings)))
     tiles = zip(states.split(size), text.split(size), strict=True)
     scores: list[Tensor] = [_DecodedBrier.apply(tile, embeddings, tokens) for tile, tokens in tiles]
     return torch.cat(scores)
@@ -40,8 +46,13 @@ class _DecodedBrier(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            return _DecodedBrier._forward(ctx, states, embeddings, text)
+
+    @staticmethod
+    def _forward(ctx, states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
         num_tokens, num_draws, num_texts = states.shape[1], states.shape[2], text.shape[2]
-        law = (states @ embeddings.T.to(states.dtype)).float().softmax(-1)  # [P, K, N, V]
+        law = (states.to(embeddings.dtype) @ embeddings.T).float().softmax(-1)  # [P, K, N, V]
         places = text[:, :, None].expand(-1, -1, num_draws, -1)
         right = law.gather(-1, places)  # [P, K, N, S]
         agree = law @ law.mT  # [P, K, N, N]
@@ -53,7 +64,7 @@ class _DecodedBrier(torch.autograd.Function):
             of_law = (_gradient_of_prefixes(agree) * of_agree * -2) @ law
             of_law.scatter_add_(-1, places, _gradient_of_prefixes(right) * of_right)
             of_logits = of_law.sub_((of_law * law).sum(-1, keepdim=True)).mul_(law)
-            ctx.save_for_backward(of_logits.to(states.dtype) @ embeddings.to(states.dtype))
+            ctx.save_for_backward((of_logits.to(embeddings.dtype) @ embeddings).to(states.dtype))
         return score
 
     @staticmethod

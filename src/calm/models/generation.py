@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.generation import StoppingCriteriaList, StopStringCriteria
+from transformers.generation import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
@@ -112,8 +112,9 @@ class CalmGenerationMixin:
             generation_config: replaces the model's; the arguments above come before either.
             compile: a static key/value cache and a compiled step. Changes the speed alone; the first call with
                 new shapes compiles.
-            kwargs: further parameters of transformers' ``generate`` where they have a meaning here: ``max_length``,
-                ``eos_token_id``, ``pad_token_id``, ``return_dict_in_generate``. Others are refused by name.
+            kwargs: further parameters of transformers' ``generate`` where they have a meaning here: ``inputs`` (the
+                prompts by another name), ``max_length``, ``max_time`` (seconds), ``eos_token_id``, ``pad_token_id``,
+                ``return_dict_in_generate``. Others are refused by name.
 
         Returns:
             ``[B, T + new]``: prompt and continuation. Behind its end a row holds padding. With
@@ -121,8 +122,12 @@ class CalmGenerationMixin:
         """
         device = self.get_input_embeddings().weight.device
         if input_ids is None:
-            input_ids = torch.empty((1, 0), dtype=torch.long, device=device)
+            input_ids = kwargs.pop("inputs", None)
+        if input_ids is None:
+            input_ids = torch.empty((1, 0), dtype=torch.long)
         check_prompts(input_ids)
+        input_ids = input_ids.to(device)
+        attention_mask = None if attention_mask is None else attention_mask.to(device)
         given = kwargs | {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -136,6 +141,8 @@ class CalmGenerationMixin:
         aligned_ids, patch_mask = self.align_prompt(input_ids, attention_mask)
         num_patches = self._patches_needed(patch_mask.shape[1], settings.max_new_tokens)
         criteria = StoppingCriteriaList(stopping_criteria or [])
+        if settings.max_time is not None:
+            criteria.append(MaxTimeCriteria(settings.max_time))
         if settings.stop_strings:
             if tokenizer is None:
                 raise ValueError("stop_strings are compared with text: pass tokenizer= as well.")

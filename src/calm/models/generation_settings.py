@@ -1,9 +1,10 @@
 """What ``generate`` was asked for: arguments, the model's saved settings, defaults; and what cannot be asked for."""
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from calm.functional.temperature import check_candidates
 
@@ -22,15 +23,23 @@ _OTHERS: dict[str, Any] = {
     "num_return_sequences": 1,
     "stop_strings": None,
     "return_dict_in_generate": False,
+    "max_time": None,
     "eos_token_id": None,
     "pad_token_id": None,
 }
 # Values of parameters without a meaning here that change nothing for a token model either.
 _NEUTRAL = {
-    "do_sample": True, "use_cache": True, "num_beams": 1, "num_beam_groups": 1, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+    "do_sample": True, "use_cache": ..., "num_beams": 1, "num_beam_groups": 1, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
     "typical_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "synced_gpus": False,
+    "logits_processor": [], "output_scores": False, "output_logits": False, "output_attentions": False,
+    "output_hidden_states": False,
     "bos_token_id": ..., "transformers_version": ..., "_from_model_config": ...,
 }  # fmt: skip
+
+_TAKES = (
+    "max_new_tokens, temperature, sampler, num_candidates, num_return_sequences, stop_strings, stopping_criteria, "
+    "max_time, streamer, generator and compile"
+)
 
 
 @dataclass
@@ -43,6 +52,7 @@ class GenerationSettings:
     max_new_tokens: int
     num_return_sequences: int
     return_dict_in_generate: bool
+    max_time: float | None
     stop_strings: list[str]
     end_ids: list[int]
     pad_id: int
@@ -64,12 +74,13 @@ def resolve_settings(
         for name, value in (saved_fields | given).items()
         if (name not in known or name == "do_sample") and _NEUTRAL.get(name) not in (value, ...)
     ]
+    if unknown := [name for name in given if name not in known and name not in _NEUTRAL and not _is_theirs(name)]:
+        raise ValueError(f"generate() has no parameter {', '.join(unknown)}; it takes {_TAKES}.")
     if senseless:
         raise ValueError(
             f"generate() cannot follow {', '.join(senseless)}: a model without token probabilities has no use for "
-            "greedy search, top_p, beams or penalties; a low temperature makes text safer. It takes max_new_tokens, "
-            "temperature, sampler, num_candidates, num_return_sequences, stop_strings, stopping_criteria, streamer, "
-            "generator and compile."
+            "greedy search, top_p, beams or penalties, and no scores to give; a low temperature makes text safer. It "
+            f"takes {_TAKES}."
         )
     values: dict[str, Any] = known | saved_fields | given
     if values["eos_token_id"] is None:
@@ -106,10 +117,16 @@ def resolve_settings(
         max_new_tokens=values["max_new_tokens"],
         num_return_sequences=values["num_return_sequences"],
         return_dict_in_generate=values["return_dict_in_generate"],
+        max_time=values["max_time"],
         stop_strings=_as_list(values["stop_strings"]),
         end_ids=end_ids,
         pad_id=pad_id if pad_id is not None else end_ids[0] if end_ids else 0,
     )
+
+
+def _is_theirs(name: str) -> bool:
+    """Whether transformers' ``generate`` has such a parameter."""
+    return hasattr(GenerationConfig(), name) or name in signature(GenerationMixin.generate).parameters
 
 
 def _as_list(value: Any) -> list:

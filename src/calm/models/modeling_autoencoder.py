@@ -133,6 +133,8 @@ class CalmAutoencoder(PreTrainedModel):
     config_class = CalmAutoencoderConfig
     base_model_prefix = "autoencoder"
     main_input_name = "input_ids"
+    # It has no attention: a language model may choose any with it inside.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: CalmAutoencoderConfig):
         super().__init__(config)

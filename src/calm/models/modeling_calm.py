@@ -85,6 +85,8 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
     base_model_prefix = "calm"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    # Parts that read weights past their modules, and must lie on one device.
+    _no_split_modules = ["CalmAutoencoder", "EnergyHead", "DiffusionHead", "FlowHead"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -165,6 +167,12 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
                 "generate() aligns prompts by itself."
             )
         return self.patch_embedding(self.get_input_embeddings()(input_ids.unflatten(-1, (-1, patch_size))))
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError(
+            "the vocabulary of a CALM is that of its frozen autoencoder: train an autoencoder with the larger one, and "
+            "a CALM on it."
+        )
 
     def forward(
         self,
@@ -250,7 +258,8 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
 
     def _decoded_brier(self, samples: Tensor, ids: Tensor) -> Tensor:
         """Of draws ``[N, B, L - 1, Z]`` against text ``[(S,) B, (L - 1) * K]``: ``[B, L - 1]``."""
-        states = self.autoencoder.decoder(samples)
+        # The frozen autoencoder keeps its precision where a sharded model has another.
+        states = self.autoencoder.decoder(samples.to(self.autoencoder.dtype))
         text = ids.view(-1, *states.shape[1:-1])
         brier = decoded_brier(states.flatten(1, 2), self.autoencoder.embed_tokens.weight, text.flatten(1, 2))
         return brier.view(samples.shape[1:-1])

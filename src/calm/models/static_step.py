@@ -8,12 +8,15 @@ Shapes: B batch, K tokens of a patch, L patches, D hidden.
 
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache
+
+from calm.models.requirements import check_full_attention
 
 _SIZES = 256  # caches come in multiples of so many patches, so that other lengths do not compile anew
 _LAST: WeakKeyDictionary = WeakKeyDictionary()  # of every model; beside it, so that copies of the model do not hold it
@@ -26,11 +29,15 @@ class StaticStep:
         self.num_patches = num_patches
         self.cache = StaticCache(config=model.config.backbone_config, max_cache_len=num_patches)
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
-        self.run: Callable[..., Tensor] = torch.compile(_step, mode=mode, dynamic=False)
+        # The compiler counts how often it compiled a piece of code, and gives up after a few times: for every cache a
+        # copy, which goes when it goes.
+        step = FunctionType(_step.__code__.replace(), _step.__globals__, _step.__name__)
+        self.run: Callable[..., Tensor] = torch.compile(step, mode=mode, dynamic=False)
 
     @classmethod
     def start(cls, model: Any, state: Any, num_patches: int) -> tuple[Any, Callable[[Any, Tensor], Any]]:
         """A state whose cache is static, and the function that extends it."""
+        check_full_attention(model.config.backbone_config, "compiled")
         limit = -(-num_patches // _SIZES) * _SIZES
         # What a cache and its compiled step are made for.
         key = (len(state.hidden), limit, model.dtype, model.device, torch.is_inference_mode_enabled())

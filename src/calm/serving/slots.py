@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from calm.models.requirements import check_full_attention
+
 
 class SlotCache(Cache):
     """A cache for ``num_slots`` sequences of at most ``num_positions`` positions.
@@ -20,12 +22,7 @@ class SlotCache(Cache):
     """
 
     def __init__(self, config: Any, num_slots: int, num_positions: int, dtype: torch.dtype, device: torch.device):
-        other = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-        if other or getattr(config, "sliding_window", None):
-            raise ValueError(
-                f"a {config.model_type} backbone with {', '.join(sorted(other)) or 'sliding'} layers cannot be served: "
-                "the slots hold full attention alone."
-            )
+        check_full_attention(config, "served")
         num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (num_slots, num_heads, num_positions, head_size)

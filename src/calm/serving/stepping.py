@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from calm.functional.temperature import LOWEST_TEMPERATURE, check_candidates
 from calm.models.generation import NextChunk
 from calm.models.modeling_calm import CalmForCausalLM
+from calm.models.requirements import check_plain_logits
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class TokenStepper(Stepper):
     """Stepper of an autoregressive model: one token a step."""
 
     def __init__(self, model: Any):
+        check_plain_logits(model.config, "served")
         super().__init__(model, model.base_model, model.config, patch_size=1)
 
     def check(self, sampling: Sampling) -> None:

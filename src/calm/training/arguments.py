@@ -21,8 +21,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if recipe.precision != "auto":
         values |= {"bf16": recipe.precision == "bfloat16", "fp16": recipe.precision == "float16"}
     elif "bf16" not in values and "fp16" not in values and not values.get("use_cpu"):
-        # bf16 on CPUs without native support is over a hundred times slower than float32.
-        values["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        # Where bf16 is not native it is slow: on a CPU over a hundred times slower than float32.
+        values["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if recipe.data.validation is None:
         if values.get("eval_strategy", "no") != "no":
             raise ValueError("training.eval_strategy needs data.validation: prepared data to evaluate on.")
@@ -30,7 +30,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         values |= {"eval_strategy": "steps", "eval_steps": values.get("eval_steps", values["save_steps"])}
     _check_installed(values["report_to"])
     _check_metric(recipe)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(Path(recipe.output_dir) / "checkpoints"),
         seed=recipe.seed,
         remove_unused_columns=False,
@@ -38,6 +38,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         logging_nan_inf_filter=False,  # such a loss ends the run
         **values | {"save_total_limit": None},  # a checkpoint goes when a newer one is sealed
     )
+    # Several GPUs are for several processes: one process would spread its batch over them by threads (DataParallel).
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def _check_installed(report_to: Any) -> None:

@@ -2,11 +2,14 @@
 
 import signal
 import threading
+import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
+
+_HEELS = 2.0  # seconds
 
 
 class TrainingInterruptedError(InterruptedError):
@@ -20,12 +23,14 @@ class TrainingInterruptedError(InterruptedError):
 class InterruptionCallback(TrainerCallback):
     """Asks the Trainer for a checkpoint and an end once a signal has arrived in any of the processes.
 
-    A second signal acts as it always does: at once.
+    A second signal acts as it always does, at once; not so one that follows at its heels, as where a scheduler signals
+    all processes and a launcher passes its own on.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
+        self._since = 0.0
         self._group: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -43,7 +48,8 @@ class InterruptionCallback(TrainerCallback):
             dist.all_reduce(flag, dist.ReduceOp.MAX, self._group)
             received = int(flag)
         if received:
-            self.signal = received
+            if self.signal is None:
+                self.signal, self._since = received, time.monotonic()
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
@@ -53,5 +59,8 @@ class InterruptionCallback(TrainerCallback):
         self._before = {}
 
     def _remember(self, number: int, frame) -> None:
-        self.signal = number
-        self.restore()
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > _HEELS:
+            self.restore()
+            signal.raise_signal(number)

@@ -17,6 +17,7 @@ from calm.models.loading import load_autoencoder, load_language_model, load_mode
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.outline import outline
+from calm.models.requirements import check_full_attention, check_plain_logits
 from calm.training.recipe import Recipe
 from calm.training.token_loss import use_linear_cross_entropy
 
@@ -106,6 +107,8 @@ def load_teacher(recipe: Recipe, model: Any, arguments: TrainingArguments) -> tu
     teacher = load_language_model(path, torch.bfloat16 if arguments.bf16 else torch.float32)
     if isinstance(teacher, CalmForCausalLM):
         raise ValueError(f"distillation.teacher: {path} holds a CALM; a token model is needed.")
+    check_full_attention(teacher.config, "a teacher")
+    check_plain_logits(teacher.config, "a teacher")
     _check_same_tokenizer(path, recipe.data.train)
     return teacher.to(arguments.device), count  # type: ignore[arg-type]
 

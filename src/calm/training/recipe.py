@@ -14,8 +14,10 @@ model:                               # stage autoencoder: fields of CalmAutoenco
   head: {type: energy}               #   and the head's; stage baseline: the backbone alone
   token_prediction_weight: 0.0       # stage calm: of an auxiliary cross-entropy; optional
   decoded_brier_weight: 0.0          # stage calm: of the Brier score of decoded draws; optional
-  backbone_weights: runs/baseline    # stage calm, optional: start from a token model's weights of the same shape
-  pretrained: runs/calm              # instead of all that: go on from a trained model, to fine-tune it
+  backbone_weights: runs/baseline    # stage calm, optional: start from a token model's or a CALM's weights, same shape
+  freeze_backbone: false             # stage calm: true trains the head alone, on a backbone that was trained before
+  pretrained: runs/calm              # instead of all that: go on from a trained model, to fine-tune it; beside it may
+                                     #   stand autoencoder, freeze_backbone and decoded_brier_weight
 distillation:                        # stage calm with an energy head, optional: the targets of the loss are
   teacher: runs/baseline             #   continuations that a token model draws,
   num_continuations: 4               #   so many of every context

@@ -126,6 +126,12 @@ def _run(trainer: CalmTrainer, recipe: Recipe, progress: Progress | None) -> Non
                 f"{recipe.data.block_size} tokens: the front of their prompts is left out",
                 highlight=False,
             )
+        if trainer.args.world_size == 1 and trainer.args.device.type == "cuda" and torch.cuda.device_count() > 1:
+            shown.console.out(
+                f"training on one of {torch.cuda.device_count()} GPUs; on all of them: torchrun --nproc-per-node "
+                f"{torch.cuda.device_count()} --no-python calm train ...",
+                highlight=False,
+            )
         checkpoint = checkpoint_to_resume(trainer, recipe, partial(shown.console.out, highlight=False))
         if is_main:
             trainer.add_callback(ProgressCallback(shown, f"train {recipe.stage}"))

@@ -4,6 +4,8 @@ A checkpoint of a sharded run holds what one of a single process holds, so that 
 can go on with it. The frozen autoencoder is not sharded: it stays whole, in float32, on every process.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +40,32 @@ def configure(accelerator: Any, plugin: FullyShardedDataParallelPlugin, model: t
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """``optimizer.state_dict()`` as one process would have it; all processes call it."""
+@contextmanager
+def embeddings_in_the_root(model: Any) -> Iterator[None]:
+    """While a model is sharded: its input embedding stays with what belongs to no layer.
+
+    accelerate would make it a unit that is whole during the embedding's own forward pass alone, and token prediction
+    and the autoencoder use its weight as an output layer, too.
+    """
+    model.get_input_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        del model.get_input_embeddings
+
+
+def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any] | None:
+    """``optimizer.state_dict()`` as one process would have it, for those who ``keep`` it; all processes call it."""
     state = optimizer.state_dict()
-    # New dictionaries: those of the state are the optimiser's own.
-    return state | {
-        "state": {
-            index: {name: value.full_tensor().cpu() if isinstance(value, DTensor) else value
-                    for name, value in values.items()}
-            for index, values in state["state"].items()
-        }
-    }  # fmt: skip
+    whole: dict[Any, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        # New dictionaries: those of the state are the optimiser's own.
+        whole[index] = {}
+        for name, value in values.items():
+            full = value.full_tensor() if isinstance(value, DTensor) else value
+            if keep:
+                whole[index][name] = full.cpu() if isinstance(value, DTensor) else full
+    return state | {"state": whole} if keep else None
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> None:

@@ -7,6 +7,7 @@ training record holds the mean of everything the model reports, over all micro-b
 import json
 import shutil
 import time
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -152,13 +153,17 @@ class CalmTrainer(Trainer):
         kept = getattr(self.accelerator.state, "fsdp_plugin", None)
         return kept or FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
 
+    def _prepare_for_training(self, *args, **kwargs):
+        with nullcontext() if self.plugin is None else sharding.embeddings_in_the_root(self.model):
+            return super()._prepare_for_training(*args, **kwargs)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.plugin is None:
             return super()._save_optimizer_and_scheduler(output_dir)
         optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
-        state = sharding.whole_optimizer_state(optimizer.optimizer)
-        if self.args.should_save:
+        state = sharding.whole_optimizer_state(optimizer.optimizer, keep=self.args.should_save)
+        if state is not None:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
         return None

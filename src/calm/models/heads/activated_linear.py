@@ -50,7 +50,8 @@ class _GatedSilu:
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether a layer is its weight and bias and nothing else: no adapter around it, no hook on it."""
-    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook")  # the last accelerate's
+    return type(linear) is nn.Linear and not hooked
 
 
 def _apply(x: Tensor, linear: nn.Module, activation: type[_Silu] | type[_GatedSilu]) -> Tensor:

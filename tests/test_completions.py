@@ -1,0 +1,28 @@
+"""Where a continuation ends."""
+
+import pytest
+import tiny
+
+from calm.completions import until_end
+from calm.data.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["one two three"] * 9, 270)
+
+
+def test_a_text_ends_at_the_tokenizers_end_and_loses_its_padding(tokenizer):
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert end != pad
+    assert until_end([5, 6, end, 7, end], tokenizer) == [5, 6]
+    assert until_end([5, pad, 6, pad, pad], tokenizer) == [5, pad, 6]
+
+
+@pytest.mark.parametrize("known", [9, [8, 9]])
+def test_a_text_ends_at_any_end_the_model_knows(tokenizer, known):
+    """One that was fine-tuned behind a begin-of-text token ends with that, and is padded with it."""
+    model = tiny.calm()
+    model.generation_config.eos_token_id = known
+    assert until_end([5, 6, 9, 9, 9], tokenizer, model) == [5, 6]
+    assert until_end([5, 6, tokenizer.eos_token_id, 9], tokenizer, model) == [5, 6]
