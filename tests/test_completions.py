@@ -9,7 +9,7 @@ from calm.data.tokenizer import train_tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["one two three"] * 9, 270)
+    return train_tokenizer(["one two three four five six seven"] * 9, 270)
 
 
 def test_a_text_ends_at_the_tokenizers_end_and_loses_its_padding(tokenizer):
