@@ -15,6 +15,8 @@ from torch import Tensor
 from calm.evaluation.branches import Branches
 from calm.functional.noise import Generator, categorical
 
+_TILE_ELEMENTS = 2**26  # of the laws that exist at once: 256 MiB in float32
+
 
 @torch.no_grad()
 def draw_continuations(
@@ -45,5 +47,12 @@ def draw_continuations(
 
 def _draw(teacher: Any, hidden: Tensor, num_draws: int, generator: Generator) -> Tensor:
     """Draws of the next token: ``[B, n, D] -> [B, n, num_draws]``."""
-    law = teacher.get_output_embeddings()(hidden).float().softmax(-1)
-    return categorical(law, num_draws, generator, row_dim=0)
+    output = teacher.get_output_embeddings()
+    size = max(1, _TILE_ELEMENTS // (len(hidden) * teacher.config.vocab_size))
+    return torch.cat(
+        [
+            categorical(output(states).float().softmax(-1), num_draws, generator, row_dim=0)
+            for states in hidden.split(size, dim=1)
+        ],
+        dim=1,
+    )
