@@ -4,17 +4,18 @@
 #
 #   sh examples/study/run.sh                                     # CPU size, on the embedded corpus
 #   sh examples/study/run.sh cpu VALIDATION.jsonl TRAIN.jsonl... # the same on a corpus of your own
+#   sh examples/study/run.sh english VALIDATION TRAIN...         # the paper's recipe and ours on more text
 #   sh examples/study/run.sh gpu VALIDATION.jsonl TRAIN.jsonl... # one GPU
 #
-# OUT is where everything goes (default runs/study_cpu, runs/study_gpu).
+# OUT is where everything goes (default runs/study_cpu, ...).
 set -eu
 here=$(dirname "$0")
 size=${1:-cpu}
 out=${OUT:-runs/study_$size}
 case $size in
-cpu) vocabulary=1024 ;;
+cpu | english) vocabulary=1024 ;;
 gpu) vocabulary=8192 ;;
-*) echo "run.sh: the size is cpu or gpu, got $size" >&2; exit 2 ;;
+*) echo "run.sh: the plan is cpu, english or gpu, got $size" >&2; exit 2 ;;
 esac
 if [ $# -ge 3 ]; then
     validation=$2
