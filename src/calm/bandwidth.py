@@ -52,8 +52,9 @@ def run_bandwidth(
     stride = math.lcm(*patch_sizes)
     for name in RECIPES:
         recipe = Recipe.load(family / f"{name}.yaml", overrides)
-        scored_block_size(name, recipe, stride)
-        for patch_size in patch_sizes:
+        if name != "autoencoder":
+            scored_block_size(name, recipe, stride)
+        for patch_size in patch_sizes if name != "baseline" else ():
             check_block_size(recipe.data.block_size, patch_size)
     points = []
     for patch_size in (0, *sorted(set(patch_sizes))):

@@ -254,10 +254,11 @@ def scored_block_size(name: str, recipe: Recipe, stride: int) -> int:
     if recipe.data.validation is None:
         raise ValueError(f"model {name}: its recipe needs data.validation, prepared data to be scored on.")
     block_size = recipe.data.block_size // stride * stride
-    if block_size < stride + NGRAM:
+    smallest = stride if recipe.stage == "autoencoder" else -(-NGRAM // stride) * stride + stride
+    if block_size < smallest:
         raise ValueError(
-            f"model {name}: its data.block_size of {recipe.data.block_size} holds no n-gram to score behind {stride} "
-            f"tokens of context (the stride); it must be at least {-(-NGRAM // stride) * stride + stride}."
+            f"model {name}: its data.block_size of {recipe.data.block_size} holds nothing to score at a stride of "
+            f"{stride} tokens; it must be at least {smallest}."
         )
     return block_size
 

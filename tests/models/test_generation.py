@@ -294,6 +294,9 @@ def test_a_step_is_compiled_for_any_number_of_shapes(monkeypatch):
         before = len(compiled)
         model.generate(tiny.tokens(count, 8), max_new_tokens=12, compile=True)
         assert len(compiled) > before
+    before = len(compiled)
+    model.generate(tiny.tokens(1, 8), max_new_tokens=12, compile=True)
+    assert len(compiled) == before  # it was compiled for that
 
 
 @pytest.mark.parametrize(
@@ -305,6 +308,8 @@ def test_a_step_is_compiled_for_any_number_of_shapes(monkeypatch):
         ({"temperature": 0.1, "num_candidates": 5}, r"num_candidates must be at least 10 at temperature 0.1 .*got 5"),
         ({"sampler": "nucleus"}, "sampler must be one of batch, exact, got 'nucleus'"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_time": 0}, r"max_time must be a number of seconds above 0, got 0"),
+        ({"inputs": torch.ones(1, 4)}, r"inputs is another name of input_ids"),
         ({"tempreature": 0.5}, r"has no parameter tempreature; it takes max_new_tokens, temperature"),
         ({"output_scores": True}, r"cannot follow output_scores=True.*no scores to give"),
         ({"top_p": 0.9}, r"cannot follow top_p=0.9.*no use for"),

@@ -165,7 +165,7 @@ def test_killed_and_started_again_the_files_are_the_same(tmp_path, tokenizer, fo
 
 def test_asked_to_end_it_takes_its_workers_along(tmp_path, tokenizer, folder):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    write_jsonl(folder / "long.jsonl.gz", DOCUMENTS * 100)
+    write_jsonl(folder / "long.jsonl.gz", DOCUMENTS * 400)
     arguments = [str(folder), "--tokenizer", str(tmp_path / "tokenizer"), "--workers", "2", "-o", str(tmp_path / "out")]
     command = [sys.executable, "-m", "calm.cli.main", "prepare", *arguments]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)

@@ -76,8 +76,12 @@ def test_an_incomplete_family_is_refused(tmp_path):
     ("patch_sizes", "overrides", "message"),
     [
         ([1, 5], [], "block_size must be a multiple of the patch size 5, got 36"),
-        ([4, 9], ["data.block_size=36"], "block_size of 36 holds no n-gram to score behind 36 tokens .* at least 72"),
-        ([1, 2], ["data.validation=null"], "model autoencoder: its recipe needs data.validation"),
+        (
+            [4, 9],
+            ["data.block_size=36"],
+            "block_size of 36 holds nothing to score at a stride of 36 .* at least 72",
+        ),
+        ([1, 2], ["data.validation=null"], "model calm: its recipe needs data.validation"),
     ],
 )
 def test_what_could_not_be_scored_is_refused_before_it_is_trained(family, tmp_path, patch_sizes, overrides, message):

@@ -54,6 +54,9 @@ def test_what_a_block_gets_does_not_depend_on_the_blocks_beside_it_nor_on_how_th
     assert torch.equal(together[:, 1:2], draw([1]))
     monkeypatch.setattr("calm.evaluation.branches._NODES", 6)  # two patches at a time
     assert draw([0, 1, 2]).shape == together.shape
+    monkeypatch.undo()
+    monkeypatch.setattr("calm.training.distillation._TILE_ELEMENTS", 3 * 20)  # one context at a time
+    assert torch.equal(draw([0, 1, 2]), together)
 
 
 @torch.no_grad()

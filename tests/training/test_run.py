@@ -326,6 +326,12 @@ def test_two_runs_do_not_share_a_directory(workspace):
     assert train(calm_recipe(workspace, "shared", max_steps=2)) == place  # the refused run claimed nothing
 
 
+@pytest.mark.parametrize("setting", [{"report_to": "wandb"}, {"optim": "adamw_bnb_8bit"}])
+def test_a_library_that_is_missing_is_named(workspace, setting):
+    with pytest.raises(ValueError, match=r"needs a library that is not installed: .*(wandb|bitsandbytes)"):
+        train(calm_recipe(workspace, "missing_library", **setting))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_run import autoencoder_recipe, calm_recipe, workspace  # noqa: F401
+from test_run import BACKBONE, autoencoder_recipe, calm_recipe, workspace  # noqa: F401
+from test_run import recipe as make_recipe
 
 from calm.models.loading import load_model
 from calm.training.checkpoints import find_checkpoint
+from calm.training.interruption import InterruptionCallback
 from calm.training.metrics import read_metrics
 from calm.training.resume import is_complete
 from calm.training.run import train
@@ -87,14 +89,19 @@ def test_a_sharded_run_equals_one_process_and_each_goes_on_from_the_other(worksp
 
 
 def test_a_weight_that_embeds_and_predicts_can_be_sharded(workspace, tmp_path):  # noqa: F811
-    """Of an autoencoder, and of a CALM with losses beside the head's."""
+    """Of an autoencoder, of a CALM with losses beside the head's, and of a token model whose two embeddings are one."""
     sizes = {"max_steps": 2, "save_steps": 2}
     recipes = {}
     for name, batch, fsdp in (("whole", 4, {}), ("parts", 2, {"fsdp": True})):
         training = sizes | {"per_device_train_batch_size": batch} | fsdp
         calm = calm_recipe(workspace, f"calm_{name}", **training)
         calm.model |= {"token_prediction_weight": 1.0, "decoded_brier_weight": 1.0}
-        recipes[name] = [autoencoder_recipe(workspace, f"autoencoder_{name}", **training), calm]
+        tied = {"backbone": BACKBONE | {"tie_word_embeddings": True}}
+        recipes[name] = [
+            autoencoder_recipe(workspace, f"autoencoder_{name}", **training),
+            calm,
+            make_recipe(workspace, "baseline", f"tied_{name}", tied, **training),
+        ]
     for whole, parts in zip(*recipes.values(), strict=True):
         train(whole)
         process = start(
@@ -242,3 +249,23 @@ def test_compiled_training_is_the_same_training(workspace):  # noqa: F811
     plain = train(calm_recipe(workspace, "not_compiled", max_steps=3))
     compiled = train(calm_recipe(workspace, "compiled", max_steps=3, torch_compile=True))
     same_weights(plain, compiled, rtol=1e-3, atol=1e-4)
+
+
+def test_a_second_signal_acts_unless_it_is_the_first_come_twice(monkeypatch):
+    """A scheduler signals all processes, and a launcher passes its own on."""
+    now, ended = [0.0], []
+    monkeypatch.setattr("calm.training.interruption.time.monotonic", lambda: now[0])
+    before = signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
+    interruption = InterruptionCallback()
+    try:
+        interruption.on_train_begin(None, None, None)
+        signal.raise_signal(signal.SIGTERM)
+        now[0] = 1.0
+        signal.raise_signal(signal.SIGTERM)
+        assert (interruption.signal, ended) == (signal.SIGTERM, [])
+        now[0] = 9.0
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == [signal.SIGTERM]
+    finally:
+        interruption.restore()
+        signal.signal(signal.SIGTERM, before)

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import warnings
 
 import typer
@@ -47,7 +48,8 @@ _CTRL_C = 128 + signal.SIGINT
 
 def main() -> None:
     """Run the command; a user's mistake ends in one line and exit code 2, Ctrl-C in exit code 130."""
-    signal.signal(signal.SIGTERM, _terminate)
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if is_main else None
     try:
         quieten_libraries()
         app()
@@ -66,6 +68,9 @@ def main() -> None:
             raise
         print(f"calm: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _terminate(number: int, frame) -> None:

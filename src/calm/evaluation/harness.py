@@ -27,6 +27,8 @@ _NO_LIKELIHOODS = (
     "BrierLM (`calm evaluate`) in the place of perplexity."
 )
 
+_NOT_OURS = ("max_batch_size", "trust_remote_code", "unknown")
+
 
 @register_model("calm")
 class CalmHarness(LM):
@@ -52,12 +54,13 @@ class CalmHarness(LM):
         tokenizer: str | None = None,
         device: str | None = None,
         dtype: str = "auto",
-        max_batch_size: int | None = None,  # lm-eval's, for models that look for a batch size
+        max_batch_size: int | None = None,  # lm-eval passes these two, which mean nothing here
+        trust_remote_code: bool | None = None,
         **unknown: Any,
     ):
         super().__init__()
         if unknown:
-            allowed = [name for name in signature(CalmHarness).parameters if name not in ("max_batch_size", "unknown")]
+            allowed = [name for name in signature(CalmHarness).parameters if name not in _NOT_OURS]
             raise ValueError(f"unknown in model_args: {', '.join(unknown)}; allowed: {', '.join(allowed)}.")
         # lm-eval's command line says cuda:0 wherever it runs, unless told otherwise.
         target = resolve_device("auto" if device in (None, "cuda:0") else device)

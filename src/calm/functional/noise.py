@@ -35,12 +35,16 @@ def normal(
 
 
 def categorical(law: Tensor, num_draws: int, generator: Generator = None, row_dim: int = -2) -> Tensor:
-    """Independent draws of a distribution over V values, ``[..., V] -> [..., num_draws]``.
+    """Independent draws of a distribution over V values, ``[..., V] -> [..., num_draws]``."""
+    return pick(law, uniform((*law.shape[:-1], num_draws), generator, law.device, row_dim=row_dim))
+
+
+def pick(law: Tensor, luck: Tensor) -> Tensor:
+    """The values that uniform random numbers stand for: ``[..., V], [..., draws] -> [..., draws]``.
 
     By the inverse of the distribution function: one random number for a draw, not one for a value.
     """
     cumulative = law.cumsum(-1)
-    luck = uniform((*law.shape[:-1], num_draws), generator, law.device, row_dim=row_dim)
     drawn = torch.searchsorted(cumulative, luck * cumulative[..., -1:], right=True)
     return drawn.clamp(max=law.shape[-1] - 1)
 

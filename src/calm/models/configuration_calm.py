@@ -126,13 +126,10 @@ class CalmConfig(PreTrainedConfig):
 
 def _check_looks_back_only(backbone: PreTrainedConfig) -> None:
     """ValueError for a backbone whose states would see the patches they have to predict."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     kind = backbone.model_type
-    if backbone.is_encoder_decoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if backbone.is_encoder_decoder:
         raise ValueError(f"backbone_config must be of a decoder-only model such as llama, got model_type {kind!r}.")
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(backbone, "is_decoder", False):
         raise ValueError(

@@ -121,8 +121,10 @@ class CalmGenerationMixin:
             ``return_dict_in_generate=True`` a :class:`CalmGenerateOutput`.
         """
         device = self.get_input_embeddings().weight.device
-        if input_ids is None:
-            input_ids = kwargs.pop("inputs", None)
+        inputs = kwargs.pop("inputs", None)
+        if input_ids is not None and inputs is not None:
+            raise ValueError("inputs is another name of input_ids: give one of them.")
+        input_ids = inputs if input_ids is None else input_ids
         if input_ids is None:
             input_ids = torch.empty((1, 0), dtype=torch.long)
         check_prompts(input_ids)

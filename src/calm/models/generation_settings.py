@@ -91,6 +91,8 @@ def resolve_settings(
             raise ValueError(f"{name} must be a whole number, got {values[name]!r}.")
     if not isinstance(values["temperature"], int | float):
         raise ValueError(f"temperature must be a number in (0, 1], got {values['temperature']!r}.")
+    if values["max_time"] is not None and not (isinstance(values["max_time"], int | float) and values["max_time"] > 0):
+        raise ValueError(f"max_time must be a number of seconds above 0, got {values['max_time']!r}.")
     # The arguments' limit before the saved one, whichever of its two names each has.
     limits = given if {"max_length", "max_new_tokens"} & given.keys() else saved_fields
     if "max_length" in limits and "max_new_tokens" not in limits:

@@ -22,17 +22,21 @@ def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor) -> Tens
         weight: ``[V, H]``.
         labels: ``[P]``, -100 where a position does not count.
     """
-    if torch.is_autocast_enabled(states.device.type):
-        dtype = torch.get_autocast_dtype(states.device.type)
-        states, weight = states.to(dtype), weight.to(dtype)
+    device = states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
     # In half precision torch's sums over positions, and with them the loss, are half precision too.
-    if states.dtype == torch.float32 and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+    if dtype == torch.float32 and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return F.linear_cross_entropy(states, weight, labels, options=torch.nn.LinearCrossEntropyOptions())
     size = max(1, _TILE_ELEMENTS // len(weight))
     tiles = zip(states.split(size), labels.split(size), strict=True)
-    sums = [checkpoint(_summed, tile, weight, of_tile, use_reentrant=False) for tile, of_tile in tiles]
+    sums = [
+        checkpoint(_summed, tile, weight, of_tile, dtype, use_reentrant=False, preserve_rng_state=False)
+        for tile, of_tile in tiles
+    ]
     return torch.stack(sums).sum() / labels.ne(-100).sum()
 
 
-def _summed(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(states, weight).float(), labels, reduction="sum")
+def _summed(states: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    # Here and not once for all tiles: the gradient of a float32 weight is then summed in float32.
+    logits = F.linear(states.to(dtype), weight.to(dtype)).float()
+    return F.cross_entropy(logits, labels, reduction="sum")

@@ -8,7 +8,6 @@ Shapes: B batch, K tokens of a patch, L patches, D hidden.
 
 from collections.abc import Callable
 from functools import partial
-from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +17,7 @@ from transformers.cache_utils import StaticCache
 
 from calm.models.requirements import check_full_attention
 
+_SHAPES = 64  # batch sizes, lengths and models
 _SIZES = 256  # caches come in multiples of so many patches, so that other lengths do not compile anew
 _LAST: WeakKeyDictionary = WeakKeyDictionary()  # of every model; beside it, so that copies of the model do not hold it
 
@@ -29,10 +29,7 @@ class StaticStep:
         self.num_patches = num_patches
         self.cache = StaticCache(config=model.config.backbone_config, max_cache_len=num_patches)
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
-        # The compiler counts how often it compiled a piece of code, and gives up after a few times: for every cache a
-        # copy, which goes when it goes.
-        step = FunctionType(_step.__code__.replace(), _step.__globals__, _step.__name__)
-        self.run: Callable[..., Tensor] = torch.compile(step, mode=mode, dynamic=False)
+        self.run: Callable[..., Tensor] = torch.compile(_step, mode=mode, dynamic=False)
 
     @classmethod
     def start(cls, model: Any, state: Any, num_patches: int) -> tuple[Any, Callable[[Any, Tensor], Any]]:
@@ -59,7 +56,9 @@ class StaticStep:
 
     def extend(self, model: Any, state: Any, chunk: Tensor) -> Any:
         """As the model's ``extend``: a chunk ``[B, K]`` more."""
-        hidden = self.run(model, chunk, state.position, state.patch_mask, self.cache)
+        # The compiler gives a piece of code up after a few shapes otherwise, for all models of the process.
+        with torch._dynamo.config.patch(recompile_limit=_SHAPES):
+            hidden = self.run(model, chunk, state.position, state.patch_mask, self.cache)
         # A copy: the graph will write there again.
         return type(state)(hidden.clone(), self.cache, state.position + 1, state.patch_mask)
 

@@ -2,11 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
 
 from calm.functional.brier import NGRAM
 from calm.training.recipe import Recipe
@@ -16,6 +14,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The Trainer's arguments: the recipe's, and what the run decides itself."""
     # Every weight that is trained has a part in every loss: no process need look for those that have none.
     values = {"ddp_find_unused_parameters": False} | recipe.training
+    values["report_to"] = values["report_to"] or "none"
     if recipe.tokens_per_step is not None:
         values["gradient_accumulation_steps"] = accumulation_steps(recipe, int(os.environ.get("WORLD_SIZE", 1)))
     if recipe.precision != "auto":
@@ -28,7 +27,6 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             raise ValueError("training.eval_strategy needs data.validation: prepared data to evaluate on.")
     elif "eval_strategy" not in values:
         values |= {"eval_strategy": "steps", "eval_steps": values.get("eval_steps", values["save_steps"])}
-    _check_installed(values["report_to"])
     _check_metric(recipe)
     arguments = TrainingArguments(
         output_dir=str(Path(recipe.output_dir) / "checkpoints"),
@@ -41,17 +39,6 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     # Several GPUs are for several processes: one process would spread its batch over them by threads (DataParallel).
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
-
-
-def _check_installed(report_to: Any) -> None:
-    """ValueError where a run is to be reported to something that is not installed."""
-    available = get_available_reporting_integrations()
-    for name in report_to if isinstance(report_to, list) else [report_to or "none"]:
-        if name not in ("all", "none", *available):
-            raise ValueError(
-                f"training.report_to: {name!r} is not installed or not known; installed: "
-                f"{', '.join(available) or 'nothing'} (or none)."
-            )
 
 
 def _check_metric(recipe: Recipe) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calm.evaluation.branches import Branches
-from calm.functional.noise import Generator, categorical
+from calm.functional.noise import Generator, pick, uniform
 
 _TILE_ELEMENTS = 2**26  # of the laws that exist at once: 256 MiB in float32
 
@@ -48,11 +48,8 @@ def draw_continuations(
 def _draw(teacher: Any, hidden: Tensor, num_draws: int, generator: Generator) -> Tensor:
     """Draws of the next token: ``[B, n, D] -> [B, n, num_draws]``."""
     output = teacher.get_output_embeddings()
-    size = max(1, _TILE_ELEMENTS // (len(hidden) * teacher.config.vocab_size))
-    return torch.cat(
-        [
-            categorical(output(states).float().softmax(-1), num_draws, generator, row_dim=0)
-            for states in hidden.split(size, dim=1)
-        ],
-        dim=1,
-    )
+    # All at once: what a block gets does not depend on the tiles.
+    luck = uniform((*hidden.shape[:-1], num_draws), generator, hidden.device, row_dim=0)
+    size = max(1, _TILE_ELEMENTS // (len(hidden) * len(output.weight)))
+    tiles = zip(hidden.split(size, dim=1), luck.split(size, dim=1), strict=True)
+    return torch.cat([pick(output(states).float().softmax(-1), some) for states, some in tiles], dim=1)

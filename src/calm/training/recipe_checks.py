@@ -23,6 +23,9 @@ _SMALLEST_TRAINING = {
     "max_grad_norm": 0,
 }
 
+# Of backbones and heads; what else they count may be nothing, or a list.
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+
 
 def check_keys(given: Any, allowed: Collection[str], where: str) -> None:
     """Names a key which is none of those allowed."""
@@ -113,9 +116,9 @@ def _check_part(part: str, given: Any) -> None:
     fields = _backbone_fields(given) if part == "backbone" else _head_fields(given)
     if fields is not None:
         check_keys(given, fields, f"model.{part}")
-    for name, value in given.items():
-        is_count = name.startswith("num_") or name.endswith("_size")
-        if is_count and value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+    for name in _SIZES:
+        value = given.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"model.{part}.{name} must be a whole number, at least 1, got {value!r}.")
     heads, shared = given.get("num_attention_heads"), given.get("num_key_value_heads")
     if heads and shared and heads % shared:

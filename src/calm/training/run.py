@@ -2,8 +2,9 @@
 
 import math
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -64,9 +65,12 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
         arguments = training_arguments(recipe)
         check_processes(recipe, arguments)
         trainer = _make_trainer(recipe, arguments)
-        with _alone_in(output, arguments):
+        with _alone_in(output, arguments, partial(check_output, recipe, allow_recipe_change)):
             _run(trainer, recipe, progress)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
+        # transformers and accelerate ask for what a setting needs in many words, and with either error.
+        if not re.search("instal", str(error)):
+            raise
         raise ValueError(f"a setting of this recipe needs a library that is not installed: {error}") from error
     return output
 
@@ -94,22 +98,32 @@ def _make_trainer(recipe: Recipe, arguments: TrainingArguments) -> CalmTrainer:
 
 
 @contextmanager
-def _alone_in(output: Path, arguments: TrainingArguments) -> Iterator[None]:
-    """Make the directory and keep other runs out of it; ValueError, for all processes, where one is at work there."""
+def _alone_in(output: Path, arguments: TrainingArguments, check: Callable[[], None]) -> Iterator[None]:
+    """Make the directory and keep other runs out of it; ValueError, for all processes, where one is at work there.
+
+    Args:
+        check: ValueError where the directory holds something else, which another run may have put there meanwhile.
+    """
     lock = FileLock(output / LOCK, blocking=False)
     error: list[str | None] = [None]
     if arguments.process_index == 0:
         output.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
-        except NotImplementedError:
-            pass  # some network file systems know no locks
+            check()
         except Timeout:
-            error = [f"another process is training in {output}: wait for it, or take another output_dir."]
-    (message,) = broadcast_object_list(error)
-    if message is not None:
-        raise ValueError(message)
+            error = [
+                f"another process is training in {output}: wait for it, or take another output_dir. (It holds "
+                f"{output / LOCK}; remove that if the process is gone.)"
+            ]
+        except ValueError as other:
+            error = [str(other)]
+        except (NotImplementedError, OSError):
+            pass  # some network file systems know no locks
     try:
+        (message,) = broadcast_object_list(error)
+        if message is not None:
+            raise ValueError(message)
         yield
     finally:
         lock.release()
@@ -196,6 +210,8 @@ def save_result(trainer: CalmTrainer, recipe: Recipe) -> None:
         shutil.rmtree(draft, ignore_errors=True)
         try:
             model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+            # Gathered from shards, a weight that is another one comes as a copy of it.
+            state = {name: value for name, value in state.items() if name not in model.all_tied_weights_keys}
             model.save_pretrained(draft, state_dict=state)
             load_tokenizer(recipe.data.train).save_pretrained(draft)
             for path in draft.iterdir():

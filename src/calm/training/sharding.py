@@ -27,8 +27,12 @@ def configure(accelerator: Any, plugin: FullyShardedDataParallelPlugin, model: t
     """
     if plugin.fsdp_version != 2:
         raise ValueError("FSDP1 is not supported: set fsdp_version to 2 (`--fsdp_version 2` of accelerate).")
-    if hasattr(model, "head"):
+    backbone: Any = getattr(model, "backbone", None)
+    if backbone is not None:
         plugin.ignored_modules = [model.autoencoder]
+        # The head is no unit: it reads weights past its modules.
+        units = sorted(backbone._no_split_modules)
+        plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or units
     plugin.state_dict_type = plugin.state_dict_type.FULL_STATE_DICT
     # Sums of gradients and the loss stay float32.
     dtype = _DTYPES.get(accelerator.mixed_precision)
@@ -45,8 +49,13 @@ def embeddings_in_the_root(model: Any) -> Iterator[None]:
     """While a model is sharded: its input embedding stays with what belongs to no layer.
 
     accelerate would make it a unit that is whole during the embedding's own forward pass alone, and token prediction
-    and the autoencoder use its weight as an output layer, too.
+    and the autoencoder use its weight as an output layer, too. Where a model says that the two are one weight,
+    accelerate knows.
     """
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is model.get_input_embeddings().weight:
+        yield
+        return
     model.get_input_embeddings = lambda: None
     try:
         yield
