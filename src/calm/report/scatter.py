@@ -21,11 +21,14 @@ def plot_panels(panels: list[Panel], path: Path) -> None:
     from matplotlib.figure import Figure
 
     # Without pyplot: no window system is asked for, no state is shared with the caller.
-    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(panels) + 2, 4), layout="constrained")
     FigureCanvasAgg(figure)
+    drawn = {}
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, points in panel.lines.items():
-            axis.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", linewidth=1, label=name)
+            (drawn[name],) = axis.plot(
+                [x for x, _, _ in points], [y for _, y, _ in points], marker="o", markersize=5, linewidth=1
+            )
             for x, y, label in points:
                 axis.annotate(label, (x, y), textcoords="offset points", xytext=(4, -9), fontsize=7)
         if panel.log_x:
@@ -35,7 +38,8 @@ def plot_panels(panels: list[Panel], path: Path) -> None:
         axis.set_xlabel(panel.x)
         axis.set_ylabel(panel.y)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    # Beside the panels: over them it would hide points.
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
