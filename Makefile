@@ -19,7 +19,7 @@ demo: env
 	$(BIN)/calm quickstart $(DEMO) --minutes $(MINUTES)
 
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 check: lint types
 
