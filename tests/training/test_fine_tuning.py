@@ -166,6 +166,13 @@ def test_a_fine_tuned_model_answers(workspace, chats):  # noqa: F811
     assert right >= 3, right
 
 
+def test_a_run_says_that_examples_are_cut(workspace, chats, capsys):  # noqa: F811
+    values = fine_tune(workspace, "cut", train(calm_recipe(workspace, "uncut", max_steps=2)), chats, max_steps=1)
+    values.data.block_size = 8
+    train(values)
+    assert "examples are longer than a block of 8 tokens" in capsys.readouterr().err
+
+
 def test_only_responses_have_a_loss(workspace, chats):  # noqa: F811
     model = CalmForCausalLM.from_pretrained(train(calm_recipe(workspace, "to_tune", max_steps=6)))
     block = {name: value[None] for name, value in ConversationBlocks(chats, 32, 2)[0].items()}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -25,6 +26,7 @@ from calm.training.arguments import check_processes, training_arguments
 from calm.training.interruption import InterruptionCallback, TrainingInterruptedError
 from calm.training.metrics import JsonlCallback
 from calm.training.models import build_model, load_teacher
+from calm.training.order import NumberedBlocks
 from calm.training.progress import ProgressCallback, make_progress
 from calm.training.recipe import Recipe
 from calm.training.resume import (
@@ -107,19 +109,11 @@ def _alone_in(output: Path, arguments: TrainingArguments, check: Callable[[], No
     lock = FileLock(output / LOCK, blocking=False)
     error: list[str | None] = [None]
     if arguments.process_index == 0:
-        output.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire()
+            _acquire(lock, output)
             check()
-        except Timeout:
-            error = [
-                f"another process is training in {output}: wait for it, or take another output_dir. (It holds "
-                f"{output / LOCK}; remove that if the process is gone.)"
-            ]
         except ValueError as other:
             error = [str(other)]
-        except (NotImplementedError, OSError):
-            pass  # some network file systems know no locks
     try:
         (message,) = broadcast_object_list(error)
         if message is not None:
@@ -129,8 +123,22 @@ def _alone_in(output: Path, arguments: TrainingArguments, check: Callable[[], No
         lock.release()
 
 
+def _acquire(lock: FileLock, output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"another process is training in {output}: wait for it, or take another output_dir. (It holds "
+            f"{lock.lock_file}; remove that if the process is gone.)"
+        ) from error
+    except (NotImplementedError, OSError):
+        pass  # some network file systems know no locks
+
+
 def _run(trainer: CalmTrainer, recipe: Recipe, progress: Progress | None) -> None:
-    is_main, blocks = trainer.is_world_process_zero(), trainer.train_dataset
+    is_main, numbered = trainer.is_world_process_zero(), cast(NumberedBlocks, trainer.train_dataset)
+    blocks = numbered.blocks
     interruption = InterruptionCallback()
     trainer.add_callback(interruption)
     with nullcontext(progress) if progress else make_progress(disable=not is_main) as shown:
