@@ -40,6 +40,15 @@ def start(recipe, path, *command, options=()):
     )  # fmt: skip
 
 
+def train_in_two_processes(recipe, path, port, options=()):
+    process = start(
+        recipe, path, sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
+        options=options,
+    )  # fmt: skip
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+
+
 def test_a_step_in_one_piece_equals_a_step_in_many(workspace):  # noqa: F811
     """Noise and order follow from seed, step and block, not from the micro-batch a block comes in."""
     whole = train(calm_recipe(workspace, "one_of_four", per_device_train_batch_size=4, max_steps=4))
@@ -50,12 +59,7 @@ def test_a_step_in_one_piece_equals_a_step_in_many(workspace):  # noqa: F811
 def test_two_processes_equal_one(workspace, tmp_path):  # noqa: F811
     whole = train(calm_recipe(workspace, "one_process", per_device_train_batch_size=4, max_steps=4))
     divided = calm_recipe(workspace, "two_processes", per_device_train_batch_size=2, max_steps=4)
-    process = start(
-        divided, tmp_path / "recipe.yaml", sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-        "--master_port=29517",
-    )  # fmt: skip
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
+    train_in_two_processes(divided, tmp_path / "recipe.yaml", 29517)
     same_weights(whole, workspace / "two_processes", rtol=1e-4, atol=1e-5)
     losses = [[record["loss"] for record in read_metrics(run) if "loss" in record] for run in
               (whole, workspace / "two_processes")]  # fmt: skip
@@ -70,12 +74,7 @@ def test_a_sharded_run_equals_one_process_and_each_goes_on_from_the_other(worksp
     def shard(max_steps):
         steps = {"per_device_train_batch_size": 2, "max_steps": max_steps, "save_steps": 1}
         recipe = calm_recipe(workspace, "sharded", **steps, **rate, fsdp=True)
-        process = start(
-            recipe, tmp_path / "recipe.yaml", sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-            "--master_port=29518", options=["--allow-recipe-change"],
-        )  # fmt: skip
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+        train_in_two_processes(recipe, tmp_path / "recipe.yaml", 29518, ["--allow-recipe-change"])
 
     shard(2)
     load_model(workspace / "sharded")  # all there, and nothing of FSDP
@@ -104,12 +103,7 @@ def test_a_weight_that_embeds_and_predicts_can_be_sharded(workspace, tmp_path): 
         ]
     for whole, parts in zip(*recipes.values(), strict=True):
         train(whole)
-        process = start(
-            parts, tmp_path / "recipe.yaml", sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-            "--master_port=29519",
-        )  # fmt: skip
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+        train_in_two_processes(parts, tmp_path / "recipe.yaml", 29519)
         # A step is 1e-2 wide, also where a gradient is next to nothing.
         same_weights(Path(whole.output_dir), Path(parts.output_dir), rtol=1e-4, atol=1e-4)
 
