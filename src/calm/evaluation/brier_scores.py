@@ -23,10 +23,10 @@ from torch import Tensor
 from calm.evaluation.branches import Branches
 from calm.functional.brier import NGRAM, prefix_equal
 from calm.functional.noise import categorical
+from calm.functional.tiles import rows_at_once
 
 # Of a (positions x vocabulary) tensor: 4 MiB in float32, which caches hold, unless that is but a few positions.
 _TILE_ELEMENTS, _TILE_ROWS = 2**20, 128
-_TILE_ELEMENTS_ELSEWHERE = 2**25  # where starting many small kernels would cost more than memory does
 
 # draw(hidden states [A, D], count, text [A, K] or None): independent draws of the patches that follow, [count, A, K].
 # Given the text that stands there, tokens may be left out (distinct negative numbers in their place) behind the first
@@ -212,8 +212,7 @@ def _look(
 ) -> _Law:
     """The next token's law at states ``[..., D]``, a tile at a time: the logits of all states are never held."""
     states = hidden.flatten(0, -2)
-    elements = _TILE_ELEMENTS if states.device.type == "cpu" else _TILE_ELEMENTS_ELSEWHERE
-    tile_size = max(_TILE_ROWS, elements // model.config.vocab_size)
+    tile_size = max(_TILE_ROWS, rows_at_once(model.config.vocab_size, states.device, _TILE_ELEMENTS))
     given = torch.zeros(len(states), dtype=torch.long, device=hidden.device) if text is None else text.flatten()
     found: list[tuple[Tensor, ...]] = []
     for tile, token in zip(states.split(tile_size), given.split(tile_size), strict=True):

@@ -16,6 +16,7 @@ from torch import Tensor
 from calm.data.blocks import TokenBlocks
 from calm.evaluation.brier_scores import scored_positions
 from calm.functional.brier import NGRAM
+from calm.functional.tiles import rows_at_once
 
 _TILE_ELEMENTS = 2**22  # of a (positions x tokens x vocabulary) tensor: 16 MiB in float32
 
@@ -39,12 +40,12 @@ def read_out_brier(
         hidden = model(ids).last_hidden_state[:, starts // patch_size - 1]
         text = ids.unflatten(1, (-1, patch_size))[:, starts // patch_size, :NGRAM]
         scores.append(_scores(model, hidden.flatten(0, 1), text.flatten(0, 1)))
-    return (100 * torch.cat(scores).double().mean(0)).tolist()
+    return (100 * torch.cat(scores).cpu().double().mean(0)).tolist()
 
 
 def _scores(model: Any, hidden: Tensor, text: Tensor) -> Tensor:
     """Brier scores ``[P, n]`` behind hidden states ``[P, D]``, a tile at a time."""
-    size = max(1, _TILE_ELEMENTS // (text.shape[1] * model.config.vocab_size))
+    size = rows_at_once(text.shape[1] * model.config.vocab_size, text.device, _TILE_ELEMENTS)
     return torch.cat([_tile(model, *tile) for tile in zip(hidden.split(size), text.split(size), strict=True)])
 
 

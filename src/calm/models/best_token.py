@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from calm.functional.tiles import rows_at_once
+
 # Logits live in tiles that fit the cache of a CPU, unless the vocabulary's weights would be read too often then.
 _TILE_ELEMENTS, _TILE_ROWS = 2**21, 128
-_TILE_ELEMENTS_ELSEWHERE = 2**26
 _BLOCK = 128
 
 
 def best_token(states: Tensor, weight: Tensor) -> Tensor:
     """``argmax(states @ weight.T)``: ``[P, H], [V, H] -> [P]``."""
-    elements = _TILE_ELEMENTS if states.device.type == "cpu" else _TILE_ELEMENTS_ELSEWHERE
-    tiles = states.split(max(_TILE_ROWS, elements // len(weight)))
+    tiles = states.split(max(_TILE_ROWS, rows_at_once(len(weight), states.device, _TILE_ELEMENTS)))
     return torch.cat([_argmax(F.linear(tile, weight)) for tile in tiles])
 
 

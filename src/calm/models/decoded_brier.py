@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from calm.functional.brier import NGRAM
+from calm.functional.tiles import rows_at_once
 
-# Of a (positions x tokens x draws x vocabulary) tensor in float32: 4 MiB, which caches hold; 128 MiB elsewhere, where
-# starting many small kernels would cost more than memory does.
-_TILE_ELEMENTS, _TILE_ELEMENTS_ELSEWHERE = 2**20, 2**25
+_TILE_ELEMENTS = 2**20  # of a (positions x tokens x draws x vocabulary) tensor: 4 MiB in float32
 
 
 def decoded_brier(states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
@@ -34,8 +33,7 @@ def decoded_brier(states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
     # The products with the vocabulary have the precision of the rest of the model; probabilities are float32.
     device = states.device.type
     embeddings = embeddings.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype)
-    elements = _TILE_ELEMENTS if device == "cpu" else _TILE_ELEMENTS_ELSEWHERE
-    size = max(1, elements // (longest * states.shape[2] * len(embeddings)))
+    size = rows_at_once(longest * states.shape[2] * len(embeddings), states.device, _TILE_ELEMENTS)
     tiles = zip(states.split(size), text.split(size), strict=True)
     scores: list[Tensor] = [_DecodedBrier.apply(tile, embeddings, tokens) for tile, tokens in tiles]
     return torch.cat(scores)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from calm.report.canvas import new_figure
+
 
 def plot_learning_curves(curves: dict[str, list[dict]], panels: list[tuple[str, str, str]], path: Path) -> None:
     """Draw one panel per entry of ``panels``.
@@ -11,12 +13,7 @@ def plot_learning_curves(curves: dict[str, list[dict]], panels: list[tuple[str, 
         panels: ``(run, key, title)`` of each panel.
         path: of the PNG.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Without pyplot: no window system is asked for, no state is shared with the caller.
-    figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4 * len(panels), 3)
     for axis, (run, key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         records = [record for record in curves.get(run, []) if key in record]
         axis.plot([record["step"] for record in records], [record[key] for record in records], linewidth=1)

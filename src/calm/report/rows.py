@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from calm.report.canvas import new_figure
+
 
 def plot_rows(rows: Sequence[tuple[str, float, float | None]], x: str, path: Path) -> None:
     """Draw a point with an error bar per row.
@@ -12,12 +14,7 @@ def plot_rows(rows: Sequence[tuple[str, float, float | None]], x: str, path: Pat
         x: what the values are.
         path: of the PNG.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Without pyplot: no window system is asked for, no state is shared with the caller.
-    figure = Figure(figsize=(9, 0.8 + 0.24 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 0.8 + 0.24 * len(rows))
     axis = figure.subplots()
     labels, values, errors = zip(*rows, strict=True)
     places = range(len(rows))

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from calm.report.canvas import new_figure
+
 
 @dataclass
 class Panel:
@@ -17,12 +19,7 @@ class Panel:
 
 def plot_panels(panels: list[Panel], path: Path) -> None:
     """Draw panels side by side and write the PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Without pyplot: no window system is asked for, no state is shared with the caller.
-    figure = Figure(figsize=(5.5 * len(panels) + 2, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.5 * len(panels) + 2, 4)
     drawn = {}
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, points in panel.lines.items():
