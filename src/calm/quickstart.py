@@ -21,13 +21,12 @@ from calm.data.documents import read_documents
 from calm.data.prepare import prepare
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.evaluation.brier_lm import evaluate_brier
-from calm.evaluation.compute import compute
 from calm.evaluation.count_models import evaluate_counts
 from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.files import write_whole
 from calm.models.loading import load_model
 from calm.models.modeling_calm import CalmForCausalLM
-from calm.training.arguments import trained_tokens
+from calm.training.cost import recipe_cost
 from calm.training.recipe import Recipe
 from calm.training.resume import is_complete, read_run
 from calm.training.run import train
@@ -35,8 +34,16 @@ from calm.training.speed import seconds_per_step
 
 QUICKSTART = "quickstart.json"  # the settings of a run directory
 VOCAB_SIZE = 1024
-# Shares of the time budget. What is left over goes to the corpus, evaluation and samples.
-TIME_SHARES = {"autoencoder": 0.19, "calm": 0.56, "baseline": 0.11}
+# The models in the order of their training: recipe, and share of the time budget. What is left over goes to the corpus,
+# evaluation and samples.
+MODELS = {
+    "autoencoder": ("autoencoder.yaml", 0.19),
+    "calm": ("calm.yaml", 0.42),
+    "finished": ("finish.yaml", 0.11),
+    "baseline": ("baseline.yaml", 0.11),
+}
+# What a recipe's model goes on from, and the recipe's name for it.
+STARTS = {"calm": ("model.autoencoder", "autoencoder"), "finished": ("model.pretrained", "calm")}
 # An autoencoder is good enough after 1500 steps; the time that leaves goes to CALM. With fewer than 500 (something else
 # may have kept the machine busy while a step was timed) everything behind it would be lost.
 AUTOENCODER_STEPS = (500, 1500)
@@ -51,7 +58,7 @@ def run_quickstart(run: Path, minutes: float, seed: int, device: str, progress: 
     """Carry out, or finish, the quickstart in ``run``; returns the results, which also lie in ``results.json``."""
     settings = {"minutes": minutes, "seed": seed}
     _check_settings(run, settings)
-    overall = progress.add_task("quickstart", total=7, note="")
+    overall = progress.add_task("quickstart", total=4 + len(MODELS), note="")
 
     def stage(name: str, target: Path, work: Callable[[], object]) -> None:
         progress.update(overall, note=name if not target.exists() else f"{name}: there already")
@@ -63,8 +70,8 @@ def run_quickstart(run: Path, minutes: float, seed: int, device: str, progress: 
     stage("corpus", corpus / "validation.jsonl", lambda: write_embedded_corpus(corpus))
     stage("tokenizer", tokenizer_path, lambda: _train_tokenizer(corpus / "train.jsonl", tokenizer_path))
     stage("prepare", data / "train" / "manifest.json", lambda: _prepare(corpus, tokenizer_path, data, seed))
-    seconds = {name: 60 * minutes * share for name, share in TIME_SHARES.items()}
-    for name in TIME_SHARES:
+    seconds = {name: 60 * minutes * share for name, (_, share) in MODELS.items()}
+    for name in MODELS:
         recipe, unused = _planned_recipe(run, name, seconds[name], seed, device)
         seconds["calm"] += unused
         progress.update(overall, note=name)
@@ -76,7 +83,7 @@ def run_quickstart(run: Path, minutes: float, seed: int, device: str, progress: 
     if not results_path.exists():
         results = settings | _evaluate(run, seed, device, progress)
         write_whole(results_path, json.dumps(results, indent=1))
-    progress.update(overall, completed=7, note="done")
+    progress.update(overall, completed=4 + len(MODELS), note="done")
     return json.loads(results_path.read_text(encoding="utf-8"))
 
 
@@ -117,13 +124,14 @@ def _planned_recipe(run: Path, name: str, seconds: float, seed: int, device: str
         "data.train": run / "data" / "train",
         "data.validation": run / "data" / "validation",
     }
-    if name == "calm":
-        paths["model.autoencoder"] = run / "autoencoder"
+    if name in STARTS:
+        key, start = STARTS[name]
+        paths[key] = run / start
     # Quoted: to YAML, a path may look like something else.
     overrides = [f"seed={seed}", *(f"{key}={json.dumps(str(path))}" for key, path in paths.items())]
     if device == "cpu":
         overrides.append("training.use_cpu=true")
-    path = resources.files("calm") / "recipes" / "quickstart" / f"{name}.yaml"
+    path = resources.files("calm") / "recipes" / "quickstart" / MODELS[name][0]
     plan_path = run / f"plan_{name}.json"
     with resources.as_file(path) as recipe_path:
         if not plan_path.exists():
@@ -141,16 +149,15 @@ def _planned_recipe(run: Path, name: str, seconds: float, seed: int, device: str
 
 def _evaluate(run: Path, seed: int, device: str, progress: Progress) -> dict:
     block_size = Recipe.load(run / "calm" / "recipe.yaml").data.block_size
-    models: dict[str, Any] = {name: load_model(run / name) for name in TIME_SHARES}
+    models: dict[str, Any] = {name: load_model(run / name) for name in MODELS}
     for model in models.values():
         model.to(device)
-    autoencoder, calm = models["autoencoder"], models["calm"]
-    stride = calm.config.patch_size
+    stride = models["finished"].config.patch_size
     train_blocks = TokenBlocks(run / "data" / "train", block_size, stride)
     blocks = TokenBlocks(run / "data" / "validation", block_size, stride)
 
     brier = {}
-    for name in ("calm", "baseline"):
+    for name in ("calm", "finished", "baseline"):
         task = progress.add_task(f"score {name}", total=len(blocks.spread(EVALUATION_BLOCKS)), note="")
         advance = lambda done, task=task: progress.advance(task, done)  # noqa: E731
         scored = evaluate_brier(
@@ -161,30 +168,24 @@ def _evaluate(run: Path, seed: int, device: str, progress: Progress) -> dict:
         brier[name] = evaluate_counts(train_blocks, blocks, order, stride, EVALUATION_BLOCKS).to_dict()
 
     tokenizer = load_tokenizer(run / "tokenizer")
-    training = {name: _training_cost(run / name, model, block_size) for name, model in models.items()}
+    training = {name: _training_cost(run / name, model) for name, model in models.items()}
+    training["finished"]["training_flops"] += training["calm"]["training_flops"]  # the whole way to it
     return {
-        "autoencoder": evaluate_reconstruction(autoencoder, blocks, EVALUATION_BLOCKS).to_dict(),
+        "autoencoder": evaluate_reconstruction(models["autoencoder"], blocks, EVALUATION_BLOCKS).to_dict(),
         "brier": brier,
         "training": training,
         "generation_tokens_per_second": {
-            name: _generation_speed(models[name], blocks) for name in ("calm", "baseline")
+            name: _generation_speed(models[name], blocks) for name in ("finished", "baseline")
         },
-        "samples": _samples(calm, tokenizer, seed),
+        "samples": _samples(models["finished"], tokenizer, seed),
     }
 
 
-def _training_cost(run: Path, model: PreTrainedModel, block_size: int) -> dict:
+def _training_cost(run: Path, model: PreTrainedModel) -> dict:
     recipe, steps = read_run(run)
     assert recipe is not None
-    tokens = trained_tokens(recipe, steps)
-    assert tokens is not None
-    cost = compute(model, block_size // getattr(model.config, "patch_size", 1))
-    return {
-        "parameters": cost.parameters["language_model"] or cost.parameters["autoencoder"],
-        "tokens": tokens,
-        "training_flops": cost.training_flops_per_token * tokens,
-        "inference_flops_per_token": cost.inference_flops_per_token["total"],
-    }
+    assert steps is not None
+    return recipe_cost(recipe, model, steps)
 
 
 def _generation_speed(model: Any, blocks: TokenBlocks) -> float:

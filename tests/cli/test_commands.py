@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import calm.quickstart
 from calm.cli import main as cli
@@ -33,24 +35,33 @@ def quickstart(tmp_path_factory):
     patch.setattr(calm.quickstart, "SPEED_TOKENS", 8)
     with make_progress() as progress:
         results = calm.quickstart.run_quickstart(directory, 0.02, 0, "cpu", progress)
-    write(results, {name: read_metrics(directory / name) for name in calm.quickstart.TIME_SHARES}, directory)
+    write(results, {name: read_metrics(directory / name) for name in calm.quickstart.MODELS}, directory)
     patch.undo()
     return directory
 
 
 def test_quickstart_leaves_models_scores_samples_and_a_report(quickstart):
     results = json.loads((quickstart / "results.json").read_text())
-    assert set(results["brier"]) == {"calm", "baseline", "bigram counts", "unigram counts"}
+    assert set(results["brier"]) == {"calm", "finished", "baseline", "bigram counts", "unigram counts"}
     assert results["brier"]["bigram counts"]["brier"][0] > 0
-    for name in ("calm", "baseline"):
+    for name in ("calm", "finished", "baseline"):
         assert results["brier"][name]["brier_lm"] >= 0
-        assert results["generation_tokens_per_second"][name] > 0
         assert results["training"][name]["training_flops"] > 1e9
+    for name in ("finished", "baseline"):
+        assert results["generation_tokens_per_second"][name] > 0
+    assert results["training"]["finished"]["training_flops"] > results["training"]["calm"]["training_flops"]
     assert {sample["temperature"] for sample in results["samples"]} == {1.0, 1 / 2, 1 / 3}
     report = (quickstart / "report.md").read_text()
     assert "BrierLM" in report
     assert "| bigram counts |" in report
     assert (quickstart / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quickstart_finishes_the_head_of_its_model_alone(quickstart):
+    before, after = (load_file(quickstart / name / "model.safetensors") for name in ("calm", "finished"))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert changed == {"head"}
 
 
 def test_quickstart_started_again_does_nothing_twice(quickstart):

@@ -18,7 +18,7 @@ def quickstart(
     from rich.console import Console
 
     from calm.device import resolve_device
-    from calm.quickstart import TIME_SHARES, run_quickstart
+    from calm.quickstart import MODELS, run_quickstart
     from calm.report import quickstart as report
     from calm.training.metrics import read_metrics
     from calm.training.progress import make_progress
@@ -26,5 +26,5 @@ def quickstart(
     with make_progress() as progress:
         results = run_quickstart(run, minutes, seed, resolve_device(device).type, progress)
     report.show(results, Console())
-    path = report.write(results, {name: read_metrics(run / name) for name in TIME_SHARES}, run)
-    print(f"report: {path}\nnext: calm generate {run / 'calm'} --prompt 'def '")
+    path = report.write(results, {name: read_metrics(run / name) for name in MODELS}, run)
+    print(f"report: {path}\nnext: calm generate {run / 'finished'} --prompt 'def '")

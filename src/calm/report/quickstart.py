@@ -12,6 +12,7 @@ from calm.report.tables import brier_cell, brier_table, reconstruction_table
 CURVES = [
     ("autoencoder", "accuracy", "autoencoder: accuracy in training (15% of inputs dropped)"),
     ("calm", "energy_score", "CALM: energy score"),
+    ("finished", "decoded_brier", "CALM, finishing: Brier score of decoded draws"),
     ("baseline", "loss", "baseline: cross-entropy"),
 ]
 
@@ -68,7 +69,8 @@ def write(results: dict, curves: dict[str, list[dict]], run: Path) -> Path:
         f"BrierLM is the geometric mean of Brier-1 to Brier-4, times 100; ± is one standard error. Measured at "
         f"{scored['num_positions']:,} positions in {scored['num_blocks']} held-out blocks of {scored['block_size']} "
         f"tokens, every {scored['stride']} tokens, with {scored['num_samples']} draws each. Tokens/s: "
-        "temperature 1, batch 8.",
+        "temperature 1, batch 8. `finished` is `calm` after its head alone went on, scored by what its draws decode to "
+        "as well; its training FLOPs count both.",
         "",
         picture,
         "",
