@@ -29,6 +29,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,6 @@ from calm.data.blocks import TokenBlocks
 from calm.data.tokenizer import load_tokenizer
 from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.fluency import evaluate_fluency, fluency_of_text
-from calm.evaluation.read_out import read_out_brier
 from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.files import write_whole
 from calm.functional.brier import NGRAM
@@ -285,8 +285,8 @@ def _make(name: str, plan: Plan, recipe: Recipe, run: Path, progress: Progress |
 def score_run(path: Path, evaluation: Evaluation) -> dict[str, Any]:
     """What a trained model of a recipe cost and how good it is.
 
-    An autoencoder: how much text comes back. A language model: BrierLM, the same of its autoencoder, and what the
-    read-outs of token prediction know.
+    An autoencoder: how much text comes back. A language model: BrierLM, the same of its autoencoder, and BrierLM of its
+    token prediction, without the head.
     """
     recipe, steps = read_run(path)
     assert recipe is not None
@@ -299,14 +299,16 @@ def score_run(path: Path, evaluation: Evaluation) -> dict[str, Any]:
     score = {"stage": recipe.stage, "patch_size": patch_size} | recipe_cost(recipe, model, steps)
     if recipe.stage == "autoencoder":
         return score | evaluate_reconstruction(model, blocks, evaluation.num_blocks).to_dict()
-    score |= evaluate_brier(
-        model, blocks, evaluation.stride, evaluation.num_blocks, evaluation.num_samples, seed=evaluation.seed
-    ).to_dict()
+    scored = partial(
+        evaluate_brier, model, blocks, evaluation.stride, evaluation.num_blocks, evaluation.num_samples,
+        seed=evaluation.seed,
+    )  # fmt: skip
+    score |= scored().to_dict()
     if recipe.stage == "calm":
         rebuilt = evaluate_reconstruction(model.autoencoder, blocks, evaluation.num_blocks)
         score["token_accuracy_sample"] = rebuilt.token_accuracy_sample
         if model.config.token_prediction_weight:
-            score["read_out_brier"] = read_out_brier(model, blocks, evaluation.stride, evaluation.num_blocks)
+            score["token_prediction"] = scored(sampler="token_prediction").to_dict()
     return score
 
 

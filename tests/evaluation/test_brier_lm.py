@@ -126,6 +126,37 @@ def test_calm_scores_are_unbiased_by_enumeration(patch_size, num_samples):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("patch_size", [2, 4, 8])
+def test_scores_of_token_prediction_are_those_of_independent_tokens(patch_size):
+    vocab_size, start = 3, patch_size
+    model = tiny.calm(patch_size, vocab_size=vocab_size, token_prediction_weight=1.0)
+    num_patches = -(-NGRAM // patch_size)
+    ids = torch.randint(vocab_size, (1, start + num_patches * patch_size), generator=seeded(3))
+    table = torch.zeros([vocab_size] * NGRAM, dtype=torch.double)
+    for gram in product(range(vocab_size), repeat=NGRAM):
+        text = ids.clone()
+        text[0, start : start + NGRAM] = torch.tensor(gram)  # what lies behind it in its patch changes no state before
+        hidden = model(text).last_hidden_state[0, start // patch_size - 1 : -1]
+        states = model.token_predictor.proj(hidden).view(-1, hidden.shape[-1])
+        law = (states @ model.get_input_embeddings().weight.T).double().softmax(-1)
+        table[gram] = law[range(NGRAM), gram].prod()
+    exact = 100 * exact_brier(table, ids[0, start : start + NGRAM])
+
+    found = [
+        evaluate_brier(
+            model, Blocks(ids.expand(400, -1), vocab_size), start, num_samples=4, batch_size=100, seed=seed,
+            sampler="token_prediction",
+        )
+        for seed in range(8)
+    ]  # fmt: skip
+    assert {each.sampler for each in found} == {"token_prediction"}
+    scores = torch.tensor([each.brier for each in found]).double()
+    assert ((scores.mean(0) - exact).abs() <= 5 * scores.std(0) / len(found) ** 0.5 + 1e-3).all()
+    with pytest.raises(ValueError, match="this one was trained without it"):
+        evaluate_brier(tiny.calm(), Blocks(tiny.tokens(1, 16), 5), 4, sampler="token_prediction")
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("patch_size", "head"), [(1, "energy"), (3, "energy"), (2, "flow")])
 def test_calm_scores_equal_those_of_continuations_drawn_one_by_one(patch_size, head):
     """The tree draws from the same law as the plain model: the two estimates agree within their errors."""
@@ -184,7 +215,7 @@ def test_tokens_left_out_beside_the_text_change_no_score(patch_size):
 
     generator = seeded(3)
     whole = score_calm(model, ids, starts[:1], 6, in_full)
-    lazy = score_calm(model, ids, starts[:1], 6, _drawer(model, 1.0, 200, seeded(3)))
+    lazy = score_calm(model, ids, starts[:1], 6, _drawer(model, 1.0, "batch", 200, seeded(3)))
     torch.testing.assert_close(whole[0][..., :patch_size], lazy[0][..., :patch_size])
     torch.testing.assert_close(whole[1][..., :patch_size], lazy[1][..., :patch_size])
     assert decoded

@@ -47,16 +47,19 @@ def ids_of(tokenizer, text):
 
 
 def requests(tokenizer):
-    settings = [Sampling(1.0), Sampling(0.5, "batch", 32), Sampling(0.7, "batch", 16), Sampling(0.5, "exact", 32)]
+    settings = [
+        Sampling(1.0), Sampling(0.5, "batch", 32), Sampling(0.7, "batch", 16), Sampling(0.7, "token_prediction"),
+        Sampling(0.5, "exact", 32),
+    ]  # fmt: skip
     prompts = ["the quick", "", "über größere Öfen", "a", "lazy dogs and foxes jump over the quick brown"]
     return [
-        (ids_of(tokenizer, prompts[i % 5]), 5 + 7 * (i % 4), settings[i % 3 if i % 7 else 3], 100 + i)
+        (ids_of(tokenizer, prompts[i % 5]), 5 + 7 * (i % 4), settings[i % 4 if i % 7 else 4], 100 + i)
         for i in range(24)
     ]
 
 
 def test_every_sequence_gets_what_generate_gives_it_alone(calm, tokenizer, engine_of):
-    """24 sequences of four kinds through 4 slots: they join and leave at different steps."""
+    """24 sequences of five kinds through 4 slots: they join and leave at different steps."""
     asked = requests(tokenizer)
     jobs = [Collected(*request) for request in asked]
     engine = engine_of(calm)

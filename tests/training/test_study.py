@@ -63,10 +63,12 @@ def test_every_model_is_trained_and_scored_once_and_reported(family, tmp_path, m
     distilled = scores["distilled"]
     assert distilled["total_flops"] == distilled["training_flops"] + way + scores["teacher"]["training_flops"]
     assert distilled["training_flops"] > scores["plain"]["training_flops"]
-    # What the read-outs of token prediction know, where there are any.
-    assert len(scores["distilled"]["read_out_brier"]) == 3
-    assert "read_out_brier" not in scores["plain"]
-    assert f" {scores['distilled']['read_out_brier'][0]:.2f} | " in text
+    # What token prediction gives in the head's place, where it was trained, of the same text.
+    without_head = scores["distilled"]["token_prediction"]
+    assert without_head["data_sha256"] == scores["plain"]["data_sha256"]
+    assert without_head["brier"] != scores["distilled"]["brier"]
+    assert f" {without_head['brier'][0]:.2f} | " in text
+    assert "token_prediction" not in scores["plain"]
     for part in ("| CALM | ", "| token model | ", "Who wins.", "![Frontier](plot_1.png)", "![Changes](plot_3.png)",
                  "| the documents |", "▸"):  # fmt: skip
         assert part in text

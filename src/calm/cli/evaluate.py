@@ -1,5 +1,6 @@
 import json
 import math
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,12 @@ def evaluate(
         list[float] | None,
         typer.Option(help="of the draws, in (0, 1]; may be given several times. Default 1, as in the paper"),
     ] = None,
+    sampler: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="of CALMs: batch, exact, or token_prediction, which leaves the head out; may be given several times"
+        ),
+    ] = None,
     candidates: Annotated[int, typer.Option(min=1, help="draws per chunk at temperatures below 1")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="blocks at a time")] = 8,
     seed: Annotated[int, typer.Option(help="of all draws")] = 0,
@@ -64,13 +71,14 @@ def evaluate(
     from calm.functional.temperature import check_temperature
     from calm.models.loading import load_model
     from calm.models.modeling_autoencoder import CalmAutoencoder
+    from calm.models.modeling_calm import CalmForCausalLM
     from calm.report.scatter import plot_panels, temperature_panels
     from calm.report.tables import brier_table, reconstruction_table
     from calm.training.progress import make_progress
 
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}.")
-    temperatures = temperature or [1.0]
+    temperatures, samplers = temperature or [1.0], sampler or ["batch"]
     for each in temperatures:
         check_temperature(each)
     if protocol == "paper" and (block_size is not None or stride is not None):
@@ -104,12 +112,14 @@ def evaluate(
                 result = evaluate_reconstruction(model, text, blocks, batch_size, seed, advance)
                 results[name] = origin | result.to_dict()
                 continue
-            for t in temperatures:
-                progress.reset(task, description=f"score {name}" + (f" at {t:g}" if len(temperatures) > 1 else ""))
+            for t, how in product(temperatures, samplers if isinstance(model, CalmForCausalLM) else ["batch"]):
+                said = [f"T = {t:g}"] * (len(temperatures) > 1) + [how] * (how != "batch")
+                label = f"{name} ({', '.join(said)})" if said else name
+                progress.reset(task, description=f"score {label}")
                 scored = evaluate_brier(
-                    model, text, step, blocks, samples, batch_size, seed, advance, t, candidates, target_error
+                    model, text, step, blocks, samples, batch_size, seed, advance, t, candidates, target_error, how
                 )
-                results[name if len(temperatures) == 1 else f"{name} (T = {t:g})"] = origin | scored.to_dict()
+                results[label] = origin | scored.to_dict()
     console = Console()
     if not console.is_terminal:  # a pipe or a file has no width; numbers must not be cut off
         console = Console(width=max(console.width, 160))

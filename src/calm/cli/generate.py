@@ -21,7 +21,12 @@ def generate(
         float | None, typer.Option(help="in (0, 1]; lower is safer text. Default: what the model's files say")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to add at most")] = 128,
-    sampler: Annotated[str | None, typer.Option(help="batch (fast, approximate) or exact")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            help="batch (fast, approximate), exact, or token_prediction: without the head, each token by itself"
+        ),
+    ] = None,
     num_candidates: Annotated[int | None, typer.Option(help="draws the batch sampler chooses from")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="end behind this text; may be given several times")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same text on the same device")] = 0,

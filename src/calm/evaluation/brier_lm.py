@@ -46,6 +46,7 @@ class BrierResult:
     stride: int
     num_samples: int
     temperature: float
+    sampler: str | None  # of a CALM
     seed: int
     data_sha256: str  # of the scored blocks' tokens, as int64
     seconds: float
@@ -67,6 +68,7 @@ def evaluate_brier(
     temperature: float = 1.0,
     num_candidates: int = 200,
     target_error: float | None = None,
+    sampler: str = "batch",
 ) -> BrierResult:
     """Score a language model on blocks of text.
 
@@ -81,10 +83,15 @@ def evaluate_brier(
         temperature: of the draws. The scores of the paper are those of temperature 1.
         num_candidates: of CALM's batch sampler below temperature 1.
         target_error: stop when the standard error of BrierLM is this low.
+        sampler: of CALM's draws, as :meth:`~calm.models.generation.CalmGenerationMixin.generate` has it.
+            ``"token_prediction"`` scores what the hidden states say of the next patch, whatever the head makes of it:
+            far above the head's own score, it is the head that limits the model.
     """
     is_calm = isinstance(model, CalmForCausalLM)
     _check_request(model, blocks, stride, num_samples, num_blocks)
     check_temperature(temperature)
+    if isinstance(model, CalmForCausalLM):
+        model.check_sampling(temperature, sampler, num_candidates)
     if target_error is not None and not target_error > 0:
         raise ValueError(f"target_error must be above 0, got {target_error}.")
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -98,7 +105,7 @@ def evaluate_brier(
         data_hash.update(ids.numpy().tobytes())
         ids = ids.to(model.device)
         if is_calm:
-            draw = _drawer(model, temperature, num_candidates, generator)
+            draw = _drawer(model, temperature, sampler, num_candidates, generator)
             hit, collision = score_calm(model, ids, starts, num_samples, draw)
         else:
             hit, collision = score_token_model(model, ids, starts, num_samples // 2, generator, temperature)
@@ -118,6 +125,7 @@ def evaluate_brier(
         stride=stride,
         num_samples=num_samples,
         temperature=temperature,
+        sampler=sampler if is_calm else None,
         seed=seed,
         data_sha256=data_hash.hexdigest(),
         seconds=time.perf_counter() - started,
@@ -165,14 +173,14 @@ def _score_error(brier: Tensor) -> float:
     return 100 * resampled.std(0).max().item()
 
 
-def _drawer(model: Any, temperature: float, num_candidates: int, generator: torch.Generator) -> Draw:
+def _drawer(model: Any, temperature: float, sampler: str, num_candidates: int, generator: torch.Generator) -> Draw:
     def draw(hidden: Tensor, count: int, text: Tensor | None) -> Tensor:
         size = max(1, _STATES_AT_ONCE // count)
         texts = text.split(size) if text is not None else [None] * len(hidden)
         tiles = zip(hidden.split(size), texts, strict=False)
-        if text is None or temperature != 1:
+        if text is None or temperature != 1 or sampler == "token_prediction":
             several = [
-                model.next_chunk(tile.repeat(count, 1), temperature, "batch", num_candidates, generator).tokens
+                model.next_chunk(tile.repeat(count, 1), temperature, sampler, num_candidates, generator).tokens
                 for tile, _ in tiles
             ]
             return torch.cat([chunks.unflatten(0, (count, -1)) for chunks in several], dim=1)

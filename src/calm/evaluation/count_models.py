@@ -43,6 +43,7 @@ def evaluate_counts(
         stride=stride,
         num_samples=0,
         temperature=1.0,
+        sampler=None,
         seed=0,
         data_sha256=hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         seconds=0.0,

@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 from calm.functional.draws import Draws
 from calm.functional.noise import Generator, check_rows, of_rows
 from calm.functional.temperature import check_temperature, sample_batch, sample_exact
-from calm.models.generation_settings import GenerationSettings, resolve_settings
+from calm.models.generation_settings import SAMPLERS, GenerationSettings, check_sampler, resolve_settings
 from calm.models.prompts import align_prompt, check_prompts
 from calm.models.static_step import StaticStep
 
@@ -68,6 +68,7 @@ class CalmGenerationMixin:
     config: Any
     head: Any
     autoencoder: Any
+    token_predictor: Any
     get_input_embeddings: Callable[[], Any]
     __call__: Callable[..., Any]
 
@@ -101,7 +102,9 @@ class CalmGenerationMixin:
             max_new_tokens: tokens to add at most; need not be a multiple of K.
             temperature: in (0, 1].
             sampler: ``"batch"`` chooses among ``num_candidates`` draws (fast, approximate); ``"exact"`` draws until
-                enough of them agree (exact law, its cost grows fast as the temperature falls).
+                enough of them agree (exact law, its cost grows fast as the temperature falls). ``"token_prediction"``
+                leaves the head out: every token of a chunk is drawn by itself, from what token prediction taught the
+                hidden state to say of it.
             num_candidates: N of the batch sampler, and of the exact sampler's fallback.
             num_return_sequences: continuations of every prompt.
             generator: source of all randomness; on one device, one seed gives one text. A list of one per sequence
@@ -140,6 +143,7 @@ class CalmGenerationMixin:
         }
         saved = generation_config or self.generation_config
         settings = resolve_settings(given, saved, self.generation_config, input_ids.shape[1])
+        self.check_sampling(settings.temperature, settings.sampler, settings.num_candidates)
         aligned_ids, patch_mask = self.align_prompt(input_ids, attention_mask)
         num_patches = self._patches_needed(patch_mask.shape[1], settings.max_new_tokens)
         criteria = StoppingCriteriaList(stopping_criteria or [])
@@ -195,6 +199,20 @@ class CalmGenerationMixin:
             torch.stack([chunk.num_decoded for chunk in effort], dim=1),
         )
 
+    @property
+    def samplers(self) -> list[str]:
+        """What :meth:`generate` takes as ``sampler`` for this model."""
+        return [name for name in SAMPLERS if name != "token_prediction" or self.config.token_prediction_weight]
+
+    def check_sampling(self, temperature: float, sampler: str, num_candidates: int) -> None:
+        """ValueError for settings of :meth:`next_chunk` that this model cannot follow."""
+        check_sampler(sampler, temperature, num_candidates)
+        if sampler not in self.samplers:
+            raise ValueError(
+                "sampler token_prediction draws from what token prediction taught a model, and this one was trained "
+                "without it (model.token_prediction_weight in its recipe): take batch or exact."
+            )
+
     def align_prompt(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Whole patches with document separators in front: ``[B, T] -> [B, L * K], patch mask [B, L]``."""
         return align_prompt(
@@ -237,6 +255,11 @@ class CalmGenerationMixin:
         generator: Generator = None,
     ) -> NextChunk:
         """Draw the K tokens that follow hidden states ``[B, D]``."""
+        if sampler == "token_prediction":
+            embeddings = self.get_input_embeddings().weight
+            tokens = self.token_predictor.draw(hidden, embeddings, temperature, generator)
+            ones = torch.ones(len(hidden), dtype=torch.long, device=hidden.device)
+            return NextChunk(tokens, ones, ones * tokens.shape[1])
         if check_temperature(temperature) == 1:
             tokens = self.autoencoder.decode_tokens(self.head.sample(hidden, generator=generator))
             ones = torch.ones(len(hidden), dtype=torch.long, device=hidden.device)

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import GenerationConfig, GenerationMixin
 
-from calm.functional.temperature import check_candidates
+from calm.functional.temperature import check_candidates, check_temperature
 
-SAMPLERS = ("batch", "exact")
+SAMPLERS = ("batch", "exact", "token_prediction")
 # What a model's generation_config.json says beside its end-of-text and padding tokens.
 GENERATION_DEFAULTS: dict[str, Any] = {
     "do_sample": True,
@@ -102,9 +102,6 @@ def resolve_settings(
                 f"max_length ({values['max_length']}) must be more than the prompt's {prompt_length} tokens; or say "
                 "max_new_tokens."
             )
-    if values["sampler"] not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {values['sampler']!r}.")
-    check_candidates(values["num_candidates"], values["temperature"])
     for name in ("max_new_tokens", "num_return_sequences"):
         if values[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {values[name]}.")
@@ -124,6 +121,16 @@ def resolve_settings(
         end_ids=end_ids,
         pad_id=pad_id if pad_id is not None else end_ids[0] if end_ids else 0,
     )
+
+
+def check_sampler(sampler: str, temperature: float, num_candidates: int) -> None:
+    """ValueError for a sampler that there is not, and for settings that it cannot follow."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
+    if sampler == "token_prediction":
+        check_temperature(temperature)
+    else:
+        check_candidates(num_candidates, temperature)
 
 
 def _is_theirs(name: str) -> bool:

@@ -76,8 +76,8 @@ def _protocol(scores: dict[str, dict], labels: dict[str, str]) -> str:
         on = f"**Not all language models are scored alike, and scores compare within a group only.** {each}."
     return (
         f"{on} ± is one standard error over blocks. FLOPs count the whole way to a model: its autoencoder, its "
-        "teacher, what its backbone was taken from. Read-outs: Brier-1 of what the hidden states say of the next "
-        "token where token prediction trained them to, without the head."
+        "teacher, what its backbone was taken from. Token prediction: BrierLM, and Brier-1, of what the hidden "
+        "states say of each next token by itself where they were trained to, in the place of the head."
     )
 
 
@@ -129,12 +129,12 @@ def _tables(scores: dict[str, dict], labels: dict[str, str]) -> list[str]:
     if language_models:
         lines += _table(
             ("model", "BrierLM", "Brier-1", "Brier-2", "Brier-3", "Brier-4", "accuracy-1", "collision-1",
-             "read-outs", "training FLOPs", "FLOPs per token", "parameters", "tokens"),
+             "token prediction", "its Brier-1", "training FLOPs", "FLOPs per token", "parameters", "tokens"),
             [
                 (
                     labels[name], brier_cell(score),
                     *(f"{value:.2f}" for value in score["brier"]), f"{score['accuracy'][0]:.2f}",
-                    f"{score['collision'][0]:.2f}", _read_out(score), f"{score['total_flops']:.2g}",
+                    f"{score['collision'][0]:.2f}", *_token_prediction(score), f"{score['total_flops']:.2g}",
                     f"{score['inference_flops_per_token']:.2g}", f"{score['parameters']:,}", f"{score['tokens']:,}",
                 )
                 for name, score in language_models.items()
@@ -143,9 +143,10 @@ def _tables(scores: dict[str, dict], labels: dict[str, str]) -> list[str]:
     return lines
 
 
-def _read_out(score: dict[str, Any]) -> str:
-    """Brier-1 of the read-outs that token prediction trains, where there are any."""
-    return f"{score['read_out_brier'][0]:.2f}" if "read_out_brier" in score else ""
+def _token_prediction(score: dict[str, Any]) -> tuple[str, str]:
+    """BrierLM and Brier-1 without the head, of models that can do without."""
+    of_tokens = score.get("token_prediction")
+    return (brier_cell(of_tokens), f"{of_tokens['brier'][0]:.2f}") if of_tokens else ("", "")
 
 
 def _fluency(run: Path, labels: dict[str, str]) -> list[str]:

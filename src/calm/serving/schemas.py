@@ -59,7 +59,10 @@ class SamplingRequest(BaseModel):
     stop: Text | list[Text] | None = Field(None, description="texts that end the answer, at most 16; left out of it")
     stream: bool = False
     stream_options: StreamOptions | None = None
-    sampler: Literal["batch", "exact"] | None = None
+    sampler: Literal["batch", "exact", "token_prediction"] | None = Field(
+        None,
+        description="batch (fast, approximate), exact, or token_prediction (without the head, where it was trained)",
+    )
     num_candidates: int | None = Field(None, ge=1, le=4096, description="draws the batch sampler chooses from")
 
     @model_validator(mode="before")

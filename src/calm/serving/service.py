@@ -41,6 +41,7 @@ class Service:
     ):
         self.name, self.tokenizer = name, tokenizer
         self.is_calm = isinstance(model, CalmForCausalLM)
+        self.samplers = model.samplers if isinstance(model, CalmForCausalLM) else []
         self.saved: Any = model.generation_config
         stepper = stepper_of(model.eval())
         self.patch_size = stepper.patch_size
@@ -58,6 +59,7 @@ class Service:
             "kind": "calm" if self.is_calm else "token model",
             "patch_size": self.patch_size,
             "context": self.engine.context,
+            "samplers": self.samplers,
             "temperature": self.default("temperature", 1.0),
             "chat": self.tokenizer.chat_template is not None,
         }

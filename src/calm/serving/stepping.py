@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from calm.functional.temperature import LOWEST_TEMPERATURE, check_candidates
+from calm.functional.temperature import LOWEST_TEMPERATURE
 from calm.models.generation import NextChunk
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.requirements import check_plain_logits
@@ -75,7 +75,7 @@ class CalmStepper(Stepper):
         super().__init__(model, model, model.config.backbone_config, model.config.patch_size)
 
     def check(self, sampling: Sampling) -> None:
-        check_candidates(sampling.num_candidates, sampling.temperature)
+        self.model.check_sampling(sampling.temperature, sampling.sampler, sampling.num_candidates)
 
     def prefill(self, ids: list[int]) -> tuple[Tensor, Cache, int]:
         prompt = torch.tensor([ids], dtype=torch.long, device=self.device)

@@ -29,6 +29,10 @@ async function loadModels() {
       `context of ${model.context.toLocaleString()} tokens`).join("; ");
   element("temperature").value = first.temperature;
   element("length").max = Math.min(...models.map((model) => model.context));
+  const calms = models.filter((model) => model.kind === "calm");
+  for (const option of element("sampler").options) {
+    option.hidden = option.disabled = !calms.every((model) => model.samplers.includes(option.value));
+  }
   element("chat-row").hidden = !models.every((model) => model.chat);
   showTemperature();
   element("panes").replaceChildren(...models.map(newPane));
@@ -63,7 +67,7 @@ function show(section, chunk) {
 // What a chunk took, in words.
 function describe(model, calm, request) {
   const parts = [`${calm.tokens} token${calm.tokens === 1 ? "" : "s"} in ${calm.milliseconds.toFixed(0)} ms`];
-  if (model.kind === "calm" && request.temperature < 1) {
+  if (model.kind === "calm" && request.temperature < 1 && request.sampler !== "token_prediction") {
     const agree = Math.floor(1 / request.temperature + 0.001);
     parts.push(`${calm.drawn} candidates drawn, ${calm.decoded} of their tokens looked at`);
     parts.push(`agreement: ${agree} equal ones were asked for`);
