@@ -42,7 +42,7 @@ HEAD_FIELDS = {
 }
 
 
-def calm(patch_size=4, type="energy", vocab_size=VOCAB_SIZE, token_prediction_weight=0.0, **head):
+def calm(patch_size=4, type="energy", vocab_size=VOCAB_SIZE, token_prediction=None, **head):
     """A language model whose samples differ: its zero-initialised layers are filled."""
     torch.manual_seed(0)
     config = CalmConfig(
@@ -50,7 +50,8 @@ def calm(patch_size=4, type="energy", vocab_size=VOCAB_SIZE, token_prediction_we
         backbone_config=backbone(vocab_size=vocab_size),
         head_config={"type": type} | HEAD_FIELDS[type] | head,
         initializer_range=0.3,
-        token_prediction_weight=token_prediction_weight,
+        token_prediction_weight=1.0 if token_prediction else 0.0,
+        token_prediction_type=token_prediction or "independent",
     )
     model = CalmForCausalLM(config)
     for parameter in model.head.parameters():

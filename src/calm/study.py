@@ -13,7 +13,7 @@ fluency: {judge: baseline, models: [calm], temperatures: [1, 0.5]}  # texts at l
 report:                                                             # tables with plots: lines against compute, rows
   - title: Frontier
     text: What is to be seen.
-    lines: {CALM: [calm]}
+    lines: {CALM: [calm], without its head: ["calm:token_prediction"]}  # what token prediction draws; in fluency too
   - title: Everything
     rows: [autoencoder, calm]
 ```
@@ -40,12 +40,13 @@ from rich.progress import Progress
 from calm.data.blocks import TokenBlocks
 from calm.data.tokenizer import load_tokenizer
 from calm.evaluation.brier_lm import evaluate_brier
+from calm.evaluation.compute import compute
 from calm.evaluation.fluency import evaluate_fluency, fluency_of_text
 from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.files import write_whole
 from calm.functional.brier import NGRAM
 from calm.models.loading import load_language_model, load_model
-from calm.report.study import PLAN, SCORE, write_report
+from calm.report.study import PLAN, SCORE, WITHOUT_HEAD, fluency_path, write_report
 from calm.training.arguments import training_arguments
 from calm.training.cost import recipe_cost
 from calm.training.models import outline_model
@@ -83,6 +84,9 @@ class Fluency:
     num_texts: int = 64
     prompt_tokens: int = 32
     new_tokens: int = 64
+
+    def needs(self) -> set[str]:
+        return {self.judge, *(name.removesuffix(WITHOUT_HEAD) for name in self.models)}
 
 
 @dataclass
@@ -149,6 +153,11 @@ class Plan:
             wanted |= set(self.needs(name)) if name in wanted else set()
         return [name for name in self.models if name in wanted]
 
+    def named(self) -> list[str]:
+        """What the report and the judged texts name."""
+        judged = [] if self.fluency is None else [self.fluency.judge, *self.fluency.models]
+        return [name for section in self.report for name in _named(section)] + judged
+
     def _check_names(self) -> None:
         known: set[str] = set()
         for name, model in self.models.items():
@@ -159,11 +168,8 @@ class Plan:
                 if other not in known:
                     raise ValueError(f"model {name} of the plan needs @{other}, which no model before it is called.")
             known.add(name)
-        named = [name for section in self.report for name in _named(section)]
-        if self.fluency is not None:
-            named += [self.fluency.judge, *self.fluency.models]
-        for name in named:
-            if name not in known:
+        for name in self.named():
+            if name.removesuffix(WITHOUT_HEAD) not in known:
                 raise ValueError(f"the plan's report or fluency names {name!r}, which no model is called.")
 
 
@@ -185,7 +191,7 @@ def run_study(
     run = Path(run)
     # All at once: a mistake shows before the first run.
     recipes = plan.recipes(run, overrides, only)
-    _check_can_be_scored(recipes, plan.evaluation)
+    _check_can_be_scored(plan, recipes)
     run.mkdir(parents=True, exist_ok=True)
     task = None if progress is None else progress.add_task("study", total=len(recipes), note="")
     missing = list(recipes)
@@ -198,7 +204,7 @@ def run_study(
     if progress is not None and task is not None:
         progress.update(task, completed=len(recipes))
     write_whole(run / PLAN, yaml.safe_dump({"models": plan.models, "report": plan.report}, sort_keys=False))
-    if plan.fluency is not None and {plan.fluency.judge, *plan.fluency.models} <= recipes.keys():
+    if plan.fluency is not None and plan.fluency.needs() <= recipes.keys():
         with _lock(run, "fluency"):
             _judge_texts(plan.fluency, run, recipes[plan.fluency.judge], plan.evaluation.seed)
     return write_report(run)
@@ -236,17 +242,21 @@ def _is_done(plan: Plan, recipe: Recipe) -> bool:
     return json.loads(path.read_text()).get("evaluation") == asdict(plan.evaluation)
 
 
-def _check_can_be_scored(recipes: dict[str, Recipe], evaluation: Evaluation) -> None:
-    others = list(recipes.values())
+def _check_can_be_scored(plan: Plan, recipes: dict[str, Recipe]) -> None:
+    others, stride = list(recipes.values()), plan.evaluation.stride
     for name, recipe in recipes.items():
-        scored_block_size(name, recipe, evaluation.stride)
-        if recipe.stage == "calm":
-            config: Any = outline_model(recipe, others).config
-            if evaluation.stride % config.patch_size:
-                raise ValueError(
-                    f"evaluation.stride must be a multiple of the patch size {config.patch_size} of model {name}, got "
-                    f"{evaluation.stride}."
-                )
+        scored_block_size(name, recipe, stride)
+        config: Any = outline_model(recipe, others).config if recipe.stage == "calm" else None
+        if config is not None and stride % config.patch_size:
+            raise ValueError(
+                f"evaluation.stride must be a multiple of the patch size {config.patch_size} of model {name}, got "
+                f"{stride}."
+            )
+        if name + WITHOUT_HEAD in plan.named() and not getattr(config, "token_prediction_weight", 0):
+            raise ValueError(
+                f"the plan's report or fluency names {name + WITHOUT_HEAD}, and {name} is trained without token "
+                "prediction: give its recipe a model.token_prediction_weight."
+            )
 
 
 def scored_block_size(name: str, recipe: Recipe, stride: int) -> int:
@@ -308,7 +318,11 @@ def score_run(path: Path, evaluation: Evaluation) -> dict[str, Any]:
         rebuilt = evaluate_reconstruction(model.autoencoder, blocks, evaluation.num_blocks)
         score["token_accuracy_sample"] = rebuilt.token_accuracy_sample
         if model.config.token_prediction_weight:
-            score["token_prediction"] = scored(sampler="token_prediction").to_dict()
+            score["token_prediction"] = scored(sampler="token_prediction").to_dict() | {
+                "inference_flops_per_token": compute(
+                    model, recipe.data.block_size // model.config.patch_size, sampler="token_prediction"
+                ).inference_flops_per_token["total"]
+            }
     return score
 
 
@@ -325,14 +339,13 @@ def _judge_texts(fluency: Fluency, run: Path, judge_recipe: Recipe, seed: int) -
     if not path.exists():
         write_whole(path, json.dumps(fluency_of_text(judge, tokenizer, blocks, *size).to_dict(), indent=1))
     for name in fluency.models:
-        path = run / name / "fluency.json"
+        path = fluency_path(run, name)
         if not path.exists():
-            model: Any = load_language_model(run / name)
+            model: Any = load_language_model(path.parent)
             model.to(device)
-            results = [
-                evaluate_fluency(model, judge, tokenizer, blocks, *size, temperature=temperature, seed=seed).to_dict()
-                for temperature in fluency.temperatures
-            ]
+            sampler = "token_prediction" if name.endswith(WITHOUT_HEAD) else None
+            judged = partial(evaluate_fluency, model, judge, tokenizer, blocks, *size, seed=seed, sampler=sampler)
+            results = [judged(temperature=temperature).to_dict() for temperature in fluency.temperatures]
             write_whole(path, json.dumps(results, indent=1))
 
 

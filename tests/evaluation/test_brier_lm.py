@@ -129,7 +129,7 @@ def test_calm_scores_are_unbiased_by_enumeration(patch_size, num_samples):
 @pytest.mark.parametrize("patch_size", [2, 4, 8])
 def test_scores_of_token_prediction_are_those_of_independent_tokens(patch_size):
     vocab_size, start = 3, patch_size
-    model = tiny.calm(patch_size, vocab_size=vocab_size, token_prediction_weight=1.0)
+    model = tiny.calm(patch_size, vocab_size=vocab_size, token_prediction="independent")
     num_patches = -(-NGRAM // patch_size)
     ids = torch.randint(vocab_size, (1, start + num_patches * patch_size), generator=seeded(3))
     table = torch.zeros([vocab_size] * NGRAM, dtype=torch.double)

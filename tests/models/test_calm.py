@@ -173,45 +173,6 @@ def test_a_whole_number_is_a_number():
     )
 
 
-def test_the_auxiliary_loss_is_the_cross_entropy_of_every_token_by_itself():
-    model, ids = tiny.calm(2), tiny.tokens(2, 8)
-    config = CalmConfig(**{**model.config.to_dict(), "token_prediction_weight": 0.5})
-    taught = CalmForCausalLM(config).eval()
-    taught.load_state_dict(model.state_dict(), strict=False)
-    labels = ids.clone()
-    labels[0, 5] = -100  # the third patch of the first row counts for neither loss
-    noise, target_noise = torch.rand(4, 2, 3, 6), torch.randn(8, 2, 3, 8)
-    plain = model(ids, labels=labels, noise=noise, target_noise=target_noise)
-    out = taught(ids, labels=labels, noise=noise, target_noise=target_noise)
-    hidden = plain.last_hidden_state[:, :-1]
-    logits = taught.token_predictor.proj(hidden).view(2, 3, 2, -1) @ model.get_input_embeddings().weight.T
-    targets = labels[:, 2:].view(2, 3, 2).clone()
-    targets[0, 1] = -100
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 2), targets.flatten())
-    assert out.metrics["token_cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert out.loss.item() == pytest.approx((plain.loss + 0.5 * expected).item(), rel=1e-5)
-    # Nothing to predict: no loss, and no gradient that is no number.
-    nothing = taught(ids, labels=torch.full_like(ids, -100), noise=noise, target_noise=target_noise)
-    nothing.loss.backward()
-    assert nothing.loss.item() == 0
-    assert all(p.grad is None or not p.grad.any() for p in taught.parameters())
-
-
-def test_the_token_predictor_is_saved_and_takes_no_part_in_generation(tmp_path):
-    model = tiny.calm(2)
-    config = CalmConfig(**{**model.config.to_dict(), "token_prediction_weight": 1.0})
-    taught = CalmForCausalLM(config).eval()
-    taught.load_state_dict(model.state_dict(), strict=False)
-    taught.save_pretrained(tmp_path)
-    again = CalmForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(again.token_predictor.proj.weight, taught.token_predictor.proj.weight)
-    ids = tiny.tokens(1, 4)
-    first, second = (
-        each.generate(ids, max_new_tokens=8, generator=torch.Generator().manual_seed(0)) for each in (model, again)
-    )
-    assert torch.equal(first, second)
-
-
 def test_the_kind_of_attention_can_be_chosen(tmp_path):
     tiny.calm().save_pretrained(tmp_path)
     ids = torch.randint(2, tiny.VOCAB_SIZE, (1, 16))

@@ -8,7 +8,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from calm.data.tokenizer import train_tokenizer
 from calm.functional import batch_temperature_sample
-from calm.models import token_prediction
 from calm.models.generation import NextChunk
 
 PATCH_SIZES = [1, 2, 3, 4, 8]
@@ -67,7 +66,7 @@ SAMPLINGS = [("batch", 1.0), ("batch", 0.5), ("batch", 0.7), ("exact", 0.7), ("t
 
 @pytest.mark.parametrize(("sampler", "temperature"), SAMPLINGS)
 def test_a_seed_fixes_the_text_and_another_changes_it(sampler, temperature):
-    model, ids = tiny.calm(1, token_prediction_weight=1.0), tiny.tokens(2, 6)
+    model, ids = tiny.calm(1, token_prediction="autoregressive"), tiny.tokens(2, 6)
     model.generation_config.eos_token_id = None
     arguments = {"max_new_tokens": 8, "sampler": sampler, "temperature": temperature, "num_candidates": 30}
     first = model.generate(ids, generator=seeded(1), **arguments)
@@ -176,7 +175,7 @@ def test_several_sequences_of_a_prompt(padded):
 @pytest.mark.parametrize("type", ["energy", "flow", "diffusion"])
 @pytest.mark.parametrize(("sampler", "temperature"), SAMPLINGS)
 def test_rows_with_their_own_generators_equal_their_own_runs(type, sampler, temperature):
-    model = tiny.calm(2, type, token_prediction_weight=1.0)
+    model = tiny.calm(2, type, token_prediction="autoregressive")
     model.generation_config.eos_token_id = None
     prompts = [tiny.tokens(1, length) for length in (3, 8, 5)]
     batch = torch.cat([torch.nn.functional.pad(ids, (8 - ids.shape[1], 0), value=tiny.PAD) for ids in prompts])
@@ -212,32 +211,6 @@ def test_decoding_as_needed_keeps_the_law(temperature):
         freedom = int(often.sum())
         assert freedom >= 2
         assert statistic < freedom + 4.5 * (2 * freedom) ** 0.5, (context, freedom)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("temperature", [1.0, 0.4])
-def test_token_prediction_draws_each_token_by_its_own_law(temperature, monkeypatch):
-    model, count = tiny.calm(3, vocab_size=6, token_prediction_weight=1.0), 20000
-    hidden = model(torch.randint(6, (2, 6))).last_hidden_state[:, -1]
-    rows = hidden.repeat_interleave(count, 0)
-    chunk = model.next_chunk(rows, temperature, "token_prediction", 1, seeded(1))
-    assert (chunk.num_drawn == 1).all()
-    assert (chunk.num_decoded == 3).all()
-
-    states = model.token_predictor.proj(hidden).view(2, 3, -1)
-    law = ((states @ model.get_input_embeddings().weight.T) / temperature).softmax(-1).double()
-    triples = torch.einsum("bi,bj,bk->bijk", *law.unbind(1)).flatten(1)  # [2, 216]
-    places = chunk.tokens.view(2, count, 3) @ torch.tensor([36, 6, 1])
-    found = torch.stack([torch.bincount(each, minlength=216) for each in places]) / count
-    error = (triples * (1 - triples) / count).sqrt()
-    assert ((found - triples).abs() <= 4.5 * error + 2 / count).all()
-
-    monkeypatch.setattr(token_prediction, "_TILE_ELEMENTS", 1000 * 18)
-    again = model.next_chunk(rows, temperature, "token_prediction", 1, seeded(1))
-    assert torch.equal(again.tokens, chunk.tokens)
-    # Close to temperature 0 it is the likeliest token, whatever the noise.
-    coldest = model.next_chunk(hidden, 1e-300, "token_prediction").tokens
-    assert torch.equal(coldest, law.argmax(-1))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own

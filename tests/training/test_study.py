@@ -33,13 +33,13 @@ PLAN = {
         },
     },
     "fluency": {
-        "judge": "teacher", "models": ["teacher", "plain"], "temperatures": [1.0, 0.5], "num_texts": 4,
-        "prompt_tokens": 6, "new_tokens": 12,
+        "judge": "teacher", "models": ["teacher", "plain", "distilled:token_prediction"], "temperatures": [1.0, 0.5],
+        "num_texts": 4, "prompt_tokens": 6, "new_tokens": 12,
     },
     "report": [
         {"title": "Frontier", "text": "Who wins.", "lines": {"CALM": ["plain", "distilled"], "token": ["teacher"]}},
         {"title": "Autoencoders", "rows": ["autoencoder"]},
-        {"title": "Changes", "rows": ["autoencoder", "plain", "distilled"]},
+        {"title": "Changes", "rows": ["autoencoder", "plain", "distilled", "distilled:token_prediction"]},
     ],
 }  # fmt: skip
 
@@ -67,7 +67,10 @@ def test_every_model_is_trained_and_scored_once_and_reported(family, tmp_path, m
     without_head = scores["distilled"]["token_prediction"]
     assert without_head["data_sha256"] == scores["plain"]["data_sha256"]
     assert without_head["brier"] != scores["distilled"]["brier"]
+    assert without_head["inference_flops_per_token"] < scores["distilled"]["inference_flops_per_token"]
     assert f" {without_head['brier'][0]:.2f} | " in text
+    assert "| distilled, token prediction | " in text
+    assert "### distilled, token prediction, T = 0.5" in text
     assert "token_prediction" not in scores["plain"]
     for part in ("| CALM | ", "| token model | ", "Who wins.", "![Frontier](plot_1.png)", "![Changes](plot_3.png)",
                  "| the documents |", "▸"):  # fmt: skip
@@ -223,6 +226,9 @@ def test_what_could_not_be_scored_is_refused_before_it_is_trained(family, tmp_pa
         run_study(plan, tmp_path / "run")
     with pytest.raises(ValueError, match=r"model teacher: its recipe needs data.validation"):
         run_study(Plan.load(write(family)), tmp_path / "run", ["data.validation=null"])
+    rows = [{"title": "Changes", "rows": ["plain:token_prediction"]}]
+    with pytest.raises(ValueError, match=r"plain is trained without token prediction: give its recipe a model\.token"):
+        run_study(Plan.load(write(family, report=rows)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

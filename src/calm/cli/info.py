@@ -9,6 +9,9 @@ def info(
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value, for recipes")] = None,
     temperature: Annotated[float, typer.Option(help="of generation; below 1, candidates are drawn")] = 1.0,
     candidates: Annotated[int, typer.Option(min=1, help="draws per chunk at temperatures below 1")] = 200,
+    sampler: Annotated[
+        str, typer.Option(help="of a CALM's generation; token_prediction leaves head and autoencoder out")
+    ] = "batch",
     context: Annotated[
         int, typer.Option(min=1, help="positions a step of generation attends to: patches of a CALM, tokens otherwise")
     ] = 2048,
@@ -25,6 +28,7 @@ def info(
 
     from calm.evaluation.compute import compute
     from calm.functional.temperature import check_temperature
+    from calm.models.modeling_calm import CalmForCausalLM
     from calm.models.outline import outline
     from calm.report.tables import compute_tables
     from calm.training.arguments import trained_tokens
@@ -33,8 +37,7 @@ def info(
     from calm.training.recipe import Recipe
     from calm.training.resume import read_run
 
-    if check_temperature(temperature) > candidates:
-        raise ValueError(f"--candidates must be at least 1/temperature, got {candidates} at temperature {temperature}.")
+    check_temperature(temperature)
     recipe, steps, beside = None, None, []
     if source.endswith((".yaml", ".yml")):
         recipe = Recipe.load(source, overrides or [])
@@ -47,7 +50,9 @@ def info(
         model = outline(source)
         recipe, steps = read_run(Path(source))
     planned = trained_tokens(recipe, steps) if recipe is not None else None
-    cost = compute(model, context, temperature, candidates)
+    if isinstance(model, CalmForCausalLM):
+        model.check_sampling(temperature, sampler, candidates)
+    cost = compute(model, context, temperature, candidates, sampler=sampler)
     per_token: float | None = cost.training_flops_per_token
     if recipe is not None:
         teacher = recipe.distillation.teacher if recipe.distillation is not None else None
@@ -62,7 +67,7 @@ def info(
         "training_flops": per_token * training_tokens if per_token and training_tokens is not None else None,
         "inference_flops_per_token": cost.inference_flops_per_token,
         "temperature": temperature,
-        "candidates": candidates if temperature < 1 else 1,
+        "candidates": candidates if temperature < 1 and sampler != "token_prediction" else 1,
         "context": context,
     }
     if as_json:

@@ -36,6 +36,7 @@ def compute(
     temperature: float = 1.0,
     num_candidates: int = 200,
     frozen_backbone: bool = False,
+    sampler: str = "batch",
 ) -> Compute:
     """Costs of training and of generation, per token.
 
@@ -46,12 +47,13 @@ def compute(
             is counted in full: head, decoder, K products with the vocabulary. Generation as it is implemented shares
             and skips part of that.
         frozen_backbone: of a CALM's training, which then goes through the backbone forwards only.
+        sampler: of CALM's generation; ``"token_prediction"`` takes the place of head and decoder.
     """
     if isinstance(model, CalmAutoencoder):
         return _autoencoder_compute(model)
     if isinstance(model, CalmForCausalLM):
         draws = 1 if check_temperature(temperature) == 1 else num_candidates
-        return _calm_compute(model, context, draws, frozen_backbone)
+        return _calm_compute(model, context, draws, frozen_backbone, sampler)
     return _token_model_compute(model, context)
 
 
@@ -82,19 +84,17 @@ def _autoencoder_compute(model: CalmAutoencoder) -> Compute:
     )
 
 
-def _calm_compute(model: CalmForCausalLM, context: int, draws: int, frozen_backbone: bool) -> Compute:
+def _calm_compute(model: CalmForCausalLM, context: int, draws: int, frozen_backbone: bool, sampler: str) -> Compute:
     patch_size, head_config = model.config.patch_size, model.config.head_config
     backbone, embedding = 2 * _matrices(model.backbone), 2 * _matrices(model.patch_embedding)
     attention = _attention_flops(model.config.backbone_config, context)
     head_pass = 2 * _matrices(model.head)
     draw = head_pass * getattr(head_config, "num_network_calls", 1)
-    per_patch = {
-        "backbone": backbone,
-        "attention": attention,
-        "patch_embedding": embedding,
-        "head": draws * draw,
-        "autoencoder_decode": draws * _decode_flops(model.autoencoder),
-    }
+    per_patch = {"backbone": backbone, "attention": attention, "patch_embedding": embedding}
+    if sampler == "token_prediction":
+        per_patch["token_prediction"] = _token_prediction_flops(model)
+    else:
+        per_patch |= {"head": draws * draw, "autoencoder_decode": draws * _decode_flops(model.autoencoder)}
     inference = {name: flops / patch_size for name, flops in per_patch.items()}
     states = backbone + embedding + attention
     if not frozen_backbone:
@@ -113,6 +113,7 @@ def _calm_compute(model: CalmForCausalLM, context: int, draws: int, frozen_backb
             "backbone": _parameters(model.backbone) - _parameters(model.get_input_embeddings()),
             "patch_embedding": _parameters(model.patch_embedding),
             "head": _parameters(model.head),
+            **_token_predictor_part(model),
             **_autoencoder_parts(model.autoencoder),
         },
         (states + heads + _encode_flops(model.autoencoder)) / patch_size,
@@ -120,8 +121,12 @@ def _calm_compute(model: CalmForCausalLM, context: int, draws: int, frozen_backb
     )
 
 
+def _token_predictor_part(model: CalmForCausalLM) -> dict[str, int]:
+    return {"token_predictor": _parameters(model.token_predictor)} if model.config.token_prediction_weight else {}
+
+
 def _token_prediction_flops(model: CalmForCausalLM) -> int:
-    """Of the training aid, per patch: K states, each times the vocabulary."""
+    """Per patch: K states, each times the vocabulary."""
     if not model.config.token_prediction_weight:
         return 0
     looks = model.config.patch_size * _parameters(model.get_input_embeddings())

@@ -50,6 +50,7 @@ def evaluate_fluency(
     new_tokens: int = 64,
     temperature: float = 1.0,
     seed: int = 0,
+    sampler: str | None = None,
 ) -> FluencyResult:
     """Let a model continue the beginnings of held-out blocks, and judge what it writes.
 
@@ -57,13 +58,14 @@ def evaluate_fluency(
         judge: a token model with the same tokenizer.
         prompt_tokens: of every prompt, a multiple of the model's patch size.
         seed: text i has the random numbers of seed + i (a token model's those of its batch).
+        sampler: of a CALM; default what its files say.
     """
     prompts = _beginnings(blocks, num_texts, prompt_tokens)
     texts: list[list[int]] = []
     started = time.perf_counter()
     for first in range(0, len(prompts), _AT_ONCE):
         batch = prompts[first : first + _AT_ONCE].to(model.device)
-        settings = SamplingSettings(new_tokens, temperature, seed=seed)
+        settings = SamplingSettings(new_tokens, temperature, sampler, seed=seed)
         texts += continue_tokens(model, tokenizer, batch, torch.ones_like(batch), settings, first=first)[0]
     rate = sum(map(len, texts)) / (time.perf_counter() - started)
     return _judged(judge, tokenizer, prompts, texts, rate, temperature)

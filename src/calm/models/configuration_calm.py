@@ -1,6 +1,6 @@
 """Configuration of the language model: a composite of backbone, head and autoencoder."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
@@ -8,8 +8,9 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.configuration_heads import HEAD_CONFIGS
 
-# Of losses beside the head's.
+# Losses beside the head's: their weights, and all fields that are about them.
 AUXILIARY_WEIGHTS = ("token_prediction_weight", "decoded_brier_weight")
+AUXILIARY = (*AUXILIARY_WEIGHTS, "token_prediction_type")
 
 
 @strict
@@ -23,9 +24,11 @@ class CalmConfig(PreTrainedConfig):
         head_config: a head configuration or a dict of its fields; ``type`` says which.
         document_separator_id: the token between the documents of the training text, put in front of prompts;
             default the end-of-text token. The paper's models have the begin-of-text token instead.
-        token_prediction_weight: weight of an auxiliary loss, the cross-entropy of the next patch's tokens, each
-            predicted by itself. Generation does not use what it trains beside the backbone. 0 as in the paper; small
-            models on small budgets learn to look at their context by it.
+        token_prediction_weight: weight of an auxiliary loss, the cross-entropy of the next patch's tokens. 0 as in the
+            paper; small models on small budgets learn to look at their context by it. What it trains beside the
+            backbone is used by ``sampler="token_prediction"`` alone.
+        token_prediction_type: ``"independent"`` predicts every token by itself, ``"autoregressive"`` also from those
+            before it in its patch.
         decoded_brier_weight: weight of an auxiliary loss of an energy head, the Brier score of the tokens that its
             draws decode to. 0 as in the paper; 20 at the end of a small model's training is worth as much as a lot of
             it.
@@ -40,6 +43,7 @@ class CalmConfig(PreTrainedConfig):
     head_config: Any = None
     document_separator_id: int | None = None
     token_prediction_weight: float | int = 0.0
+    token_prediction_type: Literal["independent", "autoregressive"] = "independent"
     decoded_brier_weight: float | int = 0.0
     initializer_range: float = 0.02
     pad_token_id: int | None = None

@@ -103,7 +103,9 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         )
         self.autoencoder = CalmAutoencoder(config.autoencoder_config)
         if config.token_prediction_weight:
-            self.token_predictor = TokenPredictor(config.patch_size, config.hidden_size)
+            self.token_predictor = TokenPredictor(
+                config.patch_size, config.hidden_size, config.token_prediction_type == "autoregressive"
+            )
         self.post_init()
         self.generation_config = GenerationConfig(
             **GENERATION_DEFAULTS,

@@ -330,7 +330,7 @@ def _their_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """A model's tensors under the reference's names, those with two names twice."""
     config: Any = model.config
     names = reference_names(config)
-    # The token predictor served training alone.
+    # There is no place for a token predictor there.
     ours = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("token_predictor.")}
     state = {replace_prefix(name, names): tensor.contiguous() for name, tensor in ours.items()}
     prefix = "" if isinstance(config, CalmAutoencoderConfig) else "ae_model."

@@ -14,6 +14,7 @@ from calm.report.scatter import Panel, plot_panels
 from calm.report.tables import brier_cell
 
 PLAN, SCORE, REPORT = "plan.yaml", "score.json", "report.md"
+WITHOUT_HEAD = ":token_prediction"  # behind a model's name in a plan: what its token prediction gives, without its head
 _COSTS = {
     "total_flops": "training FLOPs, autoencoder and teacher included",
     "inference_flops_per_token": "FLOPs per generated token",
@@ -28,6 +29,9 @@ def write_report(run: str | os.PathLike) -> Path:
     plan = yaml.safe_load((run / PLAN).read_text(encoding="utf-8"))
     labels = {name: model.get("label", name) for name, model in plan["models"].items()}
     scores = {name: json.loads(path.read_text()) for name in labels if (path := run / name / SCORE).exists()}
+    for name in [name for name, score in scores.items() if "token_prediction" in score]:
+        scores[name + WITHOUT_HEAD] = scores[name] | scores[name]["token_prediction"]
+        labels[name + WITHOUT_HEAD] = f"{labels[name]}, token prediction"
     if not scores:
         raise ValueError(f"no model of the study in {run} is done yet: no {SCORE} in it.")
     sections = plan["report"] or [{"title": "All models", "rows": list(labels)}]
@@ -76,8 +80,8 @@ def _protocol(scores: dict[str, dict], labels: dict[str, str]) -> str:
         on = f"**Not all language models are scored alike, and scores compare within a group only.** {each}."
     return (
         f"{on} ± is one standard error over blocks. FLOPs count the whole way to a model: its autoencoder, its "
-        "teacher, what its backbone was taken from. Token prediction: BrierLM, and Brier-1, of what the hidden "
-        "states say of each next token by itself where they were trained to, in the place of the head."
+        "teacher, what its backbone was taken from. Token prediction: BrierLM, and Brier-1, of texts that it draws in "
+        "the place of the head, where it was trained."
     )
 
 
@@ -144,15 +148,21 @@ def _tables(scores: dict[str, dict], labels: dict[str, str]) -> list[str]:
 
 
 def _token_prediction(score: dict[str, Any]) -> tuple[str, str]:
-    """BrierLM and Brier-1 without the head, of models that can do without."""
-    of_tokens = score.get("token_prediction")
-    return (brier_cell(of_tokens), f"{of_tokens['brier'][0]:.2f}") if of_tokens else ("", "")
+    """BrierLM and Brier-1 without the head, where that is not what the row shows anyway."""
+    of_tokens = score.get("token_prediction", score)
+    return ("", "") if of_tokens["brier"] == score["brier"] else (brier_cell(of_tokens), f"{of_tokens['brier'][0]:.2f}")
+
+
+def fluency_path(run: Path, name: str) -> Path:
+    """Where the judged texts of a model lie; of its token prediction, with ``WITHOUT_HEAD`` behind its name."""
+    model = name.removesuffix(WITHOUT_HEAD)
+    return run / model / ("fluency.json" if model == name else "fluency_token_prediction.json")
 
 
 def _fluency(run: Path, labels: dict[str, str]) -> list[str]:
     judged = [("the documents", [json.loads((run / "text.json").read_text())])] if (run / "text.json").exists() else []
     for name, label in labels.items():
-        path = run / name / "fluency.json"
+        path = fluency_path(run, name)
         if path.exists():
             judged.append((label, json.loads(path.read_text())))
     if not judged:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 from calm.data.blocks import MANIFEST, read_manifest
 from calm.data.tokenizer import load_tokenizer, tokenizer_hash
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
-from calm.models.configuration_calm import AUXILIARY_WEIGHTS, CalmConfig
+from calm.models.configuration_calm import AUXILIARY, CalmConfig
 from calm.models.loading import load_autoencoder, load_language_model, load_model
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
@@ -234,7 +234,7 @@ def _head(recipe: Recipe) -> dict:
 
 
 def _auxiliary(recipe: Recipe) -> dict:
-    return {name: recipe.model[name] for name in AUXILIARY_WEIGHTS if name in recipe.model}
+    return {name: recipe.model[name] for name in AUXILIARY if name in recipe.model}
 
 
 def _token_ids(data: str) -> dict[str, int | None]:

@@ -13,6 +13,7 @@ model:                               # stage autoencoder: fields of CalmAutoenco
   backbone: {hidden_size: 256}       #   the backbone's fields (`model_type` if it is no Llama),
   head: {type: energy}               #   and the head's; stage baseline: the backbone alone
   token_prediction_weight: 0.0       # stage calm: of an auxiliary cross-entropy; optional
+  token_prediction_type: independent #   or autoregressive: every token also from those before it in its patch
   decoded_brier_weight: 0.0          # stage calm: of the Brier score of decoded draws; optional
   backbone_weights: runs/baseline    # stage calm, optional: start from a token model's or a CALM's weights, same shape
   freeze_backbone: false             # stage calm: true trains the head alone, on a backbone that was trained before

@@ -130,13 +130,13 @@ def _check_part(part: str, given: Any) -> None:
 
 def _model_fields(stage: str) -> Collection[str]:
     from calm.models.configuration_autoencoder import CalmAutoencoderConfig
-    from calm.models.configuration_calm import AUXILIARY_WEIGHTS
+    from calm.models.configuration_calm import AUXILIARY
 
     if stage == "autoencoder":
         return {each.name for each in dataclasses.fields(CalmAutoencoderConfig)} | {"pretrained"}
     if stage == "baseline":
         return ("backbone", "pretrained")
-    return ("autoencoder", "backbone", "head", *AUXILIARY_WEIGHTS, "backbone_weights", "freeze_backbone", "pretrained")
+    return ("autoencoder", "backbone", "head", *AUXILIARY, "backbone_weights", "freeze_backbone", "pretrained")
 
 
 def _backbone_fields(backbone: dict[str, Any]) -> Collection[str] | None:
