@@ -192,7 +192,10 @@ def test_info_reads_models_in_either_layout(tmp_path, monkeypatch, capsys):
     [
         (["nowhere.yaml"], "no recipe at nowhere.yaml"),
         ([str(PAPER / "calm_m.yaml"), "--temperature", "0"], "temperature must lie in (0, 1], got 0.0"),
-        ([str(PAPER / "calm_m.yaml"), "--temperature", "0.1", "--candidates", "5"], "num_candidates must be at least 10"),
+        (
+            [str(PAPER / "calm_m.yaml"), "--temperature", "0.1", "--candidates", "5"],
+            "num_candidates must be at least 10",
+        ),
         ([str(PAPER / "calm_m.yaml"), "model.autoencoder=nowhere"], "no model in nowhere yet"),
         (["/no/such/path"], "no model at /no/such/path: there is no such directory"),
         ([str(PAPER.parent / "quickstart" / "baseline.yaml")], "not prepared yet, and the recipe names no vocab_size"),
