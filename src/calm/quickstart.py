@@ -47,9 +47,17 @@ STARTS = {"calm": ("model.autoencoder", "autoencoder"), "finished": ("model.pret
 # An autoencoder is good enough after 1500 steps; the time that leaves goes to CALM. With fewer than 500 (something else
 # may have kept the machine busy while a step was timed) everything behind it would be lost.
 AUTOENCODER_STEPS = (500, 1500)
+# What is scored, as `calm evaluate` calls it: a model, and what its draws come from.
+ROWS = {
+    "calm": ("calm", "batch"),
+    "finished": ("finished", "batch"),
+    "finished (token_prediction)": ("finished", "token_prediction"),
+    "baseline": ("baseline", "batch"),
+}
 EVALUATION_BLOCKS = 240
 EVALUATION_SAMPLES = 8
-TEMPERATURES = (1.0, 1 / 2, 1 / 3)
+# The trained model with its head, and without: token prediction writes better where a head has had but minutes.
+SAMPLINGS = (("batch", 1.0), ("batch", 1 / 2), ("token_prediction", 1 / 2))
 PROMPTS = ("def __init__(self, ", "import os\n", "    for i in range(")
 SPEED_TOKENS, SPEED_BATCH = 128, 8
 
@@ -157,25 +165,27 @@ def _evaluate(run: Path, seed: int, device: str, progress: Progress) -> dict:
     blocks = TokenBlocks(run / "data" / "validation", block_size, stride)
 
     brier = {}
-    for name in ("calm", "finished", "baseline"):
-        task = progress.add_task(f"score {name}", total=len(blocks.spread(EVALUATION_BLOCKS)), note="")
+    for row, (name, sampler) in ROWS.items():
+        task = progress.add_task(f"score {row}", total=len(blocks.spread(EVALUATION_BLOCKS)), note="")
         advance = lambda done, task=task: progress.advance(task, done)  # noqa: E731
         scored = evaluate_brier(
-            models[name], blocks, stride, EVALUATION_BLOCKS, EVALUATION_SAMPLES, seed=seed, advance=advance
-        )
-        brier[name] = scored.to_dict()
+            models[name], blocks, stride, EVALUATION_BLOCKS, EVALUATION_SAMPLES, seed=seed, advance=advance,
+            sampler=sampler,
+        )  # fmt: skip
+        brier[row] = scored.to_dict()
     for name, order in (("bigram counts", 2), ("unigram counts", 1)):
         brier[name] = evaluate_counts(train_blocks, blocks, order, stride, EVALUATION_BLOCKS).to_dict()
 
     tokenizer = load_tokenizer(run / "tokenizer")
     training = {name: _training_cost(run / name, model) for name, model in models.items()}
     training["finished"]["training_flops"] += training["calm"]["training_flops"]  # the whole way to it
+    training = {row: training[name] for row, (name, _) in ROWS.items()} | {"autoencoder": training["autoencoder"]}
     return {
         "autoencoder": evaluate_reconstruction(models["autoencoder"], blocks, EVALUATION_BLOCKS).to_dict(),
         "brier": brier,
         "training": training,
         "generation_tokens_per_second": {
-            name: _generation_speed(models[name], blocks) for name in ("finished", "baseline")
+            row: _generation_speed(models[name], blocks, sampler) for row, (name, sampler) in ROWS.items()
         },
         "samples": _samples(models["finished"], tokenizer, seed),
     }
@@ -188,11 +198,11 @@ def _training_cost(run: Path, model: PreTrainedModel) -> dict:
     return recipe_cost(recipe, model, steps)
 
 
-def _generation_speed(model: Any, blocks: TokenBlocks) -> float:
+def _generation_speed(model: Any, blocks: TokenBlocks, sampler: str) -> float:
     """Tokens per second at temperature 1, a batch of prompts, the median of three runs."""
     prompts = torch.stack([blocks[index]["input_ids"][:64] for index in range(SPEED_BATCH)]).to(model.device)
     extra = (
-        {}
+        {"sampler": sampler}
         if isinstance(model, CalmForCausalLM)
         else {"do_sample": True, "top_k": 0, "attention_mask": torch.ones_like(prompts)}
     )
@@ -210,11 +220,11 @@ def _generation_speed(model: Any, blocks: TokenBlocks) -> float:
 
 def _samples(model: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict]:
     samples = []
-    for temperature in TEMPERATURES:
+    for sampler, temperature in SAMPLINGS:
         for prompt in PROMPTS:
             ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
             generator = torch.Generator(model.device).manual_seed(seed)
-            out = model.generate(ids, max_new_tokens=48, temperature=temperature, generator=generator)
+            out = model.generate(ids, max_new_tokens=48, temperature=temperature, sampler=sampler, generator=generator)
             text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-            samples.append({"temperature": temperature, "prompt": prompt, "text": text})
+            samples.append({"sampler": sampler, "temperature": temperature, "prompt": prompt, "text": text})
     return samples

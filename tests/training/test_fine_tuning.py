@@ -318,6 +318,11 @@ def test_a_frozen_backbone_must_be_a_trained_one_that_fits(workspace, tmp_path):
     values.model["backbone_weights"] = str(train(other))
     with pytest.raises(ValueError, match="has patches of 4 tokens, not 2"):
         build_model(values)
+    values = with_token_prediction(workspace, "of_other_tokens", max_steps=2)
+    values.model["token_prediction_type"] = "autoregressive"
+    values.model["backbone_weights"] = str(train(with_token_prediction(workspace, "of_tokens", max_steps=2)))
+    with pytest.raises(ValueError, match="has token_prediction_type independent, not autoregressive"):
+        build_model(values)
 
 
 def test_what_does_not_fit_is_refused(workspace, chats):  # noqa: F811

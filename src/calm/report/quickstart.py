@@ -29,13 +29,17 @@ def _costs(results: dict) -> dict[str, dict[str, str]]:
     return costs
 
 
+def _said(sample: dict) -> str:
+    return f"temperature {sample['temperature']:.3g}, sampler {sample['sampler']}"
+
+
 def show(results: dict, console: Console) -> None:
     """Print the tables and samples."""
     console.print(reconstruction_table({"autoencoder": results["autoencoder"]}))
     console.print(brier_table(results["brier"], _costs(results)))
     for sample in results["samples"]:
         text = Text.assemble((sample["prompt"], "bold"), sample["text"])
-        console.print(Panel(text, title=f"temperature {sample['temperature']:.3g}", title_align="left"))
+        console.print(Panel(text, title=_said(sample), title_align="left"))
 
 
 def write(results: dict, curves: dict[str, list[dict]], run: Path) -> Path:
@@ -70,7 +74,7 @@ def write(results: dict, curves: dict[str, list[dict]], run: Path) -> Path:
         f"{scored['num_positions']:,} positions in {scored['num_blocks']} held-out blocks of {scored['block_size']} "
         f"tokens, every {scored['stride']} tokens, with {scored['num_samples']} draws each. Tokens/s: "
         "temperature 1, batch 8. `finished` is `calm` after its head alone went on, scored by what its draws decode to "
-        "as well; its training FLOPs count both.",
+        "as well; its training FLOPs count both. Token prediction writes in the place of its head.",
         "",
         picture,
         "",
@@ -79,7 +83,7 @@ def write(results: dict, curves: dict[str, list[dict]], run: Path) -> Path:
     for sample in results["samples"]:
         lines += [
             "",
-            f"Temperature {sample['temperature']:.3g}:",
+            f"{_said(sample)}:",
             "",
             "```python",
             sample["prompt"] + sample["text"],

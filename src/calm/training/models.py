@@ -133,6 +133,12 @@ def _load_backbone(model: CalmForCausalLM, path: str) -> list[str]:
         config = source.config.backbone_config
         taken = [name for name in _PARTS if hasattr(source, name) and hasattr(model, name)]
         given = {name: getattr(source, name).state_dict() for name in taken}
+        kinds = [each.config.token_prediction_type for each in (source, model)]
+        if "token_predictor" in taken and kinds[0] != kinds[1]:
+            raise ValueError(
+                f"model.backbone_weights: the CALM in {path} has token_prediction_type {kinds[0]}, not {kinds[1]}; "
+                "give model.token_prediction_type the same."
+            )
         if source.config.patch_size != model.config.patch_size:
             raise ValueError(
                 f"model.backbone_weights: the CALM in {path} has patches of {source.config.patch_size} tokens, not "
