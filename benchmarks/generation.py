@@ -6,7 +6,8 @@
     python benchmarks/generation.py --shape study --reference CLONE --reference-python VENV/bin/python
 
 What low temperature costs hangs on how often draws agree, so random weights come in two kinds: `agree` (the head's last
-layer is zero, as in a new model: all draws are one) and `differ` (no two draws are alike: the worst case). With
+layer is zero, as in a new model: all draws are one) and `differ` (no two draws are alike: the worst case). Token
+prediction in the place of the head, which costs the same at every temperature, has rows of its own. With
 --reference, a clone of the reference implementation generates from the same weights and prompts, in its own interpreter
 (torch, transformers 4.43). Everything is measured in turn, several times; medians are printed.
 """
@@ -83,7 +84,9 @@ def main() -> None:
         rows.append(measure_baseline(baseline, prompts, options))
         for name, model in models.items():
             for temperature in options.temperatures:
-                rows.append(measure_calm(model, prompts, temperature, options) | {"weights": name})
+                rows.append(measure_calm(model, prompts, temperature, "batch", options) | {"weights": name})
+            if "token_prediction" in model.samplers:
+                rows.append(measure_calm(model, prompts, 0.5, "token_prediction", options) | {"weights": name})
         if options.reference:
             for name, model in models.items():
                 rows += measure_reference(model, prompts, name, options)
@@ -111,7 +114,10 @@ def load_models(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         for name, scale in (("agree", 0.0), ("differ", 0.3)):
             torch.manual_seed(0)
             config = CalmConfig(
-                backbone_config=fields, autoencoder_config=CalmAutoencoderConfig(**shape["autoencoder"])
+                backbone_config=fields,
+                autoencoder_config=CalmAutoencoderConfig(**shape["autoencoder"]),
+                token_prediction_weight=1.0 if name == "differ" else 0.0,
+                token_prediction_type="autoregressive",
             )
             models[name] = CalmForCausalLM(config)
             torch.nn.init.normal_(models[name].head.output_layer.weight, std=scale)
@@ -154,10 +160,13 @@ def measure_baseline(model: Any, prompts: torch.Tensor, options: argparse.Namesp
     return row("token model", prompts, 1.0, seconds, options.new_tokens, 1) | {"weights": ""}
 
 
-def measure_calm(model: Any, prompts: torch.Tensor, temperature: float, options: argparse.Namespace) -> dict:
+def measure_calm(
+    model: Any, prompts: torch.Tensor, temperature: float, sampler: str, options: argparse.Namespace
+) -> dict:
     def run() -> Any:
         return model.generate(
-            prompts, max_new_tokens=options.new_tokens, temperature=temperature, return_dict_in_generate=True,
+            prompts, max_new_tokens=options.new_tokens, temperature=temperature, sampler=sampler,
+            return_dict_in_generate=True,
             generator=torch.Generator(prompts.device).manual_seed(0), compile=options.compile,
         )  # fmt: skip
 
@@ -165,7 +174,8 @@ def measure_calm(model: Any, prompts: torch.Tensor, temperature: float, options:
     seconds = median_seconds(run, options)
     parts, out = timed_parts(model, run, options)
     steps = -(-options.new_tokens // patch_size)
-    return row("CALM", prompts, temperature, seconds, options.new_tokens, patch_size) | {
+    name = "CALM" if sampler == "batch" else "CALM, token prediction"
+    return row(name, prompts, temperature, seconds, options.new_tokens, patch_size) | {
         "draws_per_chunk": out.num_drawn.double().mean().item(),
         "products_per_token": out.num_decoded.double().mean().item() / patch_size,
         "milliseconds_by_part": {name: 1000 * value / steps for name, value in parts.items()},
@@ -197,6 +207,8 @@ def timed_parts(model: Any, run: Callable[[], Any], options: argparse.Namespace)
     watch(model.autoencoder.decoder, "patch_states", "decoder")
     watch(model.autoencoder.decoder, "token_states", "decoder")
     watch(model.autoencoder, "best_tokens", "vocabulary")
+    if "token_prediction" in model.samplers:
+        watch(model.token_predictor, "draw", "token prediction")
     started = time.perf_counter()
     out = run()
     total = time.perf_counter() - started
@@ -261,13 +273,14 @@ def print_tables(rows: list[dict]) -> None:
             f"{products} |"
         )
     print("\nMilliseconds of a CALM step by part:\n")
-    print("| batch | weights | T | step | backbone | head | decoder | vocabulary | rest | step / backbone |")
-    print("|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    names = ("backbone", "head", "decoder", "vocabulary", "token prediction", "rest")
+    print(f"| batch | weights | T | step | {' | '.join(names)} | step / backbone |")
+    print("|---:|---|" + "---:|" * (len(names) + 3))
     for one in rows:
         if "backbone" in one.get("milliseconds_by_part", {}):  # not where it is compiled
             parts = one["milliseconds_by_part"]
             total = sum(parts.values())
-            cells = [f"{parts.get(name, 0):.1f}" for name in ("backbone", "head", "decoder", "vocabulary", "rest")]
+            cells = [f"{parts.get(name, 0):.1f}" for name in names]
             print(
                 f"| {one['batch_size']} | {one['weights']} | {one['temperature']:.2f} | {total:.1f} | "
                 f"{' | '.join(cells)} | {total / parts['backbone']:.1f} |"

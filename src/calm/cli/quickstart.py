@@ -27,4 +27,5 @@ def quickstart(
         results = run_quickstart(run, minutes, seed, resolve_device(device).type, progress)
     report.show(results, Console())
     path = report.write(results, {name: read_metrics(run / name) for name in MODELS}, run)
-    print(f"report: {path}\nnext: calm generate {run / 'finished'} --prompt 'def '")
+    settings = "--sampler token_prediction --temperature 0.5"
+    print(f"report: {path}\nnext: calm generate {run / 'finished'} --prompt 'def ' {settings}")

@@ -23,7 +23,7 @@ def _costs(results: dict) -> dict[str, dict[str, str]]:
         trained = results["training"].get(name)
         speed = results["generation_tokens_per_second"].get(name)
         costs[name] = {
-            "train FLOPs": f"{trained['training_flops']:.1e}" if trained else "",
+            "train\nFLOPs": f"{trained['training_flops']:.1e}" if trained else "",
             "tokens/s": f"{speed:,.0f}" if speed else "",
         }
     return costs

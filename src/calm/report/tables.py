@@ -51,7 +51,9 @@ def reconstruction_table(results: dict[str, dict]) -> Table:
     """Reconstruction of several autoencoders; ``results`` as :meth:`ReconstructionResult.to_dict` gives them."""
     table = Table(title="Held-out tokens that the autoencoder brings back", box=box.SIMPLE_HEAD)
     table.add_column("model", min_width=12, overflow="fold")
-    for heading in ("from mean", "from sample", "whole patches", "noise 0.3", "noise 0.5", "KL (nats)", "live"):
+    # In two lines: a terminal of 80 columns has room for all of it.
+    headings = ("from\nmean", "from\nsample", "whole\npatches", "noise\n0.3", "noise\n0.5", "KL\n(nats)", "live")
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
         table.add_row(
