@@ -6,11 +6,13 @@ import sys
 import lm_eval
 import pytest
 import tiny
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from calm.cli.main import main
 from calm.data.tokenizer import train_tokenizer
 from calm.evaluation.harness import CalmHarness
+from calm.evaluation.likelihood import log_likelihoods
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning"
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("harness") / "model"
     tokenizer = train_tokenizer(["one two three four five six seven"] * 9, 270)
-    calm = tiny.calm(2, vocab_size=len(tokenizer))
+    calm = tiny.calm(2, vocab_size=len(tokenizer), token_prediction="autoregressive")
     calm.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
@@ -69,6 +71,34 @@ def test_generative_tasks_are_scored(model, tasks):
 def test_likelihood_tasks_are_refused_with_the_reason(model, tasks):
     with pytest.raises(ValueError, match=r"gives samples, not token probabilities.*generate_until"):
         evaluate(CalmHarness(str(model)), tasks[1])
+
+
+def test_likelihood_tasks_are_scored_by_token_prediction(model, tasks):
+    harness = CalmHarness(str(model), sampler="token_prediction", batch_size=2)
+    result = evaluate(harness, tasks[1])
+    ids = harness.tok_encode
+    for sample in result["samples"]["likely"]:
+        (((found, likeliest),),) = sample["resps"]
+        question = sample["doc"]["question"]
+        text = ids(f"{question} {question}")
+        split = len(ids(question))  # the space belongs to what follows
+        assert (found, likeliest) == (
+            pytest.approx(log_likelihoods(harness.model, [text[:split]], [text[split:]])[0][0], rel=1e-4),
+            False,
+        )
+    # A whole text, in windows of the context: behind one token, the last behind what fills its window.
+    text = "one two three four " * 40
+    request = Instance("loglikelihood_rolling", {}, (text,), 0)
+    (whole,) = harness.loglikelihood_rolling([request], disable_tqdm=True)
+    tokens, window = ids(text), harness._room(1)
+    assert len(tokens) > 2 * window
+    pieces = [tokens[start : start + window] for start in range(0, len(tokens), window)]
+    before = [[harness.eot_token_id], *([piece[-1]] for piece in pieces[:-2])]
+    before.append(tokens[len(tokens) - window - 1 : -len(pieces[-1])])
+    assert whole == pytest.approx(sum(value for value, _ in log_likelihoods(harness.model, before, pieces)), rel=1e-4)
+    # A context that is too long keeps its end.
+    long, short = ([Instance("loglikelihood", {}, (f"{'two ' * times}one", " three"), 0)] for times in (400, 300))
+    assert harness.loglikelihood(long, True) == pytest.approx(harness.loglikelihood(short, True))
 
 
 def test_unknown_arguments_are_refused(model):

@@ -1,7 +1,8 @@
-"""CALM in the lm-evaluation-harness: generative tasks work, those that ask for likelihoods are refused.
+"""CALM in the lm-evaluation-harness: generative tasks work, those that ask for likelihoods with token prediction alone.
 
     from calm.evaluation.harness import CalmHarness
     lm_eval.simple_evaluate(model=CalmHarness("runs/calm", temperature=0.5), tasks=["gsm8k"])
+    lm_eval.simple_evaluate(model=CalmHarness("runs/calm", sampler="token_prediction"), tasks=["hellaswag"])
 
 Importing this module registers the model as ``calm``; ``calm harness`` is lm-eval's own command line with it.
 """
@@ -11,31 +12,37 @@ from inspect import signature
 from typing import Any
 
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
+from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from calm.completions import SamplingSettings, complete
 from calm.data.tokenizer import load_tokenizer
 from calm.device import resolve_device, resolve_dtype
+from calm.evaluation.likelihood import log_likelihoods
 from calm.models.loading import load_language_model
 from calm.models.modeling_calm import CalmForCausalLM
 
 _NO_LIKELIHOODS = (
-    "a CALM gives samples, not token probabilities, so log-likelihood tasks cannot be scored: choose tasks of output "
-    "type generate_until (multiple-choice benchmarks often have a generative variant, such as mmlu_generative), or "
-    "BrierLM (`calm evaluate`) in the place of perplexity."
+    "the head of a CALM gives samples, not token probabilities, so log-likelihood tasks cannot be scored: choose tasks "
+    "of output type generate_until (multiple-choice benchmarks often have a generative variant, such as "
+    "mmlu_generative), BrierLM (`calm evaluate`) in the place of perplexity, or, with a model that was trained with "
+    "token prediction, sampler=token_prediction, whose probabilities are known."
 )
+
+_LONGEST_WINDOW = 8192  # tokens of a text that is scored as a whole
 
 _NOT_OURS = ("max_batch_size", "trust_remote_code", "unknown")
 
 
 @register_model("calm")
-class CalmHarness(LM):
+class CalmHarness(TemplateLM):
     """A CALM for lm-eval.
 
     Args:
         pretrained: directory of a trained model, or a hub id.
+        sampler: ``"token_prediction"`` leaves the head out, in generation too, and scores likelihoods.
         temperature: of all generation. Tasks that ask for greedy text (temperature 0) get this as well: the nearest a
             model without probabilities comes to it is a low temperature.
         max_gen_toks: new tokens where a task does not say.
@@ -96,11 +103,56 @@ class CalmHarness(LM):
         bar.close()
         return texts
 
+    @property
+    def eot_token_id(self) -> int:
+        """Stands in front of texts without a context."""
+        return self.model.config.separator_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return list(self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"])
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        raise ValueError(_NO_LIKELIHOODS)
+        self._check_likelihoods()
+        return super().loglikelihood(requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        raise ValueError(_NO_LIKELIHOODS)
+        """Of whole texts: in windows of the context's length, as lm-eval's own models do."""
+        self._check_likelihoods()
+        texts = [
+            [
+                (("", ""), *make_disjoint_window(window))
+                for window in get_rolling_token_windows(
+                    self.tok_encode(request.args[0]),
+                    self.eot_token_id,
+                    min(self._room(1), _LONGEST_WINDOW),
+                    context_len=1,
+                )
+            ]
+            for request in requests
+        ]
+        found = iter(self._loglikelihood_tokens([window for text in texts for window in text], disable_tqdm))
+        return [sum(next(found)[0] for _ in text) for text in texts]
+
+    def _check_likelihoods(self) -> None:
+        if (self.settings.sampler or self.model.generation_config.sampler) != "token_prediction":
+            raise ValueError(_NO_LIKELIHOODS)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        # Texts of one length beside each other: little padding.
+        order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
+        results: dict[int, tuple[float, bool]] = {}
+        for start in tqdm(range(0, len(order), self.batch_size), desc="likelihood", disable=disable_tqdm):
+            batch = order[start : start + self.batch_size]
+            continuations = [requests[index][2] for index in batch]
+            # A context that is too long keeps its end.
+            contexts = [
+                context[max(0, len(context) - self._room(len(continuation))) :]
+                for (_, context, continuation) in (requests[index] for index in batch)
+            ]
+            results |= zip(batch, log_likelihoods(self.model, contexts, continuations), strict=True)
+        return [results[index] for index in range(len(requests))]
 
     def _groups(self, requests: list[Instance]) -> list[list[Instance]]:
         """Neighbours with the same arguments, a batch at a time."""

@@ -52,13 +52,24 @@ class TokenPredictor(nn.Module):
         """
         any_target = is_target.any()
         # Without a target all count, times zero: a mean over nothing would be no number.
-        labels = token_ids.clamp(min=0).masked_fill((any_target & ~is_target)[..., None], -100)
-        states = self.proj(hidden).unflatten(-1, (self.patch_size, -1))
-        if self.norm is not None:
-            known = self._known(hidden, nn.functional.embedding(token_ids.clamp(min=0), embeddings))
-            more = [self._of_before(known, position) for position in range(1, self.patch_size)]
-            states = states + torch.stack([torch.zeros_like(hidden), *more], dim=-2)
+        token_ids = token_ids.clamp(min=0)
+        labels = token_ids.masked_fill((any_target & ~is_target)[..., None], -100)
+        states = self._states(hidden, token_ids, embeddings)
         return linear_cross_entropy(states.flatten(0, -2), embeddings, labels.flatten()) * any_target
+
+    def log_probabilities(self, hidden: Tensor, token_ids: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the tokens of given next patches, and whether each is the likeliest.
+
+        ``[P, D], [P, K], [V, D] -> [P, K]`` float32, ``[P, K]`` bool.
+        """
+        states = self._states(hidden, token_ids, embeddings).flatten(0, 1)
+        size = rows_at_once(len(embeddings), hidden.device, _TILE_ELEMENTS)
+        found = []
+        for state, token in zip(states.split(size), token_ids.flatten().split(size), strict=True):
+            law = (state @ embeddings.T).float().log_softmax(-1)
+            found.append((law.gather(-1, token[:, None])[:, 0], law.argmax(-1) == token))
+        log_probability, likeliest = (torch.cat(parts).view(token_ids.shape) for parts in zip(*found, strict=True))
+        return log_probability, likeliest
 
     def draw(self, hidden: Tensor, embeddings: Tensor, temperature: float = 1.0, generator: Generator = None) -> Tensor:
         """The next patch of every hidden state: ``[P, D], [V, D] -> [P, K]``.
@@ -85,6 +96,15 @@ class TokenPredictor(nn.Module):
             logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, LOWEST_TEMPERATURE)
             tokens.append(pick(logits.softmax(-1), luck[:, position])[:, 0])
         return torch.stack(tokens, dim=-1)
+
+    def _states(self, hidden: Tensor, token_ids: Tensor, embeddings: Tensor) -> Tensor:
+        """States of all tokens of known patches: ``[..., D], [..., K] -> [..., K, D]``."""
+        states = self.proj(hidden).unflatten(-1, (self.patch_size, -1))
+        if self.norm is None:
+            return states
+        known = self._known(hidden, nn.functional.embedding(token_ids, embeddings))
+        more = [self._of_before(known, position) for position in range(1, self.patch_size)]
+        return states + torch.stack([torch.zeros_like(hidden), *more], dim=-2)
 
     def _known(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         """Hidden state and embedded tokens of its patch, normalised: ``[..., D], [..., n, D] -> [..., 1 + n, D]``."""

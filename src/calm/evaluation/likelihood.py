@@ -1,0 +1,49 @@
+"""How likely a CALM finds a text: the probabilities that its token prediction draws from.
+
+A head gives samples alone; token prediction says of every token how likely it is, given the patches before it and,
+where it is autoregressive, the tokens before it in its patch. The product is the law of ``sampler="token_prediction"``.
+
+Shapes: B texts, L patches of the longest context, M of the longest continuation, K tokens of a patch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: Any, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+) -> list[tuple[float, bool]]:
+    """Of every continuation its log-probability in nats, and whether each of its tokens is the likeliest one.
+
+    Args:
+        model: a CALM with token prediction.
+        contexts: token ids; aligned to patches as prompts of ``generate`` are. None is the beginning of a document.
+        continuations: token ids.
+    """
+    patch_size, device = model.config.patch_size, model.device
+    longest = max(map(len, contexts))
+    ids = torch.zeros((len(contexts), longest), dtype=torch.long)
+    real = torch.zeros_like(ids)
+    for row, context in enumerate(contexts):
+        ids[row, longest - len(context) :] = torch.tensor(context, dtype=torch.long)
+        real[row, longest - len(context) :] = 1
+    aligned, patch_mask = model.align_prompt(ids, real)
+
+    num_patches = -(-max(map(len, continuations)) // patch_size)
+    following = torch.full((len(contexts), num_patches * patch_size), model.config.separator_id)
+    counts = torch.arange(following.shape[1]) < torch.tensor([len(each) for each in continuations])[:, None]
+    following[counts] = torch.tensor([token for each in continuations for token in each], dtype=torch.long)
+    mask = torch.cat([patch_mask, patch_mask.new_ones(len(contexts), num_patches)], dim=1).to(device)
+    hidden = model(
+        torch.cat([aligned, following], dim=1).to(device),
+        attention_mask=None if bool(mask.all()) else mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+    ).last_hidden_state[:, -num_patches - 1 : -1]  # [B, M, D]
+    patches = following.view(-1, patch_size).to(device)
+    found = model.token_predictor.log_probabilities(hidden.flatten(0, 1), patches, model.get_input_embeddings().weight)
+    log_probability, likeliest = (each.cpu().view(counts.shape) for each in found)
+    sums = log_probability.double().masked_fill(~counts, 0).sum(1)
+    return list(zip(sums.tolist(), (likeliest | ~counts).all(1).tolist(), strict=True))
