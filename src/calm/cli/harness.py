@@ -13,7 +13,7 @@ def harness(context: typer.Context) -> None:
 
     Example: `calm harness run --model calm --model_args pretrained=runs/calm,temperature=0.5 --tasks gsm8k --limit 100`
 
-    Example: `calm harness run --model calm --model_args pretrained=runs/calm,sampler=token_prediction --tasks lambada_openai`
+    Example: `calm harness run --model calm --model_args pretrained=runs/calm,sampler=token_prediction --tasks piqa`
     """
     try:
         from lm_eval.__main__ import cli_evaluate
