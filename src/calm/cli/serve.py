@@ -27,7 +27,7 @@ def serve(
 ) -> None:
     """Serve a model: OpenAI's API with continuous batching, and a page to play with.
 
-    Example: `calm serve runs/quickstart/calm --baseline runs/quickstart/baseline`, then open http://127.0.0.1:8000
+    Example: `calm serve runs/quickstart/finished --baseline runs/quickstart/baseline`, then open http://127.0.0.1:8000
     """
     from calm.serving.run import run_server
     from calm.serving.service import Limits
