@@ -86,6 +86,7 @@ class Fluency:
     new_tokens: int = 64
 
     def needs(self) -> set[str]:
+        """The models that all this takes."""
         return {self.judge, *(name.removesuffix(WITHOUT_HEAD) for name in self.models)}
 
 
@@ -155,7 +156,7 @@ class Plan:
 
     def named(self) -> list[str]:
         """What the report and the judged texts name."""
-        judged = [] if self.fluency is None else [self.fluency.judge, *self.fluency.models]
+        judged = [] if self.fluency is None else self.fluency.models
         return [name for section in self.report for name in _named(section)] + judged
 
     def _check_names(self) -> None:
@@ -168,8 +169,11 @@ class Plan:
                 if other not in known:
                     raise ValueError(f"model {name} of the plan needs @{other}, which no model before it is called.")
             known.add(name)
-        for name in self.named():
-            if name.removesuffix(WITHOUT_HEAD) not in known:
+        if colon := next((name for name in known if ":" in name), None):
+            raise ValueError(f"model {colon!r} of the plan: a name must not hold a colon.")
+        judge = [] if self.fluency is None else [self.fluency.judge]
+        for name in [*judge, *(name.removesuffix(WITHOUT_HEAD) for name in self.named())]:
+            if name not in known:
                 raise ValueError(f"the plan's report or fluency names {name!r}, which no model is called.")
 
 
@@ -239,7 +243,9 @@ def _is_done(plan: Plan, recipe: Recipe) -> bool:
     path = Path(recipe.output_dir) / SCORE
     if not path.exists() or not is_complete(recipe):
         return False
-    return json.loads(path.read_text()).get("evaluation") == asdict(plan.evaluation)
+    score = json.loads(path.read_text())
+    is_whole = recipe.stage != "calm" or "token_prediction" in score
+    return is_whole and score.get("evaluation") == asdict(plan.evaluation)
 
 
 def _check_can_be_scored(plan: Plan, recipes: dict[str, Recipe]) -> None:
@@ -254,8 +260,8 @@ def _check_can_be_scored(plan: Plan, recipes: dict[str, Recipe]) -> None:
             )
         if name + WITHOUT_HEAD in plan.named() and not getattr(config, "token_prediction_weight", 0):
             raise ValueError(
-                f"the plan's report or fluency names {name + WITHOUT_HEAD}, and {name} is trained without token "
-                "prediction: give its recipe a model.token_prediction_weight."
+                f"the plan's report or fluency names {name + WITHOUT_HEAD}, and {name} has no token prediction: only a "
+                "CALM has it whose recipe gives it a model.token_prediction_weight."
             )
 
 
@@ -317,12 +323,12 @@ def score_run(path: Path, evaluation: Evaluation) -> dict[str, Any]:
     if recipe.stage == "calm":
         rebuilt = evaluate_reconstruction(model.autoencoder, blocks, evaluation.num_blocks)
         score["token_accuracy_sample"] = rebuilt.token_accuracy_sample
+        score["token_prediction"] = None
         if model.config.token_prediction_weight:
-            score["token_prediction"] = scored(sampler="token_prediction").to_dict() | {
-                "inference_flops_per_token": compute(
-                    model, recipe.data.block_size // model.config.patch_size, sampler="token_prediction"
-                ).inference_flops_per_token["total"]
-            }
+            positions = recipe.data.block_size // model.config.patch_size
+            cost = compute(model, positions, sampler="token_prediction").inference_flops_per_token["total"]
+            without_head = scored(sampler="token_prediction").to_dict()
+            score["token_prediction"] = without_head | {"inference_flops_per_token": cost}
     return score
 
 

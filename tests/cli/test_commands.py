@@ -185,6 +185,24 @@ def test_evaluate_draws_models_at_their_temperatures(quickstart, monkeypatch, ca
     assert baseline[1] > baseline[0]
 
 
+def test_evaluate_scores_heads_and_what_takes_their_place(quickstart, monkeypatch, capsys, tmp_path):
+    arguments = (
+        "evaluate", quickstart / "baseline", quickstart / "finished", "--data", quickstart / "data" / "validation",
+        "--block-size", "64", "--blocks", "2", "--samples", "2", "--output", tmp_path / "scores.json",
+    )  # fmt: skip
+    code, _, error = run(monkeypatch, capsys, *arguments, "--sampler", "batch", "--sampler", "bogus")
+    assert code == 2
+    assert "sampler must be one of batch, exact, token_prediction, got 'bogus'" in error
+    assert "score" not in error  # before anything is scored
+    how = ("--sampler", "batch", "--sampler", "token_prediction", "--plot", tmp_path / "p.png")
+    assert run(monkeypatch, capsys, *arguments, *how)[0] == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())["models"]
+    finished = str(quickstart / "finished")
+    assert list(scores) == [str(quickstart / "baseline"), finished, f"{finished} (token_prediction)"]
+    assert [score["sampler"] for score in scores.values()] == [None, "batch", "token_prediction"]
+    assert scores[finished]["num_positions"] == scores[f"{finished} (token_prediction)"]["num_positions"]
+
+
 def test_the_papers_protocol_is_chosen_by_name(quickstart, monkeypatch, capsys, tmp_path):
     arguments = ("evaluate", quickstart / "calm", quickstart / "baseline", "--data", quickstart / "data" / "validation")
     arguments = (*arguments, "--protocol", "paper")

@@ -116,6 +116,16 @@ def test_it_is_saved_and_takes_no_part_in_what_the_head_draws(kind, tmp_path):
     assert not torch.equal(again.generate(ids, generator=seeded(), **settings), first)
 
 
+def test_every_weight_learns():
+    """Where one has no gradient, distributed training stops."""
+    for patch_size in (1, 2):
+        model = tiny.calm(patch_size, token_prediction="autoregressive").train()
+        ids = tiny.tokens(2, 4 * patch_size)
+        model(ids, labels=ids).loss.backward()
+        unused = [name for name, p in model.token_predictor.named_parameters() if p.grad is None or not p.grad.any()]
+        assert unused == []
+
+
 def test_another_kind_is_refused():
     with pytest.raises(Exception, match=r"token_prediction_type'[\s\S]*expected one of"):
         CalmConfig(token_prediction_type="bigram")

@@ -304,6 +304,36 @@ def test_decoded_draws_are_scored_where_a_trained_model_goes_on(workspace):  # n
         build_model(values)
 
 
+def test_token_prediction_is_added_to_a_trained_model(workspace):  # noqa: F811
+    source = train(calm_recipe(workspace, "without_tokens", max_steps=6))
+    with pytest.raises(ValueError, match="trained without it"):
+        CalmForCausalLM.from_pretrained(source).generate(sampler="token_prediction")
+    added = {"token_prediction_weight": 1.0, "token_prediction_type": "autoregressive"}
+    model = added | {"pretrained": str(source), "freeze_backbone": True}
+    values = recipe(workspace, "calm", "with_tokens", model, max_steps=30, learning_rate=1e-2)
+    output = train(values)
+    records = [record for record in read_metrics(output) if "token_cross_entropy" in record]
+    assert records[-1]["token_cross_entropy"] < records[0]["token_cross_entropy"] - 0.1
+    before, after = (load_file(path / "model.safetensors") for path in (source, output))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"head"}
+    assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"token_predictor"}
+    CalmForCausalLM.from_pretrained(output).generate(sampler="token_prediction", max_new_tokens=4)
+    # What learns counts: more than a head alone, less than everything.
+    alone, all_of_it = (
+        recipe(workspace, "calm", "x", each, max_steps=30)
+        for each in ({"pretrained": str(source), "freeze_backbone": True}, added | {"pretrained": str(source)})
+    )
+    costs = [recipe_cost(each, outline_model(each), 30)["training_flops"] for each in (alone, values, all_of_it)]
+    assert costs == sorted(costs)
+    assert costs[0] < costs[1] < costs[2]
+    values.model["pretrained"] = str(output)
+    with pytest.raises(ValueError, match=r"has token prediction already \(token_prediction_type autoregressive\)"):
+        build_model(values)
+    with pytest.raises(ValueError, match=r"token_prediction_type needs a model\.token_prediction_weight beside it"):
+        recipe(workspace, "calm", "x", {"pretrained": str(source), "token_prediction_type": "independent"})
+
+
 def test_a_frozen_backbone_must_be_a_trained_one_that_fits(workspace, tmp_path):  # noqa: F811
     model = {"autoencoder": str(workspace / "autoencoder"), "backbone": BACKBONE, "freeze_backbone": True}
     with pytest.raises(ValueError, match=r"model.freeze_backbone is for a backbone that was trained"):

@@ -71,7 +71,7 @@ def test_every_model_is_trained_and_scored_once_and_reported(family, tmp_path, m
     assert f" {without_head['brier'][0]:.2f} | " in text
     assert "| distilled, token prediction | " in text
     assert "### distilled, token prediction, T = 0.5" in text
-    assert "token_prediction" not in scores["plain"]
+    assert scores["plain"]["token_prediction"] is None
     for part in ("| CALM | ", "| token model | ", "Who wins.", "![Frontier](plot_1.png)", "![Changes](plot_3.png)",
                  "| the documents |", "▸"):  # fmt: skip
         assert part in text
@@ -198,6 +198,11 @@ def test_a_model_another_process_is_at_work_on_is_left_alone(family, tmp_path): 
         ({"models": {"calm": {"recipe": "calm.yaml", "set": {"model.autoencoder": "@nobody"}}}}, r"needs @nobody"),
         ({"models": {"calm": {"label": "CALM"}}}, r"model calm of the plan lacks 'recipe'"),
         ({"report": [{"title": "All", "rows": ["somebody"]}]}, r"names 'somebody', which no model is called"),
+        (
+            {"fluency": {"judge": "teacher:token_prediction", "models": []}},
+            r"names 'teacher:token_prediction', which no",
+        ),
+        ({"models": {"a:b": {"recipe": "calm.yaml"}}}, r"model 'a:b' of the plan: a name must not hold a colon"),
         ({"models": ["calm.yaml"]}, r"models of the plan must be a dict"),
         ({"set": [1]}, r"set of the plan must be a dict"),
         ({"report": [{"rows": ["plain"]}]}, r"a section of the plan's report lacks 'title'"),
@@ -227,7 +232,7 @@ def test_what_could_not_be_scored_is_refused_before_it_is_trained(family, tmp_pa
     with pytest.raises(ValueError, match=r"model teacher: its recipe needs data.validation"):
         run_study(Plan.load(write(family)), tmp_path / "run", ["data.validation=null"])
     rows = [{"title": "Changes", "rows": ["plain:token_prediction"]}]
-    with pytest.raises(ValueError, match=r"plain is trained without token prediction: give its recipe a model\.token"):
+    with pytest.raises(ValueError, match=r"plain has no token prediction: only a CALM has it whose recipe"):
         run_study(Plan.load(write(family, report=rows)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -68,7 +68,7 @@ def evaluate(
     from calm.evaluation.brier_lm import evaluate_brier
     from calm.evaluation.reconstruction import evaluate_reconstruction
     from calm.files import write_whole
-    from calm.functional.temperature import check_temperature
+    from calm.models.generation_settings import check_sampler
     from calm.models.loading import load_model
     from calm.models.modeling_autoencoder import CalmAutoencoder
     from calm.models.modeling_calm import CalmForCausalLM
@@ -78,9 +78,9 @@ def evaluate(
 
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}.")
-    temperatures, samplers = temperature or [1.0], sampler or ["batch"]
-    for each in temperatures:
-        check_temperature(each)
+    temperatures, samplers = list(dict.fromkeys(temperature or [1.0])), list(dict.fromkeys(sampler or ["batch"]))
+    for t, how in product(temperatures, samplers):
+        check_sampler(how, t, candidates)
     if protocol == "paper" and (block_size is not None or stride is not None):
         raise ValueError("--protocol paper sets block size and stride itself: leave them out, or take common.")
     target = resolve_device(device)
@@ -88,6 +88,9 @@ def evaluate(
     for name in models:
         loaded[name] = load_model(name, resolve_dtype(dtype, target))
         loaded[name].to(target)
+        if isinstance(loaded[name], CalmForCausalLM):
+            for t, how in product(temperatures, samplers):
+                loaded[name].check_sampling(t, how, candidates)
     manifest = read_manifest(data)
     for name in models:
         words = load_tokenizer(name if tokenizer is None or has_tokenizer(name) else tokenizer)
@@ -130,8 +133,11 @@ def evaluate(
     if scores:
         console.print(brier_table(scores))
     if plot is not None and scores:
-        by_model = {name: [r for r in scores.values() if r["model"] == name] for name in models}
-        plot_panels(temperature_panels({name: several for name, several in by_model.items() if several}), plot)
+        lines: dict[str, list[dict]] = {}
+        for each in scores.values():
+            how = "" if each["sampler"] in (None, "batch") else f" ({each['sampler']})"
+            lines.setdefault(each["model"] + how, []).append(each)
+        plot_panels(temperature_panels(lines), plot)
         print(f"plot: {plot}")
     if output is not None:
         document = {"data": str(data), "tokenizer_sha256": manifest["tokenizer_sha256"], "models": results}

@@ -23,9 +23,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="tokens to add at most")] = 128,
     sampler: Annotated[
         str | None,
-        typer.Option(
-            help="batch (fast, approximate), exact, or token_prediction: without the head, each token by itself"
-        ),
+        typer.Option(help="batch (fast, approximate), exact, or token_prediction: without the head"),
     ] = None,
     num_candidates: Annotated[int | None, typer.Option(help="draws the batch sampler chooses from")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="end behind this text; may be given several times")] = None,

@@ -27,7 +27,7 @@ def info(
     import json
 
     from calm.evaluation.compute import compute
-    from calm.functional.temperature import check_temperature
+    from calm.models.generation_settings import check_sampler
     from calm.models.modeling_calm import CalmForCausalLM
     from calm.models.outline import outline
     from calm.report.tables import compute_tables
@@ -37,7 +37,7 @@ def info(
     from calm.training.recipe import Recipe
     from calm.training.resume import read_run
 
-    check_temperature(temperature)
+    check_sampler(sampler, temperature, candidates)
     recipe, steps, beside = None, None, []
     if source.endswith((".yaml", ".yml")):
         recipe = Recipe.load(source, overrides or [])
@@ -67,6 +67,7 @@ def info(
         "training_flops": per_token * training_tokens if per_token and training_tokens is not None else None,
         "inference_flops_per_token": cost.inference_flops_per_token,
         "temperature": temperature,
+        "sampler": sampler,
         "candidates": candidates if temperature < 1 and sampler != "token_prediction" else 1,
         "context": context,
     }

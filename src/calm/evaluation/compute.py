@@ -6,6 +6,7 @@ frozen autoencoder a language model's training uses one forward pass of the enco
 shapes of the layers: a model on the meta device will do.
 """
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ def compute(
     context: int,
     temperature: float = 1.0,
     num_candidates: int = 200,
-    frozen_backbone: bool = False,
+    frozen: Collection[str] = (),
     sampler: str = "batch",
 ) -> Compute:
     """Costs of training and of generation, per token.
@@ -46,14 +47,15 @@ def compute(
         temperature: of CALM's generation; below 1 every chunk is chosen among ``num_candidates`` draws, each of which
             is counted in full: head, decoder, K products with the vocabulary. Generation as it is implemented shares
             and skips part of that.
-        frozen_backbone: of a CALM's training, which then goes through the backbone forwards only.
+        frozen: parts of a CALM that its training goes through forwards only, ``"backbone"``, or not at all,
+            ``"token_predictor"``.
         sampler: of CALM's generation; ``"token_prediction"`` takes the place of head and decoder.
     """
     if isinstance(model, CalmAutoencoder):
         return _autoencoder_compute(model)
     if isinstance(model, CalmForCausalLM):
         draws = 1 if check_temperature(temperature) == 1 else num_candidates
-        return _calm_compute(model, context, draws, frozen_backbone, sampler)
+        return _calm_compute(model, context, draws, frozen, sampler)
     return _token_model_compute(model, context)
 
 
@@ -84,7 +86,7 @@ def _autoencoder_compute(model: CalmAutoencoder) -> Compute:
     )
 
 
-def _calm_compute(model: CalmForCausalLM, context: int, draws: int, frozen_backbone: bool, sampler: str) -> Compute:
+def _calm_compute(model: CalmForCausalLM, context: int, draws: int, frozen: Collection[str], sampler: str) -> Compute:
     patch_size, head_config = model.config.patch_size, model.config.head_config
     backbone, embedding = 2 * _matrices(model.backbone), 2 * _matrices(model.patch_embedding)
     attention = _attention_flops(model.config.backbone_config, context)
@@ -97,8 +99,10 @@ def _calm_compute(model: CalmForCausalLM, context: int, draws: int, frozen_backb
         per_patch |= {"head": draws * draw, "autoencoder_decode": draws * _decode_flops(model.autoencoder)}
     inference = {name: flops / patch_size for name, flops in per_patch.items()}
     states = backbone + embedding + attention
-    if not frozen_backbone:
-        states = 3 * (states + _token_prediction_flops(model))
+    if "backbone" not in frozen:
+        states *= 3
+    if "token_predictor" not in frozen:
+        states += 3 * _token_prediction_flops(model)
     heads = 3 * head_config.num_samples * head_pass
     if model.config.decoded_brier_weight:
         # Forwards, and back to the draws: the decoder's own weights are frozen.
@@ -126,7 +130,7 @@ def _token_predictor_part(model: CalmForCausalLM) -> dict[str, int]:
 
 
 def _token_prediction_flops(model: CalmForCausalLM) -> int:
-    """Per patch: K states, each times the vocabulary."""
+    """Per patch: K states, what the tokens before add to them, K products with the vocabulary."""
     if not model.config.token_prediction_weight:
         return 0
     looks = model.config.patch_size * _parameters(model.get_input_embeddings())

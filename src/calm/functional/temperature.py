@@ -35,7 +35,7 @@ _TRIALS = 3  # further draws an attempt has at hand; more are needed rarely, and
 
 def check_temperature(temperature: float) -> float:
     """Returns 1 / temperature, or raises ValueError when the temperature is not in (0, 1]."""
-    if not 0 < temperature <= 1:
+    if not 0 < temperature <= 1 or math.isinf(1 / temperature):
         raise ValueError(
             f"temperature must lie in (0, 1], got {temperature}: draws of the model can be sharpened, not flattened; "
             "take a small value such as 0.1 for nearly greedy text."

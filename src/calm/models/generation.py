@@ -100,11 +100,12 @@ class CalmGenerationMixin:
             input_ids: prompts ``[B, T]``, left-padded; none or an empty prompt starts a new document.
             attention_mask: ``[B, T]``, 0 for the padding on the left.
             max_new_tokens: tokens to add at most; need not be a multiple of K.
-            temperature: in (0, 1].
+            temperature: in (0, 1]. A chunk's probability to the power of 1 / temperature, up to a constant; of
+                ``sampler="token_prediction"`` each token's.
             sampler: ``"batch"`` chooses among ``num_candidates`` draws (fast, approximate); ``"exact"`` draws until
                 enough of them agree (exact law, its cost grows fast as the temperature falls). ``"token_prediction"``
-                leaves the head out: every token of a chunk is drawn by itself, from what token prediction taught the
-                hidden state to say of it.
+                leaves the head out: the tokens of a chunk are drawn from what token prediction taught the hidden state
+                to say of them.
             num_candidates: N of the batch sampler, and of the exact sampler's fallback.
             num_return_sequences: continuations of every prompt.
             generator: source of all randomness; on one device, one seed gives one text. A list of one per sequence
@@ -256,6 +257,7 @@ class CalmGenerationMixin:
     ) -> NextChunk:
         """Draw the K tokens that follow hidden states ``[B, D]``."""
         if sampler == "token_prediction":
+            self.check_sampling(temperature, sampler, num_candidates)
             embeddings = self.get_input_embeddings().weight
             tokens = self.token_predictor.draw(hidden, embeddings, temperature, generator)
             ones = torch.ones(len(hidden), dtype=torch.long, device=hidden.device)

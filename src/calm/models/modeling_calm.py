@@ -4,7 +4,7 @@ Shapes: B batch, T = L * K tokens, L patches, K tokens of a patch, D hidden, Z l
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     # Parts that read weights past their modules, and must lie on one device.
-    _no_split_modules = ["CalmAutoencoder", "EnergyHead", "DiffusionHead", "FlowHead"]  # noqa: RUF012
+    _no_split_modules = ["CalmAutoencoder", "EnergyHead", "DiffusionHead", "FlowHead", "TokenPredictor"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -103,9 +103,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         )
         self.autoencoder = CalmAutoencoder(config.autoencoder_config)
         if config.token_prediction_weight:
-            self.token_predictor = TokenPredictor(
-                config.patch_size, config.hidden_size, config.token_prediction_type == "autoregressive"
-            )
+            self.token_predictor = self._new_token_predictor()
         self.post_init()
         self.generation_config = GenerationConfig(
             **GENERATION_DEFAULTS,
@@ -114,6 +112,30 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             bos_token_id=config.bos_token_id,
         )
         self.train(self.training)
+
+    def _new_token_predictor(self) -> TokenPredictor:
+        config = self.config
+        return TokenPredictor(config.patch_size, config.hidden_size, config.token_prediction_type == "autoregressive")
+
+    def add_token_prediction(
+        self, weight: float, type: Literal["independent", "autoregressive"] = "autoregressive"
+    ) -> None:
+        """Give a trained model token prediction, freshly initialised; ValueError where it has some.
+
+        Args:
+            weight, type: ``token_prediction_weight`` and ``token_prediction_type`` of :class:`CalmConfig`.
+        """
+        if self.config.token_prediction_weight:
+            raise ValueError(
+                f"the model has token prediction already (token_prediction_type {self.config.token_prediction_type}): "
+                "leave token_prediction_weight and token_prediction_type out."
+            )
+        self.config.token_prediction_weight, self.config.token_prediction_type = weight, type
+        self.config.check_weights()
+        if weight:
+            self.token_predictor = self._new_token_predictor().to(self.device, self.dtype)
+            with torch.no_grad():
+                self.token_predictor.apply(self._init_weights)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

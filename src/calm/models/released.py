@@ -330,7 +330,11 @@ def _their_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """A model's tensors under the reference's names, those with two names twice."""
     config: Any = model.config
     names = reference_names(config)
-    # There is no place for a token predictor there.
+    if hasattr(model, "token_predictor"):
+        warnings.warn(
+            "the reference has no token prediction: it is left out, and with it sampler=token_prediction.",
+            stacklevel=3,
+        )
     ours = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("token_predictor.")}
     state = {replace_prefix(name, names): tensor.contiguous() for name, tensor in ours.items()}
     prefix = "" if isinstance(config, CalmAutoencoderConfig) else "ae_model."

@@ -30,6 +30,7 @@ class TokenPredictor(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Linear(hidden_size, patch_size * hidden_size, bias=False)
+        autoregressive = autoregressive and patch_size > 1
         self.norm = nn.LayerNorm(hidden_size) if autoregressive else None
         # Of the second token and those behind it: what the tokens before them add.
         self.mixers = nn.ModuleList(

@@ -29,8 +29,8 @@ def write_report(run: str | os.PathLike) -> Path:
     plan = yaml.safe_load((run / PLAN).read_text(encoding="utf-8"))
     labels = {name: model.get("label", name) for name, model in plan["models"].items()}
     scores = {name: json.loads(path.read_text()) for name in labels if (path := run / name / SCORE).exists()}
-    for name in [name for name, score in scores.items() if "token_prediction" in score]:
-        scores[name + WITHOUT_HEAD] = scores[name] | scores[name]["token_prediction"]
+    for name in [name for name, score in scores.items() if score.get("token_prediction")]:
+        scores[name + WITHOUT_HEAD] = scores[name] | scores[name]["token_prediction"] | {"token_prediction": None}
         labels[name + WITHOUT_HEAD] = f"{labels[name]}, token prediction"
     if not scores:
         raise ValueError(f"no model of the study in {run} is done yet: no {SCORE} in it.")
@@ -149,8 +149,8 @@ def _tables(scores: dict[str, dict], labels: dict[str, str]) -> list[str]:
 
 def _token_prediction(score: dict[str, Any]) -> tuple[str, str]:
     """BrierLM and Brier-1 without the head, where that is not what the row shows anyway."""
-    of_tokens = score.get("token_prediction", score)
-    return ("", "") if of_tokens["brier"] == score["brier"] else (brier_cell(of_tokens), f"{of_tokens['brier'][0]:.2f}")
+    of_tokens = score.get("token_prediction")
+    return (brier_cell(of_tokens), f"{of_tokens['brier'][0]:.2f}") if of_tokens else ("", "")
 
 
 def fluency_path(run: Path, name: str) -> Path:

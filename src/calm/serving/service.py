@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +44,7 @@ class Service:
         self.samplers = model.samplers if isinstance(model, CalmForCausalLM) else []
         self.saved: Any = model.generation_config
         stepper = stepper_of(model.eval())
+        stepper.check(self.default_sampling())  # what the model's files say must fit it
         self.patch_size = stepper.patch_size
         positions = getattr(stepper.backbone_config, "max_position_embeddings", None) or limits.context
         context = min(limits.context, positions * stepper.patch_size)
@@ -60,6 +61,7 @@ class Service:
             "patch_size": self.patch_size,
             "context": self.engine.context,
             "samplers": self.samplers,
+            "sampler": self.default_sampling().sampler if self.is_calm else None,
             "temperature": self.default("temperature", 1.0),
             "chat": self.tokenizer.chat_template is not None,
         }
@@ -68,19 +70,20 @@ class Service:
         value = getattr(self.saved, name, None)
         return otherwise if value is None else value
 
-    def sampling(self, request: SamplingRequest) -> Sampling:
-        """ValueError for settings of a CALM where this is none."""
-        given = {"sampler": request.sampler, "num_candidates": request.num_candidates}
-        temperature = request.temperature
-        if temperature is None:
-            temperature = float(self.default("temperature", 1.0))
+    def default_sampling(self) -> Sampling:
+        """What the model's files say."""
+        temperature = float(self.default("temperature", 1.0))
         if not self.is_calm:
-            if any(value is not None for value in given.values()):
-                raise ValueError(f"sampler and num_candidates are settings of a CALM, and {self.name} is a token model")
             return Sampling(temperature)
-        sampler = request.sampler or self.default("sampler", "batch")
-        candidates = request.num_candidates or self.default("num_candidates", 200)
-        return Sampling(temperature, sampler, candidates)
+        return Sampling(temperature, self.default("sampler", "batch"), self.default("num_candidates", 200))
+
+    def sampling(self, request: SamplingRequest) -> Sampling:
+        """What a request asks for; ValueError for settings of a CALM where this is none."""
+        names = ("temperature", "sampler", "num_candidates")
+        given = {name: value for name in names if (value := getattr(request, name)) is not None}
+        if not self.is_calm and given.keys() - {"temperature"}:
+            raise ValueError(f"sampler and num_candidates are settings of a CALM, and {self.name} is a token model")
+        return replace(self.default_sampling(), **given)
 
     def encode_prompts(self, request: CompletionRequest) -> list[list[int]]:
         """Token ids of all prompts; ValueError where there are none, or more texts than can run and wait."""

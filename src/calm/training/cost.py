@@ -16,11 +16,10 @@ def training_flops_per_token(recipe: Recipe, model: PreTrainedModel, others: Ite
 
     Args:
         model: the recipe's; an outline without weights will do.
-        others: recipes that will train the teacher, where it is not trained yet.
+        others: recipes that will train what this one builds on, where it is not trained yet.
     """
     positions = recipe.data.block_size // getattr(model.config, "patch_size", 1)
-    frozen = bool(recipe.model.get("freeze_backbone"))
-    flops = compute(model, positions, frozen_backbone=frozen).training_flops_per_token
+    flops = compute(model, positions, frozen=_frozen(recipe, others)).training_flops_per_token
     if recipe.distillation is not None:
         teacher = outline_at(recipe.distillation.teacher, others)
         student: Any = model
@@ -28,6 +27,16 @@ def training_flops_per_token(recipe: Recipe, model: PreTrainedModel, others: Ite
             teacher, student, recipe.distillation.num_continuations, recipe.data.block_size
         )
     return flops
+
+
+def _frozen(recipe: Recipe, others: Iterable[Recipe]) -> tuple[str, ...]:
+    if not recipe.model.get("freeze_backbone"):
+        return ()
+    try:
+        source: Any = outline_at(recipe.model.get("pretrained") or recipe.model["backbone_weights"], others)
+    except ValueError:  # it is gone
+        return ("backbone", "token_predictor")
+    return ("backbone", "token_predictor") if getattr(source.config, "token_prediction_weight", 0) else ("backbone",)
 
 
 def recipe_cost(recipe: Recipe, model: PreTrainedModel, steps: int, others: Iterable[Recipe] = ()) -> dict[str, Any]:

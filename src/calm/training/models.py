@@ -79,17 +79,21 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
         known = model.config.eos_token_id
         ends = {*(known if isinstance(known, list) else [known]), model.config.separator_id} - {None}
         model.generation_config.eos_token_id = sorted(ends)
-        _set_weight(model, recipe)
+        trained = [part for part in _PARTS if hasattr(model, part)]
+        _set_losses(model, recipe)
         if recipe.model.get("freeze_backbone"):
-            _freeze(model, _PARTS)
+            _freeze(model, trained)
     return model.train()
 
 
-def _set_weight(model: Any, recipe: Recipe) -> None:
-    """The one thing a recipe may say of a trained model's loss; ValueError where it does not fit."""
-    if "decoded_brier_weight" in recipe.model:
-        model.config.decoded_brier_weight = recipe.model["decoded_brier_weight"]
+def _set_losses(model: Any, recipe: Recipe) -> None:
+    """What a recipe may say of a trained model's losses; ValueError where it does not fit."""
+    given = recipe.model
+    if "decoded_brier_weight" in given:
+        model.config.decoded_brier_weight = given["decoded_brier_weight"]
         model.config.check_weights()
+    if "token_prediction_weight" in given:
+        model.add_token_prediction(given["token_prediction_weight"], given.get("token_prediction_type", "independent"))
 
 
 def load_teacher(recipe: Recipe, model: Any, arguments: TrainingArguments) -> tuple[PreTrainedModel, int] | None:
@@ -188,7 +192,8 @@ def outline_model(recipe: Recipe, others: Iterable[Recipe] = ()) -> PreTrainedMo
     tokens = _token_ids(recipe.data.train) if (Path(recipe.data.train) / MANIFEST).is_file() else {}
     if "pretrained" in recipe.model:
         model: Any = outline_at(recipe.model["pretrained"], others)
-        _set_weight(model, recipe)
+        if isinstance(model, CalmForCausalLM):
+            _set_losses(model, recipe)
         return model
     vocab_size = recipe.model if recipe.stage == "autoencoder" else recipe.model["backbone"]
     if not tokens and "vocab_size" not in vocab_size:

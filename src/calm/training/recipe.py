@@ -16,9 +16,10 @@ model:                               # stage autoencoder: fields of CalmAutoenco
   token_prediction_type: independent #   or autoregressive: every token also from those before it in its patch
   decoded_brier_weight: 0.0          # stage calm: of the Brier score of decoded draws; optional
   backbone_weights: runs/baseline    # stage calm, optional: start from a token model's or a CALM's weights, same shape
-  freeze_backbone: false             # stage calm: true trains the head alone, on a backbone that was trained before
+  freeze_backbone: false             # stage calm: true trains on what was trained before only its head and what is new
   pretrained: runs/calm              # instead of all that: go on from a trained model, to fine-tune it; beside it may
-                                     #   stand autoencoder, freeze_backbone and decoded_brier_weight
+                                     #   stand autoencoder, freeze_backbone, decoded_brier_weight and, where it has no
+                                     #   token prediction, token_prediction_weight and token_prediction_type
 distillation:                        # stage calm with an energy head, optional: the targets of the loss are
   teacher: runs/baseline             #   continuations that a token model draws,
   num_continuations: 4               #   so many of every context

@@ -99,7 +99,9 @@ def check_model(stage: str, model: Any) -> None:
             "model.pretrained too."
         )
     if "pretrained" in model:
-        more = {"autoencoder", "freeze_backbone", "decoded_brier_weight"} if stage == "calm" else set()
+        more = {"autoencoder", "freeze_backbone", *_auxiliary()} if stage == "calm" else set()
+        if "token_prediction_type" in model and "token_prediction_weight" not in model:
+            raise ValueError("model.token_prediction_type needs a model.token_prediction_weight beside it.")
         if beside := model.keys() - {"pretrained"} - more:
             raise ValueError(
                 f"model.pretrained says all there is to say about the model; leave out {', '.join(sorted(beside))}."
@@ -128,15 +130,20 @@ def _check_part(part: str, given: Any) -> None:
         )
 
 
+def _auxiliary() -> Collection[str]:
+    from calm.models.configuration_calm import AUXILIARY
+
+    return AUXILIARY
+
+
 def _model_fields(stage: str) -> Collection[str]:
     from calm.models.configuration_autoencoder import CalmAutoencoderConfig
-    from calm.models.configuration_calm import AUXILIARY
 
     if stage == "autoencoder":
         return {each.name for each in dataclasses.fields(CalmAutoencoderConfig)} | {"pretrained"}
     if stage == "baseline":
         return ("backbone", "pretrained")
-    return ("autoencoder", "backbone", "head", *AUXILIARY, "backbone_weights", "freeze_backbone", "pretrained")
+    return ("autoencoder", "backbone", "head", *_auxiliary(), "backbone_weights", "freeze_backbone", "pretrained")
 
 
 def _backbone_fields(backbone: dict[str, Any]) -> Collection[str] | None:

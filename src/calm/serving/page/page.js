@@ -30,6 +30,7 @@ async function loadModels() {
   element("temperature").value = first.temperature;
   element("length").max = Math.min(...models.map((model) => model.context));
   const calms = models.filter((model) => model.kind === "calm");
+  element("sampler").value = calms[0]?.sampler ?? "batch";
   for (const option of element("sampler").options) {
     option.hidden = option.disabled = !calms.every((model) => model.samplers.includes(option.value));
   }
