@@ -5,6 +5,8 @@ from pathlib import Path
 
 from calm.report.canvas import new_figure
 
+_COLOURS, _MARKERS = 10, "osD^"  # matplotlib's colours come again after so many lines: then another marker
+
 
 @dataclass
 class Panel:
@@ -22,9 +24,10 @@ def plot_panels(panels: list[Panel], path: Path) -> None:
     figure = new_figure(5.5 * len(panels) + 2, 4)
     drawn = {}
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for name, points in panel.lines.items():
+        for number, (name, points) in enumerate(panel.lines.items()):
+            marker = _MARKERS[number // _COLOURS % len(_MARKERS)]
             (drawn[name],) = axis.plot(
-                [x for x, _, _ in points], [y for _, y, _ in points], marker="o", markersize=5, linewidth=1
+                [x for x, _, _ in points], [y for _, y, _ in points], marker=marker, markersize=5, linewidth=1
             )
             for x, y, label in points:
                 axis.annotate(label, (x, y), textcoords="offset points", xytext=(4, -9), fontsize=7)
