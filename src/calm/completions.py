@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from calm.data.text import half_character
 from calm.functional.temperature import LOWEST_TEMPERATURE
 from calm.models.modeling_calm import CalmForCausalLM
+from calm.models.prompts import left_padded
 
 # What a line of results has beside the fields of its prompt.
 _RESULTS = {"text", "tokens", "tokens_per_second", "draws_per_chunk", "products_per_token", "settings"}
@@ -193,11 +194,8 @@ def _encode(
     rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     if not isinstance(model, CalmForCausalLM):
         rows = [row or [tokenizer.eos_token_id] for row in rows]
-    length = max(map(len, rows))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], dtype=torch.long, device=model.device)
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    return ids.view(len(rows), length), mask.long().view(len(rows), length)
+    ids, mask = left_padded(rows, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
+    return ids.to(model.device), mask.to(model.device)
 
 
 def until_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[int]:

@@ -249,7 +249,7 @@ def _is_done(plan: Plan, recipe: Recipe) -> bool:
 
 
 def _check_can_be_scored(plan: Plan, recipes: dict[str, Recipe]) -> None:
-    others, stride = list(recipes.values()), plan.evaluation.stride
+    others, stride, named = list(recipes.values()), plan.evaluation.stride, plan.named()
     for name, recipe in recipes.items():
         scored_block_size(name, recipe, stride)
         config: Any = outline_model(recipe, others).config if recipe.stage == "calm" else None
@@ -258,7 +258,7 @@ def _check_can_be_scored(plan: Plan, recipes: dict[str, Recipe]) -> None:
                 f"evaluation.stride must be a multiple of the patch size {config.patch_size} of model {name}, got "
                 f"{stride}."
             )
-        if name + WITHOUT_HEAD in plan.named() and not getattr(config, "token_prediction_weight", 0):
+        if name + WITHOUT_HEAD in named and not getattr(config, "token_prediction_weight", 0):
             raise ValueError(
                 f"the plan's report or fluency names {name + WITHOUT_HEAD}, and {name} has no token prediction: only a "
                 "CALM has it whose recipe gives it a model.token_prediction_weight."

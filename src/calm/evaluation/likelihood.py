@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from calm.models.prompts import left_padded
+
 
 @torch.no_grad()
 def log_likelihoods(
@@ -24,13 +26,7 @@ def log_likelihoods(
         continuations: token ids.
     """
     patch_size, device = model.config.patch_size, model.device
-    longest = max(map(len, contexts))
-    ids = torch.zeros((len(contexts), longest), dtype=torch.long)
-    real = torch.zeros_like(ids)
-    for row, context in enumerate(contexts):
-        ids[row, longest - len(context) :] = torch.tensor(context, dtype=torch.long)
-        real[row, longest - len(context) :] = 1
-    aligned, patch_mask = model.align_prompt(ids, real)
+    aligned, patch_mask = model.align_prompt(*left_padded(contexts, model.config.separator_id))
 
     num_patches = -(-max(map(len, continuations)) // patch_size)
     following = torch.full((len(contexts), num_patches * patch_size), model.config.separator_id)

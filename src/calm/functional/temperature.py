@@ -33,6 +33,15 @@ _ROUND_LIMIT = 64  # draws of a row at once, exact sampler
 _TRIALS = 3  # further draws an attempt has at hand; more are needed rarely, and are drawn then
 
 
+def sharpened(logits: Tensor, temperature: float) -> Tensor:
+    """Probabilities of tokens to the power of 1 / temperature, ``[..., V]``, in float32.
+
+    However low the temperature, the likeliest token stays a number.
+    """
+    logits = logits.float()
+    return ((logits - logits.amax(-1, keepdim=True)) / max(temperature, LOWEST_TEMPERATURE)).softmax(-1)
+
+
 def check_temperature(temperature: float) -> float:
     """Returns 1 / temperature, or raises ValueError when the temperature is not in (0, 1]."""
     if not 0 < temperature <= 1 or math.isinf(1 / temperature):

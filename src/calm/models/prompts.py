@@ -3,8 +3,18 @@
 Shapes: B batch, T tokens, K tokens of a patch, L patches.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Prompts of any length as a batch: token ids and mask, ``[B, T]``."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows], dtype=torch.long)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], dtype=torch.long)
+    return ids.view(len(rows), length), mask.view(len(rows), length)
 
 
 def check_prompts(input_ids: Tensor) -> None:

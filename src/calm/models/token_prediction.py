@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from calm.functional.noise import Generator, pick, uniform
-from calm.functional.temperature import LOWEST_TEMPERATURE
+from calm.functional.temperature import sharpened
 from calm.functional.tiles import rows_at_once
 from calm.models.linear_cross_entropy import linear_cross_entropy
 
@@ -92,10 +92,7 @@ class TokenPredictor(nn.Module):
             if self.norm is not None and position:
                 before = nn.functional.embedding(torch.stack(tokens, dim=-1), embeddings)
                 state = state + self._of_before(self._known(hidden, before), position)
-            logits = (state @ embeddings.T).float()
-            # However low the temperature, the likeliest token stays a number.
-            logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, LOWEST_TEMPERATURE)
-            tokens.append(pick(logits.softmax(-1), luck[:, position])[:, 0])
+            tokens.append(pick(sharpened(state @ embeddings.T, temperature), luck[:, position])[:, 0])
         return torch.stack(tokens, dim=-1)
 
     def _states(self, hidden: Tensor, token_ids: Tensor, embeddings: Tensor) -> Tensor:

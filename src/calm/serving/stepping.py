@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from calm.functional.temperature import LOWEST_TEMPERATURE
+from calm.functional.temperature import sharpened
 from calm.models.generation import NextChunk
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.requirements import check_plain_logits
@@ -109,10 +109,8 @@ class TokenStepper(Stepper):
         return outputs.last_hidden_state[:, -1], outputs.past_key_values, prompt.shape[1]
 
     def draw(self, conditions: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> NextChunk:
-        logits = self.model.get_output_embeddings()(conditions).float()
-        # However low the temperature, the likeliest token stays a number: one request must not end the others.
-        logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, LOWEST_TEMPERATURE)
-        rows = zip(logits.softmax(-1), generators, strict=True)
+        law = sharpened(self.model.get_output_embeddings()(conditions), sampling.temperature)
+        rows = zip(law, generators, strict=True)
         tokens = torch.stack([row.multinomial(1, generator=generator) for row, generator in rows])
         ones = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
         return NextChunk(tokens, ones, ones)

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -71,7 +70,7 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
             _run(trainer, recipe, progress)
     except (ImportError, RuntimeError) as error:
         # transformers and accelerate ask for what a setting needs in many words, and with either error.
-        if not re.search("instal", str(error)):
+        if "instal" not in str(error):
             raise
         raise ValueError(f"a setting of this recipe needs a library that is not installed: {error}") from error
     return output
