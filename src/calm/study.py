@@ -19,8 +19,8 @@ report:                                                             # tables wit
 ```
 
 A model that is trained and scored (``score.json``) as the plan says is not done again; with another ``evaluation`` it
-is scored again, and where its recipe changed the study says so and stops. Several processes may work on one study: each
-takes the next model that can be made and that nobody else works on.
+is scored again, with another ``fluency`` texts are judged again; where a recipe changed the study says so and stops.
+Several processes may work on one study: each takes the next model that can be made and that nobody else works on.
 """
 
 import dataclasses
@@ -341,18 +341,25 @@ def _judge_texts(fluency: Fluency, run: Path, judge_recipe: Recipe, seed: int) -
     tokenizer = load_tokenizer(run / fluency.judge)
     blocks = TokenBlocks(judge_recipe.data.validation, judge_recipe.data.block_size)
     size = (fluency.num_texts, fluency.prompt_tokens, fluency.new_tokens)
+    asked = {key: value for key, value in asdict(fluency).items() if key != "models"} | {"seed": seed}
     path = run / "text.json"
-    if not path.exists():
-        write_whole(path, json.dumps(fluency_of_text(judge, tokenizer, blocks, *size).to_dict(), indent=1))
+    if not (path.exists() and _is_judged([json.loads(path.read_text())], asked)):
+        text = fluency_of_text(judge, tokenizer, blocks, *size).to_dict()
+        write_whole(path, json.dumps(text | {"asked": asked}, indent=1))
     for name in fluency.models:
         path = fluency_path(run, name)
-        if not path.exists():
+        if not (path.exists() and _is_judged(json.loads(path.read_text()), asked)):
             model: Any = load_language_model(path.parent)
             model.to(device)
             sampler = "token_prediction" if name.endswith(WITHOUT_HEAD) else None
             judged = partial(evaluate_fluency, model, judge, tokenizer, blocks, *size, seed=seed, sampler=sampler)
             results = [judged(temperature=temperature).to_dict() for temperature in fluency.temperatures]
-            write_whole(path, json.dumps(results, indent=1))
+            write_whole(path, json.dumps([result | {"asked": asked} for result in results], indent=1))
+
+
+def _is_judged(results: list[dict[str, Any]], asked: dict[str, Any]) -> bool:
+    """Whether texts were judged as the plan says now."""
+    return all(result.get("asked") == asked for result in results)
 
 
 def _is_reference(value: Any) -> bool:

@@ -97,6 +97,23 @@ def test_every_model_is_trained_and_scored_once_and_reported(family, tmp_path, m
     assert "| distilled |" not in write_report(run).read_text()
 
 
+def test_texts_are_judged_again_where_the_plan_asks_for_others(family, tmp_path, monkeypatch):  # noqa: F811
+    judged, judge = [], study.evaluate_fluency
+    monkeypatch.setattr(study, "evaluate_fluency", lambda *given, **more: judged.append(more) or judge(*given, **more))
+    run, asked = tmp_path / "run", PLAN["fluency"] | {"models": ["teacher"]}
+
+    def texts(**changes):
+        path = write(family, fluency=asked | changes, report=[])
+        run_study(Plan.load(path), run, only=["teacher"])
+        return [each["num_texts"] for each in json.loads((run / "teacher" / "fluency.json").read_text())]
+
+    assert texts() == texts() == [4, 4]
+    assert len(judged) == 2  # temperatures, once
+    assert texts(num_texts=3, temperatures=[0.5]) == [3]
+    assert json.loads((run / "text.json").read_text())["num_texts"] == 3
+    assert [each["temperature"] for each in judged] == [1.0, 0.5, 0.5]
+
+
 def test_what_changed_in_a_plan_is_scored_again_or_refused(family, tmp_path):  # noqa: F811
     run, only = tmp_path / "run", ["plain"]
     run_study(Plan.load(write(family)), run, only=only)

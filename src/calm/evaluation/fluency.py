@@ -31,6 +31,7 @@ class FluencyResult:
     distinct: dict[str, float]  # different n-grams per n-gram, over all texts
     tokens_per_second: float | None  # one batch of 16 texts at a time; None of the documents
     temperature: float | None
+    sampler: str | None  # as given; None of the documents, of a token model, and for what the model's files say
     num_texts: int
     num_tokens: int
     samples: list[dict[str, str]]  # the first few: prompt, text
@@ -68,7 +69,7 @@ def evaluate_fluency(
         settings = SamplingSettings(new_tokens, temperature, sampler, seed=seed)
         texts += continue_tokens(model, tokenizer, batch, torch.ones_like(batch), settings, first=first)[0]
     rate = sum(map(len, texts)) / (time.perf_counter() - started)
-    return _judged(judge, tokenizer, prompts, texts, rate, temperature)
+    return _judged(judge, tokenizer, prompts, texts, rate, temperature, sampler)
 
 
 @torch.no_grad()
@@ -83,7 +84,7 @@ def fluency_of_text(
     """The same figures of how the documents themselves go on, up to their ends, where generated texts stop too."""
     whole = _beginnings(blocks, num_texts, prompt_tokens + new_tokens)
     texts = [until_end(text, tokenizer) for text in whole[:, prompt_tokens:].tolist()]
-    return _judged(judge, tokenizer, whole[:, :prompt_tokens], texts, None, None)
+    return _judged(judge, tokenizer, whole[:, :prompt_tokens], texts)
 
 
 def _beginnings(blocks: TokenBlocks, num_blocks: int, length: int) -> Tensor:
@@ -97,8 +98,9 @@ def _judged(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Tensor,
     texts: list[list[int]],
-    rate: float | None,
-    temperature: float | None,
+    rate: float | None = None,
+    temperature: float | None = None,
+    sampler: str | None = None,
 ) -> FluencyResult:
     surprise, count, again, grams = 0.0, 0, 0, 0
     for prompt, text in zip(prompts.tolist(), texts, strict=True):
@@ -116,6 +118,7 @@ def _judged(
         distinct={str(n): len(set(all_of_n)) / max(1, len(all_of_n)) for n, all_of_n in several.items()},
         tokens_per_second=rate,
         temperature=temperature,
+        sampler=sampler,
         num_texts=len(texts),
         num_tokens=count,
         samples=[
