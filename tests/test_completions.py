@@ -1,9 +1,12 @@
-"""Where a continuation ends."""
+"""Where a continuation ends, and where a file of them is written."""
+
+import codecs
 
 import pytest
 import tiny
+from filelock import FileLock
 
-from calm.completions import until_end
+from calm.completions import SamplingSettings, complete_file, until_end
 from calm.data.tokenizer import train_tokenizer
 
 
@@ -26,3 +29,14 @@ def test_a_text_ends_at_any_end_the_model_knows(tokenizer, known):
     model.generation_config.eos_token_id = known
     assert until_end([5, 6, 9, 9, 9], tokenizer, model) == [5, 6]
     assert until_end([5, 6, tokenizer.eos_token_id, 9], tokenizer, model) == [5, 6]
+
+
+def test_two_runs_do_not_write_one_file(tmp_path, tokenizer):
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    source.write_bytes(codecs.BOM_UTF8 + b'{"prompt": "a"}\n')
+    model = tiny.calm(vocab_size=len(tokenizer))
+    settings = SamplingSettings(max_new_tokens=4)
+    with FileLock(tmp_path / ".texts.jsonl.lock"), pytest.raises(ValueError, match="another process is writing"):
+        complete_file(model, tokenizer, source, output, settings)
+    assert complete_file(model, tokenizer, source, output, settings) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "texts.jsonl"]

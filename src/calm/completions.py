@@ -1,19 +1,22 @@
 """Continuing prompts of text: one, printed as it comes, or a file of them in batches."""
 
+import codecs
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from calm.data.text import half_character
-from calm.functional.temperature import LOWEST_TEMPERATURE
+from calm.functional.temperature import LOWEST_TEMPERATURE, check_positive
+from calm.models.context import context_of, positions_needed, room_for_new
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.prompts import left_padded
 
@@ -45,8 +48,8 @@ class SamplingSettings:
 
     def of_token_model(self) -> dict[str, Any]:
         """For transformers' ``generate``: plain sampling, as CALM's."""
-        if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}.")
+        if self.temperature is not None:
+            check_positive(self.temperature)
         if self.sampler is not None or self.num_candidates is not None:
             raise ValueError(
                 "sampler and num_candidates are settings of CALM, and this is a token model: leave them out."
@@ -63,7 +66,7 @@ class SamplingSettings:
 def complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: Sequence[str | list[int]],
     settings: SamplingSettings,
     streamer: BaseStreamer | None = None,
     first: int = 0,
@@ -71,6 +74,7 @@ def complete(
     """Continue prompts together.
 
     Args:
+        prompts: texts, or token ids.
         first: number of the first prompt. With CALM, prompt i has the random numbers of seed + i, whatever it is
             batched with.
 
@@ -132,11 +136,11 @@ def continue_tokens(
 
 def _check_room(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
     """ValueError when a token model has not the positions, as CALM raises it."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and prompt_tokens + max_new_tokens - 1 > limit:
+    context = context_of(model.config)
+    if context is not None and positions_needed(prompt_tokens, max_new_tokens) > context:
         raise ValueError(
             f"the prompt of {prompt_tokens} tokens and max_new_tokens={max_new_tokens} do not fit the model's context "
-            f"of {limit}: shorten the prompt or ask for at most {max(0, limit - prompt_tokens + 1)} new tokens."
+            f"of {context}: shorten the prompt or ask for at most {room_for_new(context, prompt_tokens)} new tokens."
         )
 
 
@@ -158,15 +162,44 @@ def complete_file(
     Returns:
         number of lines.
     """
-    records, output = _read_prompts(source), Path(output)
+    numbered, output = _read_prompts(source), Path(output)
+    records = [record for _, record in numbered]
     if output.exists():
         raise ValueError(f"{output} is there already: choose another file, or remove it.")
+    _check_lengths(model, tokenizer, numbered, source, settings)
     draft = output.with_name(f".{output.name}.partial")
     said = {"model": str(getattr(model, "name_or_path", ""))} | {
         name: value for name, value in vars(settings).items() if name not in ("seed", "compile") and value is not None
     }
-    done = _finished_lines(draft, records, said, settings.seed)
+    if not isinstance(model, CalmForCausalLM):
+        said["batch_size"] = batch_size  # a batch has one stream of random numbers
     output.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output.with_name(f".{output.name}.lock"), blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"another process is writing {output}: wait for it, or choose another file.") from error
+    try:
+        _fill(draft, model, tokenizer, records, settings, said, batch_size, advance)
+        draft.replace(output)
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+    return len(records)
+
+
+def _fill(
+    draft: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: list[dict],
+    settings: SamplingSettings,
+    said: dict,
+    batch_size: int,
+    advance: Callable[[int, int], None] | None,
+) -> None:
+    """Add to an unfinished output what it lacks."""
+    done = _finished_lines(draft, records, said, settings.seed)
     for start in range(done, len(records), batch_size):
         if advance is not None:
             advance(start, len(records))
@@ -178,20 +211,41 @@ def complete_file(
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     if not records:
         draft.touch()
-    draft.replace(output)
     if advance is not None:
         advance(len(records), len(records))
-    return len(records)
+
+
+def _check_lengths(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    numbered: list[tuple[int, dict]],
+    source: str | os.PathLike,
+    settings: SamplingSettings,
+) -> None:
+    """ValueError for a prompt that the model's context does not hold, before any text is written."""
+    context, patch_size = context_of(model.config), getattr(model.config, "patch_size", 1)
+    if context is None:
+        return
+    for number, record in numbered:
+        length = len(tokenizer(record["prompt"], add_special_tokens=False, verbose=False)["input_ids"])
+        if positions_needed(length, settings.max_new_tokens, patch_size) > context:
+            raise ValueError(
+                f"{source} line {number}: a prompt of {length} tokens and max_new_tokens={settings.max_new_tokens} do "
+                f"not fit the model's context of {context * patch_size} tokens: shorten the prompt, or ask for fewer."
+            )
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[int]], model: PreTrainedModel
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Left-padded ids and mask; an empty prompt of a token model is its end-of-text token."""
     for prompt in prompts:
-        if (place := half_character(prompt)) is not None:
+        if isinstance(prompt, str) and (place := half_character(prompt)) is not None:
             raise ValueError(f"the prompt {prompt!r:.60} is not UTF-8 text (character {place}).")
-    rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    rows = [
+        tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
     if not isinstance(model, CalmForCausalLM):
         rows = [row or [tokenizer.eos_token_id] for row in rows]
     ids, mask = left_padded(rows, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
@@ -209,7 +263,8 @@ def until_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase, model: PreT
     return tokens[:stop]
 
 
-def _read_prompts(source: str | os.PathLike) -> list[dict]:
+def _read_prompts(source: str | os.PathLike) -> list[tuple[int, dict]]:
+    """Numbers of lines and what they hold."""
     records = []
     for number, line in _lines(Path(source)):
         try:
@@ -217,20 +272,27 @@ def _read_prompts(source: str | os.PathLike) -> list[dict]:
         except ValueError as error:
             raise ValueError(f"{source} line {number} is not JSON: {error}.") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise ValueError(f'{source} line {number} has no "prompt": every line must be like {{"prompt": "Once"}}.')
+            raise ValueError(
+                f'{source} line {number} has no text "prompt": every line must be like {{"prompt": "Once"}}.'
+            )
+        if half_character(json.dumps(record, ensure_ascii=False)) is not None:
+            raise ValueError(f"{source} line {number} holds half of a surrogate pair, which is no text.")
         if taken := _RESULTS & record.keys():
             raise ValueError(
                 f"{source} line {number} has a field {min(taken)!r}, which the result would replace: rename it."
             )
-        records.append(record)
+        records.append((number, record))
     return records
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} line {number} is not UTF-8 text: {error.reason}.") from error
+        if text.strip():
+            yield number, text
 
 
 def _finished_lines(draft: Path, records: list[dict], said: dict, seed: int) -> int:

@@ -169,8 +169,8 @@ def _evaluate(run: Path, seed: int, device: str, progress: Progress) -> dict:
         task = progress.add_task(f"score {row}", total=len(blocks.spread(EVALUATION_BLOCKS)), note="")
         advance = lambda done, task=task: progress.advance(task, done)  # noqa: E731
         scored = evaluate_brier(
-            models[name], blocks, stride, EVALUATION_BLOCKS, EVALUATION_SAMPLES, seed=seed, advance=advance,
-            sampler=sampler,
+            models[name], blocks, stride, num_blocks=EVALUATION_BLOCKS, num_samples=EVALUATION_SAMPLES, seed=seed,
+            advance=advance, sampler=sampler,
         )  # fmt: skip
         brier[row] = scored.to_dict()
     for name, order in (("bigram counts", 2), ("unigram counts", 1)):

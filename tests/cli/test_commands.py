@@ -138,10 +138,12 @@ def test_generate_continues_a_file_of_prompts_and_resumes(quickstart, monkeypatc
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
-        ('{"prompt": "a"}\n{"text": "b"}\n', (), 'line 2 has no "prompt"'),
+        ('{"prompt": "a"}\n{"text": "b"}\n', (), 'line 2 has no text "prompt"'),
         ("import os\n", (), "line 1 is not JSON"),
         ('{"prompt": "a", "text": "mine"}\n', (), "line 1 has a field 'text', which the result would replace"),
-        ('{"prompt": "\\ud800"}\n', (), "is not UTF-8 text (character 0)"),
+        ('{"prompt": "\\ud800"}\n', (), "line 1 holds half of a surrogate pair"),
+        ('{"prompt": "a"}\n\n{"prompt": "b", "id": "\\ud800"}\n', (), "line 3 holds half of a surrogate pair"),
+        ('{"prompt": "a"}\n' + '{"prompt": "%s"}\n' % ("ab " * 9000), (), "line 2: a prompt of"),
         ('{"prompt": "a"}\n', ("--prompt", "b"), "takes the place of --prompt"),
         ('{"prompt": "a"}\n', ("--temperature", "nan"), "temperature must lie in (0, 1], got nan"),
     ],
@@ -174,7 +176,7 @@ def test_evaluate_draws_models_at_their_temperatures(quickstart, monkeypatch, ca
     code, _, _ = run(
         monkeypatch, capsys, "evaluate", quickstart / "calm", quickstart / "baseline",
         "--data", quickstart / "data" / "validation", "--block-size", "64", "--blocks", "2", "--samples", "2",
-        "--temperature", "1", "--temperature", "0.5", "--candidates", "20",
+        "--temperature", "1", "--temperature", "0.5", "--num-candidates", "20",
         "--plot", tmp_path / "plots" / "t.png", "--output", tmp_path / "scores.json",
     )  # fmt: skip
     assert code == 0
@@ -211,7 +213,7 @@ def test_the_papers_protocol_is_chosen_by_name(quickstart, monkeypatch, capsys, 
     )
     assert code == 0
     calm, baseline = json.loads((tmp_path / "scores.json").read_text())["models"].values()
-    assert (calm["block_size"], calm["stride"], calm["protocol"]) == (8192, 2, "paper")
+    assert (calm["block_size"], calm["stride"], calm["protocol"]) == (2 * 2048, 2, "paper")
     assert (baseline["block_size"], baseline["stride"]) == (2048, 1)
     code, _, error = run(monkeypatch, capsys, *arguments, "--block-size", "64")
     assert code == 2

@@ -271,8 +271,9 @@ def draws_apart(patch_size):
 
 @torch.no_grad()
 @pytest.mark.parametrize("patch_size", [1, 2, 3, 4, 8])
-def test_the_backbone_works_for_at_most_four_passes(patch_size):
-    """However often two draws agree: positions that go through the backbone, against those of a plain pass."""
+@pytest.mark.parametrize("num_samples", [2, 8])
+def test_the_passes_of_the_backbone_are_bounded_whatever_the_draws_do(patch_size, num_samples):
+    """However often draws agree: positions that go through the backbone, against those of a plain pass."""
     model, ids = tiny.calm(patch_size), tiny.tokens(2, 48)
     starts = torch.arange(patch_size, 48 - NGRAM + 1, patch_size)
     positions = []
@@ -281,8 +282,13 @@ def test_the_backbone_works_for_at_most_four_passes(patch_size):
         positions.append(kwargs["inputs_embeds"].shape[1])
 
     model.backbone.register_forward_pre_hook(count, with_kwargs=True)
-    score_calm(model, ids, starts, 2, lambda hidden, count, _: torch.full((count, len(hidden), patch_size), 7))
-    assert sum(positions) <= -(-NGRAM // patch_size) * 48 // patch_size
+
+    def pairs(hidden, count, _):  # the worst case: every draw agrees with one other
+        return (torch.arange(count) // 2 + 7)[:, None, None].expand(-1, len(hidden), patch_size)
+
+    score_calm(model, ids, starts, num_samples, pairs)
+    passes = 1 + (-(-NGRAM // patch_size) - 1) * num_samples // 2
+    assert (passes - 1) * 40 // patch_size < sum(positions) <= passes * 48 // patch_size
     # Where draws never agree, only the block itself goes through.
     positions.clear()
     score_calm(model, ids, starts, 2, draws_apart(patch_size))
@@ -395,3 +401,15 @@ def test_damaged_weights_are_reported():
 def test_impossible_protocols_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         evaluate_brier(tiny.calm(), Blocks(tiny.tokens(2, 12), tiny.VOCAB_SIZE), **arguments)
+
+
+def test_blocks_beyond_the_context_are_refused_as_in_generation():
+    ids = torch.randint(2, tiny.VOCAB_SIZE, (2, 65 * 4))
+    with pytest.raises(ValueError, match=r"blocks of 260 tokens are 65 positions, .* holds 64: .* at most 256 tokens"):
+        evaluate_brier(tiny.calm(), Blocks(ids, tiny.VOCAB_SIZE), stride=4)
+    assert evaluate_brier(tiny.calm(), Blocks(ids[:, :256], tiny.VOCAB_SIZE), stride=4, num_samples=2).num_blocks == 2
+
+
+def test_a_low_temperature_of_a_token_model_stays_a_number():
+    blocks = Blocks(torch.randint(2, 5, (8, 12)), 5)
+    assert evaluate_brier(token_model(), blocks, stride=2, temperature=1e-39).collision[0] == pytest.approx(100)

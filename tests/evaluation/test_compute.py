@@ -159,7 +159,7 @@ def test_info_prints_json_for_recipes(monkeypatch, capsys):
     assert document["training_flops"] == pytest.approx(21.5e20, rel=0.005)
     assert document["inference_flops_per_token"]["total"] == pytest.approx(9.71e8, rel=0.005)
     code, out, _ = run(
-        monkeypatch, capsys, PAPER / "calm_m.yaml", "--json", "--temperature", "0.5", "--candidates", "50"
+        monkeypatch, capsys, PAPER / "calm_m.yaml", "--json", "--temperature", "0.5", "--num-candidates", "50"
     )
     assert json.loads(out)["candidates"] == 50
     assert json.loads(out)["training_tokens"] == 250000 * 2097152
@@ -193,7 +193,7 @@ def test_info_reads_models_in_either_layout(tmp_path, monkeypatch, capsys):
         (["nowhere.yaml"], "no recipe at nowhere.yaml"),
         ([str(PAPER / "calm_m.yaml"), "--temperature", "0"], "temperature must lie in (0, 1], got 0.0"),
         (
-            [str(PAPER / "calm_m.yaml"), "--temperature", "0.1", "--candidates", "5"],
+            [str(PAPER / "calm_m.yaml"), "--temperature", "0.1", "--num-candidates", "5"],
             "num_candidates must be at least 10",
         ),
         ([str(PAPER / "calm_m.yaml"), "model.autoencoder=nowhere"], "no model in nowhere yet"),

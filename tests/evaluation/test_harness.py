@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import lm_eval
 import pytest
@@ -10,6 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from calm.cli.main import main
+from calm.completions import complete
 from calm.data.tokenizer import train_tokenizer
 from calm.evaluation.harness import CalmHarness
 from calm.evaluation.likelihood import log_likelihoods
@@ -109,14 +111,12 @@ def test_unknown_arguments_are_refused(model):
 def test_long_prompts_keep_their_end(model):
     harness = CalmHarness(str(model))
     room = harness._room(8)
-    assert room == (64 - 4) * 2
-    kept = harness._end_of("one two " * 200 + "seven", room)
-    assert kept.endswith("two seven")
-    assert len(harness.tokenizer(kept)["input_ids"]) <= room
-    # Characters of several tokens, cut in two at any place.
-    for shift in range(3):
-        kept = harness._end_of("a" * shift + "€" * 200, room)
-        assert 0 < len(harness.tokenizer(kept, add_special_tokens=False)["input_ids"]) <= room
+    assert room == (64 - 4 + 1) * 2  # the last chunk is not fed back
+    for prompt in ("one two " * 200 + "seven", "a" + "€" * 200):  # characters of several tokens may be cut in two
+        request = Instance("generate_until", {}, (prompt, {"max_gen_toks": 8}), 0)
+        end = harness.tok_encode(prompt)[-room:]
+        alone = complete(harness.model, harness.tokenizer, [end], replace(harness.settings, max_new_tokens=8))
+        assert harness.generate_until([request], disable_tqdm=True) == [alone[0]["text"]]
     with pytest.raises(ValueError, match="max_gen_toks=500 leaves no room"):
         harness._room(500)
 

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from calm import CalmConfig, CalmForCausalLM
 from calm.evaluation.likelihood import log_likelihoods
 
 
@@ -46,3 +47,21 @@ def test_a_text_is_as_likely_beside_others_as_alone():
     for each, context, continuation in zip(together, contexts, continuations, strict=True):
         ((alone, likeliest),) = log_likelihoods(model, [context], [continuation])
         assert each == (pytest.approx(alone, rel=1e-4), likeliest)
+
+
+def test_padding_behind_short_texts_takes_no_positions():
+    """Each fits the context alone, so all fit together: a backbone of 8 learnt positions knows no ninth."""
+    config = CalmConfig(
+        autoencoder_config=tiny.autoencoder_config(1),
+        backbone_config={
+            "model_type": "gpt2", "vocab_size": tiny.VOCAB_SIZE, "n_embd": 16, "n_layer": 1, "n_head": 2,
+            "n_positions": 8,
+        },
+        head_config={"type": "energy"} | tiny.HEAD_FIELDS["energy"],
+        token_prediction_weight=1.0,
+    )  # fmt: skip
+    model = CalmForCausalLM(config).eval()
+    contexts, continuations = [[2, 3, 4, 5, 6, 7], [2]], [[8, 9], [3, 4, 5, 6, 7, 8, 9]]
+    together = log_likelihoods(model, contexts, continuations)
+    alone = [log_likelihoods(model, [a], [b])[0] for a, b in zip(contexts, continuations, strict=True)]
+    assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], rel=1e-4)

@@ -49,3 +49,20 @@ def test_adapters_learn_alone_and_can_be_saved_loaded_and_merged(head_type, tmp_
 def loss(model, ids):
     with torch.no_grad():
         return model(input_ids=ids, labels=ids, generator=torch.Generator().manual_seed(0)).loss.item()
+
+
+def test_token_prediction_goes_on_teaching_an_adapted_backbone():
+    torch.manual_seed(0)
+    ids = torch.randint(2, tiny.VOCAB_SIZE, (4, 16))
+    model = get_peft_model(tiny.calm(token_prediction="autoregressive"), LoraConfig(r=4, target_modules=["q_proj"]))
+    assert "token_cross_entropy" in model(input_ids=ids, labels=ids).metrics
+    # Nothing is computed for what nobody learns from.
+    model.base_model.model.backbone.requires_grad_(False)
+    assert "token_cross_entropy" not in model(input_ids=ids, labels=ids).metrics
+
+
+def test_the_task_type_of_language_models_works():
+    ids = tiny.tokens(2, 16)
+    model = get_peft_model(tiny.calm(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    assert model.generate(input_ids=ids, max_new_tokens=5, eos_token_id=[]).shape == (2, 21)

@@ -43,6 +43,14 @@ def test_masked_labels_do_not_count():
     torch.testing.assert_close(model(ids, labels=labels, noise=noise).reconstruction_loss, expected)
 
 
+def test_without_a_label_the_loss_is_that_of_the_kl_alone():
+    model, ids = tiny.autoencoder(), tiny.tokens(2, 8)
+    output = model(ids, labels=torch.full_like(ids, -100))
+    assert output.reconstruction_loss == 0
+    output.loss.backward()
+    assert all(each.grad is None or each.grad.isfinite().all() for each in model.parameters())
+
+
 def test_narrow_embeddings_make_the_vocabulary_product_cheaper(tmp_path):
     model, ids = tiny.autoencoder(embedding_size=4), tiny.tokens(2, 8)
     assert model.embed_tokens.weight.shape == (tiny.VOCAB_SIZE, 4)

@@ -53,10 +53,51 @@ def test_a_mask_may_count_tokens_or_patches():
         model(ids, attention_mask=tokens[:, 1:])
 
 
-def test_training_mode_leaves_the_autoencoder_alone():
+def test_nothing_thaws_the_autoencoder():
     model = tiny.calm().train()
     assert model.head.training
     assert not model.autoencoder.training
+    model.requires_grad_(False)
+    assert not any(each.requires_grad for each in model.parameters())
+    model.requires_grad_(True)
+    assert all(each.requires_grad for each in model.backbone.parameters())
+    assert not any(each.requires_grad for each in model.autoencoder.parameters())
+
+
+def test_forward_is_called_as_models_of_transformers_are():
+    model, ids = tiny.calm(token_prediction="independent"), tiny.tokens(2, 16)
+    output = model(input_ids=ids, labels=ids.int(), output_hidden_states=True, inputs_embeds=None)
+    assert output[0] is output.loss
+    assert len(output.hidden_states) == 3  # the input of two layers, and what they give
+    assert isinstance(model(input_ids=ids, return_dict=False), tuple)
+    assert model(input_ids=ids[:, :4], labels=ids[:, :4]).loss == 0  # nothing to predict
+    with pytest.raises(ValueError, match="a CALM's forward takes no inputs_embeds"):
+        model(input_ids=ids, inputs_embeds=torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "message"),
+    [
+        ((2, 16), (2, 12), r"labels must have the shape of input_ids, \(2, 16\), got \(2, 12\)"),
+        ((16,), (16,), r"input_ids must be \[batch, tokens\] with at least a patch, got \(16,\)"),
+        ((2, 0), (2, 0), r"with at least a patch, got \(2, 0\)"),
+        ((2, 15), (2, 15), r"whole patches of 4 tokens, got 15 tokens: for training, calm\.data\.collator"),
+    ],
+)
+def test_batches_of_another_shape_are_named(ids, labels, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.calm()(input_ids=torch.full(ids, 3), labels=torch.full(labels, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("mamba", "state in place of a key/value cache"), ("gemma3", "gemma3_text")]
+)
+def test_backbones_without_a_cache_or_of_more_than_text_are_refused(kind, message):
+    config = {"model_type": kind, "vocab_size": tiny.VOCAB_SIZE}
+    if kind == "mamba":
+        config |= {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    with pytest.raises(ValueError, match=message):
+        CalmForCausalLM(CalmConfig(autoencoder_config=tiny.autoencoder_config(), backbone_config=config))
 
 
 def test_last_layer_of_the_head_starts_at_zero():
@@ -82,6 +123,12 @@ def test_no_target_gives_zero_loss_and_no_nan():
     loss = model(ids, labels=torch.full_like(ids, -100)).loss
     loss.backward()
     assert loss == 0
+
+
+def test_possible_next_patches_must_divide_the_target_draws():
+    ids = tiny.tokens(1, 12)
+    with pytest.raises(ValueError, match=r"num_target_samples \(8\) of the energy head must be a multiple of the 3"):
+        tiny.calm()(ids, labels=ids, target_ids=torch.zeros(3, 1, 2, 4, dtype=torch.long))
 
 
 def test_mean_pull_is_added():

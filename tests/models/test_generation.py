@@ -1,4 +1,5 @@
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
@@ -227,6 +228,44 @@ def test_compiled_steps_change_nothing(tmp_path):
     copy.deepcopy(model).save_pretrained(tmp_path)  # the compiled step is no part of the model
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_compiled_texts_of_several_threads_are_their_own():
+    model, ids = tiny.calm(), tiny.tokens(1, 12)
+    model.generation_config.eos_token_id = None
+
+    def text(seed):
+        return model.generate(ids, max_new_tokens=40, generator=torch.Generator().manual_seed(seed), compile=True)
+
+    alone = [text(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(text, range(4)))
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_padding_is_seen_without_a_mask():
+    model, ids = tiny.calm(), tiny.tokens(2, 12)
+    model.generation_config.eos_token_id = tiny.EOS
+    ids[0, :5] = tiny.PAD
+    seeds = lambda: [torch.Generator().manual_seed(seed) for seed in (0, 1)]  # noqa: E731
+    with_mask = model.generate(ids, ids.ne(tiny.PAD).long(), max_new_tokens=8, generator=seeds())
+    assert torch.equal(model.generate(ids, max_new_tokens=8, generator=seeds()), with_mask)
+    with pytest.raises(ValueError, match=r"0 for padding on the left"):
+        model.generate(ids.flip(1), max_new_tokens=8)
+    # A token that also ends texts may stand in them.
+    ids[0, :5] = tiny.EOS
+    model.generation_config.pad_token_id = tiny.EOS
+    whole = model.generate(ids, torch.ones_like(ids), max_new_tokens=8, generator=seeds())
+    assert torch.equal(model.generate(ids, max_new_tokens=8, generator=seeds()), whole)
+
+
+def test_token_prediction_may_be_flattened():
+    model, ids = tiny.calm(token_prediction="autoregressive"), tiny.tokens(1, 8)
+    out = model.generate(ids, max_new_tokens=8, temperature=1.5, sampler="token_prediction", eos_token_id=[])
+    assert out.shape == (1, 16)
+    with pytest.raises(ValueError, match=r"temperature must be above 0, got inf"):
+        model.generate(ids, temperature=float("inf"), sampler="token_prediction")
+
+
 def test_transformers_streamers_work():
     tokenizer = train_tokenizer(["the cat sat on the mat. the dog did not."] * 5, 270)
     model, ids = tiny.calm(), tiny.tokens(1, 4)
@@ -243,7 +282,8 @@ def test_what_changes_nothing_is_accepted():
     model, ids = tiny.calm(), tiny.tokens(1, 4)
     out = model.generate(
         ids, max_length=9, do_sample=True, num_beams=1, top_p=1.0, top_k=None, use_cache=True, pad_token_id=3,
-        eos_token_id=[tiny.EOS, 2], repetition_penalty=1.0,
+        eos_token_id=[tiny.EOS, 2], repetition_penalty=1.0, min_length=0, guidance_scale=1.0, disable_compile=True,
+        early_stopping=False, trust_remote_code=False,
     )  # fmt: skip
     assert out.shape[1] <= 9
     end_after(model, [5, tiny.EOS, 7, 8])
@@ -316,11 +356,11 @@ def test_a_step_is_compiled_for_any_number_of_shapes(monkeypatch):
         ({"max_time": 0}, r"max_time must be a number of seconds above 0, got 0"),
         ({"inputs": torch.ones(1, 4)}, r"inputs is another name of input_ids"),
         ({"tempreature": 0.5}, r"has no parameter tempreature; it takes max_new_tokens, temperature"),
-        ({"output_scores": True}, r"cannot follow output_scores=True.*no scores to give"),
-        ({"top_p": 0.9}, r"cannot follow top_p=0.9.*no use for"),
+        ({"output_scores": True}, r"cannot follow output_scores=True: .* scores want token probabilities"),
+        ({"top_p": 0.9}, r"cannot follow top_p=0.9: .* top_p, .* want token probabilities"),
         ({"do_sample": False}, r"cannot follow do_sample=False"),
         ({"num_beams": 4, "penalty_alpha": 0.6}, r"cannot follow num_beams=4, penalty_alpha=0.6"),
-        ({"generation_config": GenerationConfig(top_k=50)}, r"cannot follow top_k=50"),
+        ({"generation_config": GenerationConfig(top_k=50)}, r"cannot follow top_k=50 \(in its generation_config\)"),
         ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number, got 1.5"),
         ({"temperature": "low"}, r"temperature must be a number in \(0, 1\], got 'low'"),
         ({"max_length": 8}, r"max_length \(8\) must be more than the prompt's 8 tokens"),
@@ -331,6 +371,11 @@ def test_a_step_is_compiled_for_any_number_of_shapes(monkeypatch):
 def test_impossible_requests_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny.calm().generate(tiny.tokens(1, 8), **arguments)
+
+
+def test_a_sampler_that_there_is_not_is_refused_at_every_step():
+    with pytest.raises(ValueError, match=r"sampler must be one of batch, exact, token_prediction, got 'bach'"):
+        tiny.calm().next_chunk(torch.zeros(1, 16), 0.9, sampler="bach")
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,8 @@ def test_a_token_model_is_served_in_the_same_way(baseline, tokenizer, engine_of)
         generator, ids = torch.Generator().manual_seed(seed), list(prompt)
         while len(ids) < len(prompt) + max_tokens:
             logits = baseline(torch.tensor([ids])).logits[0, -1] / sampling.temperature
-            ids.append(int(logits.softmax(-1).multinomial(1, generator=generator)))
+            below = logits.softmax(-1).cumsum(-1)  # one random number a token
+            ids.append(int((below <= torch.rand(1, generator=generator) * below[-1]).sum()))
             if ids[-1] == tokenizer.eos_token_id:
                 break
         assert collected.text() == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)

@@ -111,6 +111,7 @@ def test_a_baseline_is_served_beside_it(client):
         ({"prompt": ["a"] * 300}, "300 prompts with 1 texts each were asked for"),
         ({"extra_body": {"mystery": 1}}, "mystery: this parameter is not known"),
         ({"extra_body": {"num_candidates": 2}, "temperature": 0.1}, "num_candidates must be at least 10"),
+        ({"extra_body": {"num_candidates": 1001}}, "num_candidates: this server takes at most 1000, got 1001"),
     ],
 )
 def test_what_a_model_cannot_follow_is_refused_with_the_reason(client, given, message):
@@ -165,7 +166,11 @@ def test_other_requests_get_a_json_error_too(server):
             (http.get("/v1/completions"), 405, "Method Not Allowed"),
             (http.get("/etc/passwd"), 404, "Not Found"),
             (http.get("/health", headers={"host": "evil.example"}), 200, None),
+            (http.head("/health"), 200, None),
+            (http.head("/v1/completions"), 405, None),
         ]  # fmt: skip
+    assert cases[-1][0].headers["allow"] == "POST"
+    assert cases[-2][0].content == b""
     for answer, status, message in cases:
         assert answer.status_code == status, answer.text
         if message:

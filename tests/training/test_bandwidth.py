@@ -5,11 +5,12 @@ import sys
 
 import pytest
 
-from calm import bandwidth
-from calm.bandwidth import run_bandwidth
+from calm.bandwidth import bandwidth_plan
 from calm.cli.main import main
 from calm.data.prepare import prepare
 from calm.data.tokenizer import train_tokenizer
+from calm.study import run as study_run
+from calm.study import run_study
 
 DOCUMENTS = [" ".join(["alpha", "beta", "gamma", "delta"][(i + j) % 4] for j in range(60)) for i in range(30)]
 TRAINING = "training:\n  max_steps: 4\n  per_device_train_batch_size: 2\n  use_cpu: true\n  warmup_steps: 0\n"
@@ -32,30 +33,31 @@ def family(tmp_path_factory):
     return root
 
 
-def test_every_point_is_trained_scored_and_drawn_once(family, tmp_path, monkeypatch):
+def test_another_k_joins_the_points_that_are_there(family, tmp_path, monkeypatch):
     run, trained = tmp_path / "run", []
-    train = bandwidth.train
-    monkeypatch.setattr(bandwidth, "train", lambda recipe, _: trained.append(recipe.output_dir) or train(recipe))
-    points = run_bandwidth(family, run, [1, 3], ["training.learning_rate=1e-3"], num_blocks=4)
-    assert [point["patch_size"] for point in points] == [None, 1, 3]
-    assert len({point["data_sha256"] for point in points}) == 1
-    assert {point["stride"] for point in points} == {3}
-    assert points[2]["inference_flops_per_token"] < points[1]["inference_flops_per_token"]
-    assert (run / "bandwidth.png").read_bytes().startswith(b"\x89PNG")
-    assert "| K = 3 |" in (run / "bandwidth.md").read_text()
-    assert len(trained) == 5
+    train = study_run.train
+    monkeypatch.setattr(study_run, "train", lambda recipe, _: trained.append(recipe.output_dir) or train(recipe))
+    overrides = ["training.learning_rate=1e-3"]
+    text = run_study(bandwidth_plan(family, [3, 1], num_blocks=4), run, overrides).read_text()
+    names = ["baseline", "autoencoder_k1", "calm_k1", "autoencoder_k3", "calm_k3"]
+    assert [path.split("/")[-1] for path in trained] == names
+    scores = [json.loads((run / name / "score.json").read_text()) for name in ("baseline", "calm_k1", "calm_k3")]
+    assert [score["patch_size"] for score in scores] == [None, 1, 3]
+    assert len({score["data_sha256"] for score in scores}) == 1
+    assert {score["stride"] for score in scores} == {3}
+    assert scores[2]["inference_flops_per_token"] < scores[1]["inference_flops_per_token"]
+    assert (run / "plot_1.png").read_bytes().startswith(b"\x89PNG")
+    assert "| CALM, K = 3 |" in text
 
-    # A point that is lost is made again, and that point alone.
-    (run / "k3" / "score.json").unlink()
-    trained.clear()
-    assert run_bandwidth(family, run, [1, 3], ["training.learning_rate=1e-3"], num_blocks=4)[2] | {"seconds": 0} == (
-        points[2] | {"seconds": 0}
-    )
-    assert {name.split("/")[-2] for name in trained} == {"k3"}
-
-    # Points on other n-grams do not stand in one plot.
-    with pytest.raises(ValueError, match=r"scored with different stride \(3, 6\)"):
-        run_bandwidth(family, run, [1, 2, 3], ["training.learning_rate=1e-3"], num_blocks=4)
+    # All are scored on the n-grams that the new one has as well, and none is trained twice.
+    weights = {name: (run / name / "model.safetensors").stat().st_mtime_ns for name in names}
+    text = run_study(bandwidth_plan(family, [1, 2, 3], num_blocks=4), run, overrides).read_text()
+    assert weights == {name: (run / name / "model.safetensors").stat().st_mtime_ns for name in names}
+    assert {json.loads(path.read_text())["evaluation"]["stride"] for path in run.glob("*/score.json")} == {6}
+    assert "| CALM, K = 2 |" in text
+    # Another recipe is not passed off as the old one's score.
+    with pytest.raises(ValueError, match=r"holds a run of another recipe: training.max_steps"):
+        run_study(bandwidth_plan(family, [1, 3], num_blocks=4), run, [*overrides, "training.max_steps=5"])
 
 
 def test_the_command_prints_the_table(family, tmp_path, monkeypatch, capsys):
@@ -69,7 +71,7 @@ def test_the_command_prints_the_table(family, tmp_path, monkeypatch, capsys):
 
 def test_an_incomplete_family_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no autoencoder.yaml in .*: a family of recipes has"):
-        run_bandwidth(tmp_path, tmp_path / "run", [2])
+        bandwidth_plan(tmp_path, [2])
 
 
 @pytest.mark.parametrize(
@@ -81,10 +83,10 @@ def test_an_incomplete_family_is_refused(tmp_path):
             ["data.block_size=36"],
             "block_size of 36 holds nothing to score at a stride of 36 .* at least 72",
         ),
-        ([1, 2], ["data.validation=null"], "model calm: its recipe needs data.validation"),
+        ([1, 2], ["data.validation=null"], "model baseline: its recipe needs data.validation"),
     ],
 )
 def test_what_could_not_be_scored_is_refused_before_it_is_trained(family, tmp_path, patch_sizes, overrides, message):
     with pytest.raises(ValueError, match=message):
-        run_bandwidth(family, tmp_path / "run", patch_sizes, overrides)
+        run_study(bandwidth_plan(family, patch_sizes), tmp_path / "run", overrides)
     assert not (tmp_path / "run").exists()

@@ -139,6 +139,11 @@ CALM = {
         ("model.backbone.num_hidden_layers", -1, "model.backbone.num_hidden_layers must be a whole number, at least 1"),
         ("model.backbone.hidden_size", 2.5, "model.backbone.hidden_size must be a whole number, at least 1, got 2.5"),
         ("model.backbone.num_key_value_heads", 3, "num_key_value_heads (3) must divide num_attention_heads (2)"),
+        ("model.backbone.model_type", "qwen3", "num_key_value_heads (32) must divide num_attention_heads (2)"),
+        ("model.backbone.model_type", "lama", "model.backbone.model_type 'lama' is unknown: did you mean llama"),
+        ("model.backbone", {"model_type": "gemma2", "num_hiden_layers": 7}, "did you mean 'num_hidden_layers'"),
+        ("training.max_steps", -5, "training.max_steps must be at least -1, got -5"),
+        ("training.logging_steps", 0, "training.logging_steps must be above 0, got 0"),
     ],
 )
 def test_values_of_the_wrong_kind_are_named(path, value, message):

@@ -1,5 +1,6 @@
 """Real, tiny training runs of every stage."""
 
+import copy
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.models.loading import load_autoencoder, load_language_model, load_model
 from calm.training.metrics import read_metrics
+from calm.training.models import build_model
 from calm.training.recipe import Recipe
 from calm.training.run import train
 
@@ -127,7 +129,19 @@ def test_baseline_learns(workspace):
     output = train(recipe(workspace, "baseline", "baseline", {"backbone": BACKBONE}, max_steps=30))
     records = [record for record in read_metrics(output) if "loss" in record]
     assert records[-1]["loss"] < 0.7 * records[0]["loss"]
-    assert load_language_model(output).config.model_type == "llama"
+    model = load_language_model(output)
+    assert model.config.model_type == "llama"
+    # Its context holds the blocks it was trained on, as a CALM's does.
+    long = recipe(workspace, "baseline", "long", {"backbone": BACKBONE}, max_steps=1)
+    long.data.block_size = 4096
+    trained = build_model(long)
+    assert trained.config.max_position_embeddings == 4096
+    # A copy computes its loss with weights of its own.
+    other, ids = copy.deepcopy(trained), torch.tensor([[5, 6, 7, 8]])
+    before = other(ids, labels=ids).loss
+    with torch.no_grad():
+        trained.lm_head.weight.zero_()
+    assert other(ids, labels=ids).loss == before
 
 
 def test_brier_lm_is_logged_with_every_evaluation_and_changes_nothing(workspace):

@@ -9,10 +9,11 @@ import yaml
 from filelock import FileLock
 from test_bandwidth import family  # noqa: F401
 
-from calm import study
 from calm.cli.main import main
 from calm.report.study import _apart, write_report
 from calm.study import Plan, run_study, study_cost
+from calm.study import run as study_run
+from calm.study import score as study_score
 from calm.training.metrics import read_metrics
 
 PLAN = {
@@ -51,8 +52,8 @@ def write(folder, **changes):
 
 
 def test_every_model_is_trained_and_scored_once_and_reported(family, tmp_path, monkeypatch):  # noqa: F811
-    trained, train = [], study.train
-    monkeypatch.setattr(study, "train", lambda recipe, _: trained.append(recipe.output_dir) or train(recipe))
+    trained, train = [], study_run.train
+    monkeypatch.setattr(study_run, "train", lambda recipe, _: trained.append(recipe.output_dir) or train(recipe))
     plan, run = Plan.load(write(family)), tmp_path / "run"
     text = run_study(plan, run).read_text()
     scores = {name: json.loads((run / name / "score.json").read_text()) for name in plan.models}
@@ -98,8 +99,10 @@ def test_every_model_is_trained_and_scored_once_and_reported(family, tmp_path, m
 
 
 def test_texts_are_judged_again_where_the_plan_asks_for_others(family, tmp_path, monkeypatch):  # noqa: F811
-    judged, judge = [], study.evaluate_fluency
-    monkeypatch.setattr(study, "evaluate_fluency", lambda *given, **more: judged.append(more) or judge(*given, **more))
+    judged, judge = [], study_score.evaluate_fluency
+    monkeypatch.setattr(
+        study_score, "evaluate_fluency", lambda *given, **more: judged.append(more) or judge(*given, **more)
+    )
     run, asked = tmp_path / "run", PLAN["fluency"] | {"models": ["teacher"]}
 
     def texts(**changes):
@@ -203,7 +206,7 @@ def test_several_processes_share_the_work(family, tmp_path):  # noqa: F811
 def test_a_model_another_process_is_at_work_on_is_left_alone(family, tmp_path):  # noqa: F811
     plan = Plan.load(write(family))
     with FileLock(tmp_path / ".teacher.lock"):
-        assert not study._make("teacher", plan, plan.recipe("teacher", tmp_path), tmp_path, None)
+        assert not study_run._make("teacher", plan, plan.recipe("teacher", tmp_path), tmp_path, None)
     assert not (tmp_path / "teacher").exists()
 
 
@@ -219,6 +222,8 @@ def test_a_model_another_process_is_at_work_on_is_left_alone(family, tmp_path): 
             {"fluency": {"judge": "teacher:token_prediction", "models": []}},
             r"names 'teacher:token_prediction', which no",
         ),
+        ({"fluency": {"judge": "teacher", "models": [], "num_texts": "four"}}, r"fluency.num_texts must be a whole"),
+        ({"fluency": {"judge": "teacher", "models": [], "temperatures": [0, 1]}}, r"temperatures must lie in \(0, 1\]"),
         ({"models": {"a:b": {"recipe": "calm.yaml"}}}, r"model 'a:b' of the plan: a name must not hold a colon"),
         ({"models": ["calm.yaml"]}, r"models of the plan must be a dict"),
         ({"set": [1]}, r"set of the plan must be a dict"),
@@ -244,13 +249,20 @@ def test_a_plan_is_read_as_recipes_are(tmp_path):
 
 def test_what_could_not_be_scored_is_refused_before_it_is_trained(family, tmp_path):  # noqa: F811
     plan = Plan.load(write(family, evaluation={"stride": 4}))
-    with pytest.raises(ValueError, match=r"multiple of the patch size 3 of model plain, got 4"):
+    with pytest.raises(ValueError, match=r"multiple of the patch size 3 of model autoencoder, got 4"):
         run_study(plan, tmp_path / "run")
     with pytest.raises(ValueError, match=r"model teacher: its recipe needs data.validation"):
         run_study(Plan.load(write(family)), tmp_path / "run", ["data.validation=null"])
     rows = [{"title": "Changes", "rows": ["plain:token_prediction"]}]
     with pytest.raises(ValueError, match=r"plain has no token prediction: only a CALM has it whose recipe"):
         run_study(Plan.load(write(family, report=rows)), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"fluency.judge must be a token model, .*; plain is none"):
+        run_study(Plan.load(write(family, fluency={"judge": "plain", "models": ["plain"]})), tmp_path / "run")
+    windows = {"model.backbone.model_type": "mistral", "model.backbone.sliding_window": 4,
+               "model.backbone.num_key_value_heads": 2}  # fmt: skip
+    models = PLAN["models"] | {"teacher": PLAN["models"]["teacher"] | {"set": windows}}
+    with pytest.raises(ValueError, match=r"with sliding_window cannot be scored: only full attention \(in a recipe"):
+        run_study(Plan.load(write(family, models=models)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -59,6 +59,7 @@ def test_a_step_in_one_piece_equals_a_step_in_many(workspace):  # noqa: F811
 def test_two_processes_equal_one(workspace, tmp_path):  # noqa: F811
     whole = train(calm_recipe(workspace, "one_process", per_device_train_batch_size=4, max_steps=4))
     divided = calm_recipe(workspace, "two_processes", per_device_train_batch_size=2, max_steps=4)
+    del divided.training["use_cpu"]  # which a machine without an accelerator need not be told
     train_in_two_processes(divided, tmp_path / "recipe.yaml", 29517)
     same_weights(whole, workspace / "two_processes", rtol=1e-4, atol=1e-5)
     losses = [[record["loss"] for record in read_metrics(run) if "loss" in record] for run in

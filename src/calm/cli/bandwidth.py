@@ -8,7 +8,7 @@ def bandwidth(
     family: Annotated[
         Path, typer.Argument(help="directory with autoencoder.yaml, calm.yaml, baseline.yaml, as recipes/quickstart")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="directory of models, scores, table and plot")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="directory of models, scores and report")],
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ..., for all recipes")] = None,
     patch_size: Annotated[
         list[int] | None, typer.Option("--patch-size", "-k", min=1, help="K, several times; default 1, 2, 4 and 8")
@@ -19,14 +19,16 @@ def bandwidth(
 ) -> None:
     """Train and score one family of models for several K, and draw BrierLM against compute.
 
-    Points that are done are not done again; a point under way goes on from its last checkpoint.
+    It is a study (`calm study`) of the family's recipes: what is done is not done again, a model under way goes on from
+    its last checkpoint, several processes share the work, and another K may be added later.
 
     Example: `calm bandwidth recipes/quickstart -o runs/bandwidth data.train=data/train data.validation=data/validation`
     """
-    from calm.bandwidth import run_bandwidth
+    from calm.bandwidth import bandwidth_plan
+    from calm.study import run_study
     from calm.training.progress import make_progress
 
+    plan = bandwidth_plan(family, patch_size or [1, 2, 4, 8], blocks, samples, seed)
     with make_progress() as progress:
-        sizes = patch_size or [1, 2, 4, 8]
-        run_bandwidth(family, output, sizes, overrides or [], blocks, samples, seed, progress)
-    print((output / "bandwidth.md").read_text(encoding="utf-8"))
+        report = run_study(plan, output, overrides or [], progress=progress)
+    print(report.read_text(encoding="utf-8"))

@@ -1,13 +1,9 @@
 import json
-import math
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-PROTOCOLS = ("common", "paper")
-PAPER_BLOCKS = {"calm": 8192, "token model": 2048}
 
 
 def evaluate(
@@ -16,8 +12,8 @@ def evaluate(
     protocol: Annotated[
         str,
         typer.Option(
-            help="common: all models on the same n-grams, with the same context in tokens; paper: blocks of 8192 "
-            "tokens for a CALM and 2048 for a token model, an n-gram at every patch and every token"
+            help="common: all models on the same n-grams, with the same context in tokens; paper: blocks of 2048 "
+            "patches for a CALM and 2048 tokens for a token model, an n-gram at every patch and every token"
         ),
     ] = "common",
     block_size: Annotated[
@@ -35,7 +31,9 @@ def evaluate(
     ] = None,
     temperature: Annotated[
         list[float] | None,
-        typer.Option(help="of the draws, in (0, 1]; may be given several times. Default 1, as in the paper"),
+        typer.Option(
+            help="of the draws, in (0, 1] with a head; may be given several times. Default 1, as in the paper"
+        ),
     ] = None,
     sampler: Annotated[
         list[str] | None,
@@ -43,7 +41,7 @@ def evaluate(
             help="of CALMs: batch, exact, or token_prediction, which leaves the head out; may be given several times"
         ),
     ] = None,
-    candidates: Annotated[int, typer.Option(min=1, help="draws per chunk at temperatures below 1")] = 200,
+    num_candidates: Annotated[int, typer.Option(min=1, help="draws per chunk at temperatures below 1")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="blocks at a time")] = 8,
     seed: Annotated[int, typer.Option(help="of all draws")] = 0,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer of models that have none beside them")] = None,
@@ -66,8 +64,10 @@ def evaluate(
     from calm.data.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
     from calm.device import resolve_device, resolve_dtype
     from calm.evaluation.brier_lm import evaluate_brier
+    from calm.evaluation.protocol import protocols
     from calm.evaluation.reconstruction import evaluate_reconstruction
     from calm.files import write_whole
+    from calm.functional.temperature import check_positive
     from calm.models.generation_settings import check_sampler
     from calm.models.loading import load_model
     from calm.models.modeling_autoencoder import CalmAutoencoder
@@ -76,13 +76,11 @@ def evaluate(
     from calm.report.tables import brier_table, reconstruction_table
     from calm.training.progress import make_progress
 
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}.")
+    protocols([], protocol, block_size, stride)  # a mistake shows before models are loaded
     temperatures, samplers = list(dict.fromkeys(temperature or [1.0])), list(dict.fromkeys(sampler or ["batch"]))
-    for t, how in product(temperatures, samplers):
-        check_sampler(how, t, candidates)
-    if protocol == "paper" and (block_size is not None or stride is not None):
-        raise ValueError("--protocol paper sets block size and stride itself: leave them out, or take common.")
+    for how in samplers:
+        check_sampler(how, 1, num_candidates)
+    _check_writable(output, plot)
     target = resolve_device(device)
     loaded: dict[str, Any] = {}
     for name in models:
@@ -90,24 +88,23 @@ def evaluate(
         loaded[name].to(target)
         if isinstance(loaded[name], CalmForCausalLM):
             for t, how in product(temperatures, samplers):
-                loaded[name].check_sampling(t, how, candidates)
+                loaded[name].check_sampling(t, how, num_candidates)
+        else:
+            for t in temperatures:
+                check_positive(t)
     manifest = read_manifest(data)
     for name in models:
-        words = load_tokenizer(name if tokenizer is None or has_tokenizer(name) else tokenizer)
-        if tokenizer_hash(words) != manifest["tokenizer_sha256"]:
+        own = load_tokenizer(name if tokenizer is None or has_tokenizer(name) else tokenizer)
+        if tokenizer_hash(own) != manifest["tokenizer_sha256"]:
             raise ValueError(
                 f"{data} was not prepared with the tokenizer of {name}: `calm prepare --tokenizer {name}`."
             )
-    common_patch = math.lcm(*(getattr(model.config, "patch_size", 1) for model in loaded.values()))
 
     results: dict[str, dict] = {}
     with make_progress() as progress:
-        for name, model in loaded.items():
-            patch_size = getattr(model.config, "patch_size", 1)
-            size, step = block_size or 1024, stride or common_patch
-            if protocol == "paper":
-                size, step = PAPER_BLOCKS["calm" if hasattr(model.config, "patch_size") else "token model"], patch_size
-            text = TokenBlocks(data, size, patch_size if protocol == "paper" else common_patch)
+        scored_on = protocols(loaded.values(), protocol, block_size, stride)
+        for (name, model), scored_as in zip(loaded.items(), scored_on, strict=True):
+            text = TokenBlocks(data, scored_as.block_size, scored_as.multiple_of)
             task = progress.add_task(f"score {name}", total=len(text.spread(blocks)), note="")
             advance = lambda done, task=task: progress.advance(task, done)  # noqa: E731
             origin = {"model": name, "protocol": protocol}
@@ -120,9 +117,23 @@ def evaluate(
                 label = f"{name} ({', '.join(said)})" if said else name
                 progress.reset(task, description=f"score {label}")
                 scored = evaluate_brier(
-                    model, text, step, blocks, samples, batch_size, seed, advance, t, candidates, target_error, how
+                    model,
+                    text,
+                    scored_as.stride,
+                    num_blocks=blocks,
+                    num_samples=samples,
+                    batch_size=batch_size,
+                    seed=seed,
+                    advance=advance,
+                    temperature=t,
+                    num_candidates=num_candidates,
+                    target_error=target_error,
+                    sampler=how,
                 )
                 results[label] = origin | scored.to_dict()
+                error = scored.brier_lm_error
+                if target_error is not None and (error is None or error > target_error):
+                    progress.console.print(f"{label}: the text ended before the error was {target_error:g}.")
     console = Console()
     if not console.is_terminal:  # a pipe or a file has no width; numbers must not be cut off
         console = Console(width=max(console.width, 160))
@@ -132,6 +143,11 @@ def evaluate(
         console.print(reconstruction_table(rebuilt))
     if scores:
         console.print(brier_table(scores))
+    if any(result["brier_lm"] == 0 for result in scores.values()):
+        print("BrierLM is 0 where one of its scores is not above 0; more text (--blocks) may tell it from 0.")
+    if output is not None:
+        document = {"data": str(data), "tokenizer_sha256": manifest["tokenizer_sha256"], "models": results}
+        write_whole(output, json.dumps(document, indent=1))
     if plot is not None and scores:
         lines: dict[str, list[dict]] = {}
         for each in scores.values():
@@ -139,7 +155,14 @@ def evaluate(
             lines.setdefault(each["model"] + how, []).append(each)
         plot_panels(temperature_panels(lines), plot)
         print(f"plot: {plot}")
-    if output is not None:
-        document = {"data": str(data), "tokenizer_sha256": manifest["tokenizer_sha256"], "models": results}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output, json.dumps(document, indent=1))
+
+
+def _check_writable(output: Path | None, plot: Path | None) -> None:
+    """ValueError for a file that could not be written when all is scored."""
+    if plot is not None and plot.suffix != ".png":
+        raise ValueError(f"--plot draws a PNG: name a file that ends in .png, got {plot}.")
+    for path in (output, plot):
+        if path is not None:
+            if path.is_dir():
+                raise ValueError(f"{path} is a directory: name a file in it.")
+            path.parent.mkdir(parents=True, exist_ok=True)

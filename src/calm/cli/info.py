@@ -8,7 +8,7 @@ def info(
     source: Annotated[str, typer.Argument(help="a recipe (.yaml), or a directory or hub id of a model")],
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value, for recipes")] = None,
     temperature: Annotated[float, typer.Option(help="of generation; below 1, candidates are drawn")] = 1.0,
-    candidates: Annotated[int, typer.Option(min=1, help="draws per chunk at temperatures below 1")] = 200,
+    num_candidates: Annotated[int, typer.Option(min=1, help="draws per chunk at temperatures below 1")] = 200,
     sampler: Annotated[
         str, typer.Option(help="of a CALM's generation; token_prediction leaves head and autoencoder out")
     ] = "batch",
@@ -22,7 +22,7 @@ def info(
 ) -> None:
     """Parameters and FLOPs of a model, by part, from its shapes alone: no weights are allocated, no data needed.
 
-    Example: `calm info recipes/paper/calm_m.yaml --temperature 0.5 --candidates 200`
+    Example: `calm info recipes/paper/calm_m.yaml --temperature 0.5 --num-candidates 200`
     """
     import json
 
@@ -37,7 +37,7 @@ def info(
     from calm.training.recipe import Recipe
     from calm.training.resume import read_run
 
-    check_sampler(sampler, temperature, candidates)
+    check_sampler(sampler, temperature, num_candidates)
     recipe, steps, beside = None, None, []
     if source.endswith((".yaml", ".yml")):
         recipe = Recipe.load(source, overrides or [])
@@ -51,8 +51,8 @@ def info(
         recipe, steps = read_run(Path(source))
     planned = trained_tokens(recipe, steps) if recipe is not None else None
     if isinstance(model, CalmForCausalLM):
-        model.check_sampling(temperature, sampler, candidates)
-    cost = compute(model, context, temperature, candidates, sampler=sampler)
+        model.check_sampling(temperature, sampler, num_candidates)
+    cost = compute(model, context, temperature, num_candidates, sampler=sampler)
     per_token: float | None = cost.training_flops_per_token
     if recipe is not None:
         teacher = recipe.distillation.teacher if recipe.distillation is not None else None
@@ -68,7 +68,7 @@ def info(
         "inference_flops_per_token": cost.inference_flops_per_token,
         "temperature": temperature,
         "sampler": sampler,
-        "candidates": candidates if temperature < 1 and sampler != "token_prediction" else 1,
+        "candidates": num_candidates if temperature < 1 and sampler != "token_prediction" else 1,
         "context": context,
     }
     if as_json:

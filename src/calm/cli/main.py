@@ -79,7 +79,10 @@ def _terminate(number: int, frame) -> None:
 
 
 def _say_interrupted() -> None:
-    print("interrupted; run the same command again to go on.", file=sys.stderr)
+    print(
+        "interrupted; training, studies and files of prompts go on where they were with the same command.",
+        file=sys.stderr,
+    )
 
 
 def quieten_libraries() -> None:

@@ -20,6 +20,9 @@ def serve(
     context: Annotated[
         int, typer.Option(help="tokens of prompt and continuation; no more than the model has positions")
     ] = 4096,
+    max_candidates: Annotated[
+        int, typer.Option(help="draws a request may choose from; steps of all wait for them")
+    ] = 1000,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer, where the model has none beside it")] = None,
     name: Annotated[str | None, typer.Option(help="name of the model in requests; default its directory's")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
@@ -37,7 +40,8 @@ def serve(
     if baseline is not None:
         other = _name_of(baseline)
         models[other if other not in models else f"{other}-baseline"] = (baseline, baseline)
-    run_server(models, Limits(max_batch, max_queue, context), host, port, keys, insecure, device, dtype)
+    limits = Limits(max_batch, max_queue, context, max_candidates)
+    run_server(models, limits, host, port, api_keys=keys, insecure=insecure, device=device, dtype=dtype)
 
 
 def _read_keys(path: Path) -> list[str]:

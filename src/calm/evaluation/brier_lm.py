@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 from calm.data.blocks import TokenBlocks
 from calm.evaluation.brier_scores import Draw, score_calm, score_token_model, scored_positions
 from calm.functional.brier import NGRAM, brier_lm
-from calm.functional.temperature import check_temperature
+from calm.functional.temperature import check_positive
+from calm.models.configuration_calm import CalmConfig
+from calm.models.context import check_context
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.requirements import check_full_attention, check_plain_logits
 
@@ -60,6 +62,7 @@ def evaluate_brier(
     model: PreTrainedModel,
     blocks: TokenBlocks,
     stride: int,
+    *,
     num_blocks: int | None = None,
     num_samples: int = 4,
     batch_size: int = 8,
@@ -89,9 +92,10 @@ def evaluate_brier(
     """
     is_calm = isinstance(model, CalmForCausalLM)
     _check_request(model, blocks, stride, num_samples, num_blocks)
-    check_temperature(temperature)
     if isinstance(model, CalmForCausalLM):
         model.check_sampling(temperature, sampler, num_candidates)
+    else:
+        check_positive(temperature)
     if target_error is not None and not target_error > 0:
         raise ValueError(f"target_error must be above 0, got {target_error}.")
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -204,6 +208,13 @@ def _draw_beside_text(model: Any, hidden: Tensor, count: int, text: Any, generat
     return torch.where(tokens < 0, nothing, tokens)
 
 
+def check_scorable(config: Any) -> None:
+    """ValueError for a language model, by its configuration, that can be trained and not scored."""
+    check_full_attention(getattr(config, "backbone_config", config), "scored")
+    if not isinstance(config, CalmConfig):
+        check_plain_logits(config, "scored")
+
+
 def _check_request(
     model: PreTrainedModel, blocks: TokenBlocks, stride: int, num_samples: int, num_blocks: int | None
 ) -> None:
@@ -219,11 +230,10 @@ def _check_request(
         raise ValueError(
             f"block_size must be at least {stride + NGRAM} to hold a scored n-gram, got {blocks.block_size}."
         )
+    check_context(model.config, blocks.block_size, patch_size)
     vocab_size = blocks.manifest["vocab_size"]
     if vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the data hold {vocab_size} tokens, the model knows {model.config.vocab_size}: not its tokenizer."
         )
-    check_full_attention(model.config.backbone_config if is_calm else model.config, "scored")
-    if not is_calm:
-        check_plain_logits(model.config, "scored")
+    check_scorable(model.config)

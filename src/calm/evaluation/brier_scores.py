@@ -23,6 +23,7 @@ from torch import Tensor
 from calm.evaluation.branches import Branches
 from calm.functional.brier import NGRAM, prefix_equal
 from calm.functional.noise import categorical
+from calm.functional.temperature import sharpened
 from calm.functional.tiles import rows_at_once
 
 # Of a (positions x vocabulary) tensor: 4 MiB in float32, which caches hold, unless that is but a few positions.
@@ -216,8 +217,7 @@ def _look(
     given = torch.zeros(len(states), dtype=torch.long, device=hidden.device) if text is None else text.flatten()
     found: list[tuple[Tensor, ...]] = []
     for tile, token in zip(states.split(tile_size), given.split(tile_size), strict=True):
-        logits = model.get_output_embeddings()(tile).float()
-        law = (logits if temperature == 1 else logits / temperature).softmax(-1)
+        law = sharpened(model.get_output_embeddings()(tile), temperature)
         drawn = torch.empty((len(tile), 0), dtype=torch.long, device=tile.device)
         if num_draws:
             drawn = categorical(law, num_draws, generator)

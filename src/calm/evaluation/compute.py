@@ -91,7 +91,7 @@ def _calm_compute(model: CalmForCausalLM, context: int, draws: int, frozen: Coll
     backbone, embedding = 2 * _matrices(model.backbone), 2 * _matrices(model.patch_embedding)
     attention = _attention_flops(model.config.backbone_config, context)
     head_pass = 2 * _matrices(model.head)
-    draw = head_pass * getattr(head_config, "num_network_calls", 1)
+    draw = head_pass * head_config.num_network_calls
     per_patch = {"backbone": backbone, "attention": attention, "patch_embedding": embedding}
     if sampler == "token_prediction":
         per_patch["token_prediction"] = _token_prediction_flops(model)

@@ -21,6 +21,7 @@ from calm.completions import SamplingSettings, complete
 from calm.data.tokenizer import load_tokenizer
 from calm.device import resolve_device, resolve_dtype
 from calm.evaluation.likelihood import log_likelihoods
+from calm.models.context import context_of, room_for_prompt
 from calm.models.loading import load_language_model
 from calm.models.modeling_calm import CalmForCausalLM
 
@@ -96,7 +97,8 @@ class CalmHarness(TemplateLM):
             max_new_tokens = int(arguments.get("max_gen_toks") or self.max_gen_toks)
             settings = replace(self.settings, max_new_tokens=max_new_tokens, stop_strings=stops or None)
             room = self._room(settings.max_new_tokens)
-            prompts = [self._end_of(request.args[0], room) for request in group]
+            # A prompt too long for the context keeps its end, as lm-eval's own models do.
+            prompts = [self.tok_encode(request.args[0])[-room:] for request in group]
             results = complete(self.model, self.tokenizer, prompts, settings, first=len(texts))
             texts += [_before(result["text"], stops) for result in results]
             bar.update(len(group))
@@ -167,25 +169,16 @@ class CalmHarness(TemplateLM):
     def _room(self, max_new_tokens: int) -> int:
         """Tokens of a prompt that leave room for the text."""
         config = self.model.config
-        patches = getattr(config.backbone_config, "max_position_embeddings", None)
-        if patches is None:
+        context = context_of(config)
+        if context is None:
             return 2**31
-        room = (patches - -(-max_new_tokens // config.patch_size)) * config.patch_size
+        room = room_for_prompt(context, max_new_tokens, config.patch_size)
         if room < 1:
             raise ValueError(
                 f"max_gen_toks={max_new_tokens} leaves no room for a prompt in a context of "
-                f"{patches * config.patch_size} tokens: take fewer."
+                f"{context * config.patch_size} tokens: take fewer."
             )
         return room
-
-    def _end_of(self, prompt: str, room: int) -> str:
-        """A prompt too long for the context keeps its end, as lm-eval's own models do."""
-        ids, keep = self.tokenizer(prompt, add_special_tokens=False)["input_ids"], room
-        while len(ids) > room:
-            prompt = str(self.tokenizer.decode(ids[-keep:]))
-            # A character cut in two may come back as more tokens than were kept of it.
-            ids, keep = self.tokenizer(prompt, add_special_tokens=False)["input_ids"], keep - 1
-        return prompt
 
 
 def _before(text: str, stops: list[str]) -> str:

@@ -32,7 +32,8 @@ def log_likelihoods(
     following = torch.full((len(contexts), num_patches * patch_size), model.config.separator_id)
     counts = torch.arange(following.shape[1]) < torch.tensor([len(each) for each in continuations])[:, None]
     following[counts] = torch.tensor([token for each in continuations for token in each], dtype=torch.long)
-    mask = torch.cat([patch_mask, patch_mask.new_ones(len(contexts), num_patches)], dim=1).to(device)
+    is_text = counts.unflatten(1, (-1, patch_size)).any(-1).to(patch_mask.dtype)  # [B, M]
+    mask = torch.cat([patch_mask, is_text], dim=1).to(device)
     hidden = model(
         torch.cat([aligned, following], dim=1).to(device),
         attention_mask=None if bool(mask.all()) else mask,

@@ -88,7 +88,9 @@ def _draw_one(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    if generator is None or device is None or generator.device.type == torch.device(device).type:
+    if generator is None:  # a compiled step takes no argument for none
+        return function(*shape, device=device, dtype=dtype)
+    if device is None or generator.device.type == torch.device(device).type:
         return function(*shape, generator=generator, device=device, dtype=dtype)
     # A generator of the CPU gives a GPU the numbers that it gives the CPU.
     return function(*shape, generator=generator, device=generator.device, dtype=dtype).to(device)

@@ -39,7 +39,15 @@ def sharpened(logits: Tensor, temperature: float) -> Tensor:
     However low the temperature, the likeliest token stays a number.
     """
     logits = logits.float()
+    if temperature == 1:
+        return logits.softmax(-1)
     return ((logits - logits.amax(-1, keepdim=True)) / max(temperature, LOWEST_TEMPERATURE)).softmax(-1)
+
+
+def check_positive(temperature: float) -> None:
+    """Raises ValueError when a temperature of known probabilities is not above 0, or no number."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0, got {temperature}; a small value takes the likeliest token.")
 
 
 def check_temperature(temperature: float) -> float:

@@ -68,6 +68,9 @@ class CalmAutoencoderConfig(PreTrainedConfig):
         for name in ("token_dropout", "latent_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
+        for name in ("kl_weight", "kl_clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if not 0 <= self.token_dropout_id < self.vocab_size:
             raise ValueError(
                 f"token_dropout_id must be a token id, 0 to {self.vocab_size - 1}, got {self.token_dropout_id}."

@@ -80,7 +80,7 @@ class CalmConfig(PreTrainedConfig):
             raise ValueError(
                 f"patch_size is {patch_size}, but the autoencoder was built for {self.patch_size} tokens per patch."
             )
-        groups, latent_size = getattr(self.head_config, "num_latent_groups", 1), self.autoencoder_config.latent_size
+        groups, latent_size = self.head_config.num_latent_groups, self.autoencoder_config.latent_size
         if latent_size % groups:
             raise ValueError(
                 f"head_config.num_latent_groups ({groups}) must divide the autoencoder's latent_size ({latent_size})."
@@ -133,6 +133,10 @@ def _check_looks_back_only(backbone: PreTrainedConfig) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     kind = backbone.model_type
+    if (text := backbone.get_text_config()) is not backbone:
+        raise ValueError(
+            f"backbone_config: a {kind} reads more than text; take the model inside it, model_type {text.model_type!r}."
+        )
     if backbone.is_encoder_decoder:
         raise ValueError(f"backbone_config must be of a decoder-only model such as llama, got model_type {kind!r}.")
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(backbone, "is_decoder", False):

@@ -10,6 +10,13 @@ class HeadConfig(PreTrainedConfig):
     """What the configurations of all heads share."""
 
     base_config_key = "head_config"
+    num_samples = 1  # passes through the head per position in the loss
+    num_latent_groups = 1
+
+    @property
+    def num_network_calls(self) -> int:
+        """Passes through the head's network for one draw."""
+        return 1
 
     def _check_at_least(self, smallest: int, *names: str, because: str = "") -> None:
         for name in names:
@@ -108,7 +115,6 @@ class DiffusionHeadConfig(HeadConfig):
 
     @property
     def num_network_calls(self) -> int:
-        """Passes through the head's network for one draw."""
         return self.num_sampling_steps
 
 
@@ -142,7 +148,6 @@ class FlowHeadConfig(HeadConfig):
 
     @property
     def num_network_calls(self) -> int:
-        """Passes through the head's network for one draw."""
         return self.num_sampling_steps * (2 if self.solver == "midpoint" else 1)
 
 

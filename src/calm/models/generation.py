@@ -21,7 +21,8 @@ from transformers.utils import ModelOutput
 
 from calm.functional.draws import Draws
 from calm.functional.noise import Generator, check_rows, of_rows
-from calm.functional.temperature import check_temperature, sample_batch, sample_exact
+from calm.functional.temperature import sample_batch, sample_exact
+from calm.models.context import context_of, positions_needed, room_for_new
 from calm.models.generation_settings import SAMPLERS, GenerationSettings, check_sampler, resolve_settings
 from calm.models.prompts import align_prompt, check_prompts
 from calm.models.static_step import StaticStep
@@ -98,10 +99,11 @@ class CalmGenerationMixin:
 
         Args:
             input_ids: prompts ``[B, T]``, left-padded; none or an empty prompt starts a new document.
-            attention_mask: ``[B, T]``, 0 for the padding on the left.
+            attention_mask: ``[B, T]``, 0 for the padding on the left. Without one, padding tokens at the edges of a
+                prompt are taken for padding, as transformers does.
             max_new_tokens: tokens to add at most; need not be a multiple of K.
             temperature: in (0, 1]. A chunk's probability to the power of 1 / temperature, up to a constant; of
-                ``sampler="token_prediction"`` each token's.
+                ``sampler="token_prediction"`` each token's, and then it may be above 1.
             sampler: ``"batch"`` chooses among ``num_candidates`` draws (fast, approximate); ``"exact"`` draws until
                 enough of them agree (exact law, its cost grows fast as the temperature falls). ``"token_prediction"``
                 leaves the head out: the tokens of a chunk are drawn from what token prediction taught the hidden state
@@ -145,6 +147,8 @@ class CalmGenerationMixin:
         saved = generation_config or self.generation_config
         settings = resolve_settings(given, saved, self.generation_config, input_ids.shape[1])
         self.check_sampling(settings.temperature, settings.sampler, settings.num_candidates)
+        if attention_mask is None and settings.prompt_padding_id is not None:
+            attention_mask = _mask_of_padding(input_ids, settings.prompt_padding_id)
         aligned_ids, patch_mask = self.align_prompt(input_ids, attention_mask)
         num_patches = self._patches_needed(patch_mask.shape[1], settings.max_new_tokens)
         criteria = StoppingCriteriaList(stopping_criteria or [])
@@ -164,11 +168,32 @@ class CalmGenerationMixin:
         state = self.prefill(aligned_ids, patch_mask)
         if settings.num_return_sequences > 1:
             state = _repeat(state, settings.num_return_sequences)
-        step: Callable[[Any, Tensor], Any] = self.extend
         if compile:
-            state, step = StaticStep.start(self, state, num_patches)
-        end_ids = torch.tensor(settings.end_ids, dtype=torch.long, device=device)
-        finished = torch.zeros(len(tokens), dtype=torch.bool, device=device)
+            with StaticStep.of(self, state, num_patches) as (state, step):
+                tokens, effort = self._continue(state, step, tokens, settings, criteria, streamer, generator)
+        else:
+            tokens, effort = self._continue(state, self.extend, tokens, settings, criteria, streamer, generator)
+        if not settings.return_dict_in_generate:
+            return tokens
+        return CalmGenerateOutput(
+            tokens,
+            torch.stack([chunk.num_drawn for chunk in effort], dim=1),
+            torch.stack([chunk.num_decoded for chunk in effort], dim=1),
+        )
+
+    def _continue(
+        self,
+        state: GenerationState,
+        step: Callable[[Any, Tensor], Any],
+        tokens: Tensor,
+        settings: GenerationSettings,
+        criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+        generator: Generator,
+    ) -> tuple[Tensor, list[NextChunk]]:
+        """The loop of :meth:`generate` behind the prompt: ``[B, T] -> [B, T + new]``, and what every chunk took."""
+        end_ids = torch.tensor(settings.end_ids, dtype=torch.long, device=tokens.device)
+        finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         going: list[Tensor] = []  # of every new token, the rows that had not ended before it
         effort: list[NextChunk] = []
         remaining = settings.max_new_tokens
@@ -191,14 +216,7 @@ class CalmGenerationMixin:
         if streamer is not None:
             streamer.end()
         # All rows may have ended inside the last chunk.
-        tokens = tokens[:, : tokens.shape[1] - len(going) + int(torch.stack(going).any(1).sum())]
-        if not settings.return_dict_in_generate:
-            return tokens
-        return CalmGenerateOutput(
-            tokens,
-            torch.stack([chunk.num_drawn for chunk in effort], dim=1),
-            torch.stack([chunk.num_decoded for chunk in effort], dim=1),
-        )
+        return tokens[:, : tokens.shape[1] - len(going) + int(torch.stack(going).any(1).sum())], effort
 
     @property
     def samplers(self) -> list[str]:
@@ -255,17 +273,13 @@ class CalmGenerationMixin:
         num_candidates: int = 200,
         generator: Generator = None,
     ) -> NextChunk:
-        """Draw the K tokens that follow hidden states ``[B, D]``."""
+        """Draw the K tokens that follow hidden states ``[B, D]``; settings as :meth:`check_sampling` takes them."""
+        self.check_sampling(temperature, sampler, num_candidates)
         if sampler == "token_prediction":
-            self.check_sampling(temperature, sampler, num_candidates)
             embeddings = self.get_input_embeddings().weight
-            tokens = self.token_predictor.draw(hidden, embeddings, temperature, generator)
-            ones = torch.ones(len(hidden), dtype=torch.long, device=hidden.device)
-            return NextChunk(tokens, ones, ones * tokens.shape[1])
-        if check_temperature(temperature) == 1:
-            tokens = self.autoencoder.decode_tokens(self.head.sample(hidden, generator=generator))
-            ones = torch.ones(len(hidden), dtype=torch.long, device=hidden.device)
-            return NextChunk(tokens, ones, ones * tokens.shape[1])
+            return _drawn_once(self.token_predictor.draw(hidden, embeddings, temperature, generator))
+        if temperature == 1:
+            return _drawn_once(self.autoencoder.decode_tokens(self.head.sample(hidden, generator=generator)))
         draws = self.draws(hidden, generator)
         if sampler == "batch":
             tokens = sample_batch(draws, temperature, num_candidates)
@@ -320,16 +334,28 @@ class CalmGenerationMixin:
 
     def _patches_needed(self, num_patches: int, max_new_tokens: int) -> int:
         """Positions of the backbone that prompt and continuation take; ValueError when its context holds fewer."""
-        limit = getattr(self.config.backbone_config, "max_position_embeddings", None)
-        patch_size = self.config.patch_size
-        needed = num_patches + -(-max_new_tokens // patch_size) - 1
-        if limit is not None and needed > limit:
+        context, patch_size = context_of(self.config), self.config.patch_size
+        needed = positions_needed(num_patches * patch_size, max_new_tokens, patch_size)
+        if context is not None and needed > context:
             raise ValueError(
                 f"the prompt and max_new_tokens={max_new_tokens} need {needed} patches of {patch_size} tokens, but the "
-                f"model's context holds {limit}: shorten the prompt or ask for at most "
-                f"{max(0, (limit - num_patches + 1) * patch_size)} new tokens."
+                f"model's context holds {context}: shorten the prompt or ask for at most "
+                f"{room_for_new(context, num_patches * patch_size, patch_size)} new tokens."
             )
         return needed
+
+
+def _mask_of_padding(input_ids: Tensor, padding: int) -> Tensor | None:
+    """``[B, T]``; None where no row begins or ends with padding."""
+    is_text = input_ids.ne(padding)
+    has_padding = input_ids.shape[1] > 0 and not bool((is_text[:, 0] & is_text[:, -1]).all())
+    return is_text.long() if has_padding else None
+
+
+def _drawn_once(tokens: Tensor) -> NextChunk:
+    """Chunks ``[B, K]`` that took one draw each, decoded whole."""
+    ones = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
+    return NextChunk(tokens, ones, ones * tokens.shape[1])
 
 
 def _repeat(state: GenerationState, times: int) -> GenerationState:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig, GenerationMixin
 
-from calm.functional.temperature import check_candidates, check_temperature
+from calm.functional.temperature import check_candidates, check_positive
 
 SAMPLERS = ("batch", "exact", "token_prediction")
 # What a model's generation_config.json says beside its end-of-text and padding tokens.
@@ -32,7 +32,10 @@ _NEUTRAL = {
     "do_sample": True, "use_cache": ..., "num_beams": 1, "num_beam_groups": 1, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
     "typical_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "synced_gpus": False,
     "logits_processor": [], "output_scores": False, "output_logits": False, "output_attentions": False,
-    "output_hidden_states": False,
+    "output_hidden_states": False, "min_length": 0, "early_stopping": False, "renormalize_logits": False,
+    "diversity_penalty": 0.0, "guidance_scale": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "remove_invalid_values": False,
+    "disable_compile": ..., "cache_implementation": ..., "trust_remote_code": ..., "token_type_ids": ...,
     "bos_token_id": ..., "transformers_version": ..., "_from_model_config": ...,
 }  # fmt: skip
 
@@ -56,6 +59,7 @@ class GenerationSettings:
     stop_strings: list[str]
     end_ids: list[int]
     pad_id: int
+    prompt_padding_id: int | None  # what is padding in prompts without a mask; None where it may be text
 
 
 def resolve_settings(
@@ -70,7 +74,7 @@ def resolve_settings(
     given = {name: value for name, value in given.items() if value is not None}
     known = GENERATION_DEFAULTS | _OTHERS
     senseless = [
-        f"{name}={value!r}"
+        f"{name}={value!r:.40}" + (" (in its generation_config)" if name not in given else "")
         for name, value in (saved_fields | given).items()
         if (name not in known or name == "do_sample") and _NEUTRAL.get(name) not in (value, ...)
     ]
@@ -78,9 +82,9 @@ def resolve_settings(
         raise ValueError(f"generate() has no parameter {', '.join(unknown)}; it takes {_TAKES}.")
     if senseless:
         raise ValueError(
-            f"generate() cannot follow {', '.join(senseless)}: a model without token probabilities has no use for "
-            "greedy search, top_p, beams or penalties, and no scores to give; a low temperature makes text safer. It "
-            f"takes {_TAKES}."
+            f"generate() cannot follow {', '.join(senseless)}: it draws samples at a temperature. Greedy search, "
+            "top_p, beams, penalties and scores want token probabilities, which a head does not give; a low "
+            f"temperature makes text safer. It takes {_TAKES}."
         )
     values: dict[str, Any] = known | saved_fields | given
     if values["eos_token_id"] is None:
@@ -120,6 +124,7 @@ def resolve_settings(
         stop_strings=_as_list(values["stop_strings"]),
         end_ids=end_ids,
         pad_id=pad_id if pad_id is not None else end_ids[0] if end_ids else 0,
+        prompt_padding_id=None if pad_id in end_ids else pad_id,
     )
 
 
@@ -128,7 +133,7 @@ def check_sampler(sampler: str, temperature: float, num_candidates: int) -> None
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
     if sampler == "token_prediction":
-        check_temperature(temperature)
+        check_positive(temperature)
     else:
         check_candidates(num_candidates, temperature)
 

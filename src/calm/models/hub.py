@@ -32,15 +32,29 @@ def read_config(path: str | os.PathLike, **hub: Any) -> dict:
     if not os.path.exists(path) and not _HUB_ID.fullmatch(os.fspath(path)):
         raise OSError(f"no model at {path}: there is no such directory.")
     try:
+        check_json(Path(path) / hub.get("subfolder", "") / "config.json")
+    except ValueError as error:
+        raise OSError(str(error)) from error
+    try:
         return PreTrainedConfig.get_config_dict(path, **hub)[0]
     except OSError as error:
-        if os.path.isdir(path):
-            raise OSError(f"{path}/config.json is not valid JSON: copy it again.") from error
         raise OSError(
             f"no model {path}: there is no such directory, and the hub gave none ({str(error).splitlines()[0]}) "
             f"Without network, download config.json, the weights (model.safetensors or pytorch_model.bin) and the "
             f"tokenizer's files of https://huggingface.co/{path} elsewhere, and pass the directory you put them in."
         ) from error
+
+
+def check_json(path: Path) -> None:
+    """ValueError for a file that is there and holds no JSON object: transformers passes over it without a word."""
+    if not path.is_file():
+        return
+    try:
+        is_object = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        raise ValueError(f"{path} is not a valid JSON object: copy it again.")
 
 
 def read_weights(path: str | os.PathLike, **hub: Any) -> dict[str, Tensor]:

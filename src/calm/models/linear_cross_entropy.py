@@ -12,7 +12,8 @@ _TILE_ELEMENTS = 2**26  # of the logits that exist at once: 256 MiB in float32
 
 
 def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """``cross_entropy(states @ weight.T, labels)``, the mean over labels that are not -100: scalar, in float32.
+    """``cross_entropy(states @ weight.T, labels)``, the mean over labels that are not -100: scalar, in float32; 0
+    where all are.
 
     The logits ``[P, V]``, by far the largest tensor of a training step, are computed piece by piece and not kept. In
     float32 torch does that (2.13 and later), in one pass less.
@@ -22,6 +23,15 @@ def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor) -> Tens
         weight: ``[V, H]``.
         labels: ``[P]``, -100 where a position does not count.
     """
+    if len(labels) == 0:
+        return states.sum().float()
+    any_label = labels.ne(-100).any()
+    # Without a label all count, times zero: a mean over nothing would be NaN, and so would its gradients be.
+    labels = torch.where(any_label, labels, labels.clamp(min=0))
+    return _mean(states, weight, labels) * any_label
+
+
+def _mean(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     device = states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
     # In half precision torch's sums over positions, and with them the loss, are half precision too.

@@ -1,13 +1,14 @@
 """Loading whatever model a directory or hub id holds, with one clear line when it is not what it should be."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from calm.models.hub import check_weights, read_config
+from calm.models.hub import check_json, check_weights, read_config
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.released import AUTOENCODER, is_reference_layout
@@ -45,6 +46,7 @@ def load_model(
     Raises ValueError when a file is missing, damaged, or does not match its configuration.
     """
     kind = model_class(path)
+    check_json(Path(path) / "generation_config.json")
     arguments: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if dtype is not None:
         arguments["dtype"] = dtype

@@ -177,6 +177,7 @@ class CalmAutoencoder(PreTrainedModel):
     def forward(
         self,
         input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         noise: Tensor | None = None,
         generator: Generator = None,
@@ -187,6 +188,7 @@ class CalmAutoencoder(PreTrainedModel):
 
         Args:
             input_ids: ``[B, T]``, T a multiple of K.
+            attention_mask: ``[B, T]``, 0 for padding, whose labels do not count.
             labels: ``[B, T]``, -100 where a token does not count.
             noise: standard normal ``[B, L, Z]`` of the latent draw.
             generator: source of noise and dropout otherwise; one, or a list of one per row.
@@ -205,7 +207,9 @@ class CalmAutoencoder(PreTrainedModel):
         if labels is None:
             output.logits = F.linear(states, self.embed_tokens.weight)
         else:
-            states, labels = states.flatten(0, -2), labels.flatten()
+            if attention_mask is not None:
+                labels = labels.masked_fill(attention_mask == 0, -100)
+            states, labels = states.flatten(0, -2), labels.long().flatten()
             output.reconstruction_loss = linear_cross_entropy(states, self.embed_tokens.weight, labels)
             seen = slice(_ACCURACY_TOKENS if self.training else None)
             counted = labels[seen].ne(-100)

@@ -50,12 +50,18 @@ class CalmOutput(ModelOutput):
         last_hidden_state: ``[B, L, D]``; position i is the condition of patch i + 1.
         past_key_values: the cache, one entry per patch.
         metrics: named parts of the loss, scalars.
+        hidden_states: of the backbone's layers, each ``[B, L, D]``, where they were asked for.
     """
 
     loss: Tensor | None = None
     last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
     metrics: dict[str, Tensor] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 class PatchEmbedding(nn.Module):
@@ -97,6 +103,11 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         super().__init__(config)
         # Not of the type that its configuration was once saved with: the rest would have another.
         self.backbone = AutoModel.from_config(config.backbone_config, dtype=torch.get_default_dtype())
+        if getattr(self.backbone, "_is_stateful", False):
+            raise ValueError(
+                f"backbone_config: a {config.backbone_config.model_type} has layers with a state in place of a "
+                "key/value cache, which generation and scores need; take one of attention layers alone."
+            )
         self.patch_embedding = PatchEmbedding(config.patch_size, config.hidden_size)
         self.head = HEADS[config.head_config.type](
             config.head_config, config.hidden_size, config.autoencoder_config.latent_size
@@ -111,7 +122,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             pad_token_id=config.pad_token_id,
             bos_token_id=config.bos_token_id,
         )
-        self.train(self.training)
+        self.train(self.training)  # freezes the autoencoder
 
     def _new_token_predictor(self) -> TokenPredictor:
         config = self.config
@@ -182,15 +193,27 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         self.autoencoder.requires_grad_(False).eval()
         return self
 
+    def requires_grad_(self, requires_grad: bool = True) -> "CalmForCausalLM":
+        """Of everything but the autoencoder, which stays frozen."""
+        super().requires_grad_(requires_grad)
+        self.autoencoder.requires_grad_(False)
+        return self
+
     def embed_patches(self, input_ids: Tensor) -> Tensor:
         """Inputs of the backbone: token ids ``[B, T]``, T a multiple of K -> ``[B, L, D]``."""
         patch_size = self.config.patch_size
-        if input_ids.shape[-1] % patch_size:
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids must be [batch, tokens] with at least a patch, got {tuple(input_ids.shape)}.")
+        if input_ids.shape[1] % patch_size:
             raise ValueError(
-                f"input_ids must hold whole patches of {patch_size} tokens, got {input_ids.shape[-1]} tokens; "
-                "generate() aligns prompts by itself."
+                f"input_ids must hold whole patches of {patch_size} tokens, got {input_ids.shape[1]} tokens: for "
+                "training, calm.data.collator pads texts to them; generate() aligns prompts by itself."
             )
         return self.patch_embedding(self.get_input_embeddings()(input_ids.unflatten(-1, (-1, patch_size))))
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """For peft, which takes it from models of its task type CAUSAL_LM; our generation has no use for it."""
+        return {"input_ids": input_ids} | kwargs
 
     def resize_token_embeddings(self, *args, **kwargs):
         raise ValueError(
@@ -210,7 +233,10 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         noise: Tensor | None = None,
         target_noise: Tensor | None = None,
         generator: Generator = None,
-    ) -> CalmOutput:
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> CalmOutput | tuple:
         """Hidden states of the patches and, with labels, the loss of predicting every patch from those before it.
 
         Args:
@@ -226,7 +252,16 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
                 loss is deterministic.
             generator: source of the noise otherwise; one, or a list of one per row: the loss of a row then does not
                 depend on the rows beside it.
+            output_hidden_states: whether to return the states behind every layer of the backbone.
+            return_dict: False for a tuple.
+            others: what callers of transformers' models pass (``inputs_embeds``, ...), None or False.
         """
+        if asked := [name for name, value in others.items() if value is not None and value is not False]:
+            raise ValueError(f"a CALM's forward takes no {', '.join(asked)}.")
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(labels.shape)}."
+            )
         inputs_embeds = self.embed_patches(input_ids)
         if attention_mask is not None and attention_mask.dim() == 2 and past_key_values is None:
             attention_mask = patch_mask(attention_mask, self.config.patch_size, inputs_embeds.shape[1])
@@ -236,12 +271,15 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             past_key_values=past_key_values,
             position_ids=position_ids,
             use_cache=use_cache,
+            output_hidden_states=bool(output_hidden_states),
         )
         hidden = outputs.last_hidden_state
-        output = CalmOutput(last_hidden_state=hidden, past_key_values=outputs.past_key_values)
+        loss, metrics = None, None
         if labels is not None:
-            output.loss, output.metrics = self._loss(hidden, labels, target_ids, noise, target_noise, generator)
-        return output
+            loss, metrics = self._loss(hidden, labels, target_ids, noise, target_noise, generator)
+        states = outputs.hidden_states if output_hidden_states else None
+        output = CalmOutput(loss, hidden, outputs.past_key_values, metrics, states)
+        return output.to_tuple() if return_dict is False else output
 
     def _loss(
         self,
@@ -257,6 +295,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             raise ValueError(
                 f"target_ids are for an energy head, whose loss compares draws with draws; got {head_type}."
             )
+        labels = labels.long()
         is_target = target_patches(labels, patch_size)
         ids = labels[:, patch_size:].clamp(min=0) if target_ids is None else target_ids.flatten(-2)
         with torch.no_grad():
@@ -271,8 +310,10 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             brier = (self._decoded_brier(head_loss.samples, ids) * weight).sum()
             loss = loss - self.config.decoded_brier_weight * brier
             metrics["decoded_brier"] = brier.detach()
-        # One that is frozen has nothing to learn, and its loss nothing to say.
-        if self.config.token_prediction_weight and self.token_predictor.proj.weight.requires_grad:
+        # On a frozen backbone a frozen predictor has nothing to teach, and its loss would only cost.
+        if self.config.token_prediction_weight and any(
+            _is_trained(part) for part in (self.backbone, self.patch_embedding, self.token_predictor)
+        ):
             token_ids = labels[:, patch_size:].unflatten(-1, (-1, patch_size))
             embeddings: Any = self.get_input_embeddings().weight
             cross_entropy = self.token_predictor.loss(hidden[:, :-1], token_ids, is_target, embeddings)

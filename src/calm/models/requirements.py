@@ -18,7 +18,10 @@ def check_full_attention(config: Any, purpose: str) -> None:
     other = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
     if other or getattr(config, "sliding_window", None):
         kinds = ", ".join(sorted(other)) or "sliding_window"
-        raise ValueError(f"a {config.model_type} backbone with {kinds} cannot be {purpose}: only full attention.")
+        raise ValueError(
+            f"a {config.model_type} backbone with {kinds} cannot be {purpose}: only full attention (in a recipe, "
+            "model.backbone's layer_types all full_attention, its sliding_window null)."
+        )
     if "flash" in (config._attn_implementation or ""):
         raise ValueError(
             f"a model with attn_implementation={config._attn_implementation} cannot be {purpose}: flash attention "

@@ -6,7 +6,9 @@ saves. The cache and the mask have their final size from the start, so that ever
 Shapes: B batch, K tokens of a patch, L patches, D hidden.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,6 +21,7 @@ from calm.models.requirements import check_full_attention
 
 _SHAPES = 64  # batch sizes, lengths and models
 _SIZES = 256  # caches come in multiples of so many patches, so that other lengths do not compile anew
+_BUSY = threading.Lock()  # a model has one static cache, and the compiler does one thing at a time
 _LAST: WeakKeyDictionary = WeakKeyDictionary()  # of every model; beside it, so that copies of the model do not hold it
 
 
@@ -32,17 +35,19 @@ class StaticStep:
         self.run: Callable[..., Tensor] = torch.compile(_step, mode=mode, dynamic=False)
 
     @classmethod
-    def start(cls, model: Any, state: Any, num_patches: int) -> tuple[Any, Callable[[Any, Tensor], Any]]:
-        """A state whose cache is static, and the function that extends it."""
+    @contextmanager
+    def of(cls, model: Any, state: Any, num_patches: int) -> Iterator[tuple[Any, Callable[[Any, Tensor], Any]]]:
+        """A state whose cache is static, and the function that extends it; other threads wait meanwhile."""
         check_full_attention(model.config.backbone_config, "compiled")
         limit = -(-num_patches // _SIZES) * _SIZES
         # What a cache and its compiled step are made for.
         key = (len(state.hidden), limit, model.dtype, model.device, torch.is_inference_mode_enabled())
-        made_for, step = _LAST.get(model, (None, None))
-        if made_for != key:
-            step = cls(model, limit)
-            _LAST[model] = key, step
-        return step.take_over(state), partial(step.extend, model)
+        with _BUSY:
+            made_for, step = _LAST.get(model, (None, None))
+            if made_for != key:
+                step = cls(model, limit)
+                _LAST[model] = key, step
+            yield step.take_over(state), partial(step.extend, model)
 
     def take_over(self, state: Any) -> Any:
         """Move a prompt's keys and values into the static cache."""

@@ -51,12 +51,9 @@ class TokenPredictor(nn.Module):
             is_target: which patches count, ``[...]``.
             embeddings: ``[V, D]``.
         """
-        any_target = is_target.any()
-        # Without a target all count, times zero: a mean over nothing would be no number.
-        token_ids = token_ids.clamp(min=0)
-        labels = token_ids.masked_fill((any_target & ~is_target)[..., None], -100)
-        states = self._states(hidden, token_ids, embeddings)
-        return linear_cross_entropy(states.flatten(0, -2), embeddings, labels.flatten()) * any_target
+        labels = token_ids.masked_fill(~is_target[..., None], -100)
+        states = self._states(hidden, token_ids.clamp(min=0), embeddings)
+        return linear_cross_entropy(states.flatten(0, -2), embeddings, labels.flatten())
 
     def log_probabilities(self, hidden: Tensor, token_ids: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Of the tokens of given next patches, and whether each is the likeliest.

@@ -59,8 +59,7 @@ def create_app(
     async def chat(body: ChatRequest, request: Request) -> Response:
         service = service_of(body.model)
         prompt = await asyncio.to_thread(service.encode_chat, body)
-        room = max(1, service.engine.context - -(-len(prompt) // service.patch_size) * service.patch_size)
-        max_tokens = body.max_completion_tokens or body.max_tokens or room
+        max_tokens = body.max_completion_tokens or body.max_tokens or service.engine.room_for_new(len(prompt))
         return await respond("chat.completion", service, body, [prompt], max_tokens, request)
 
     @app.get("/health")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from calm.models.context import positions_needed, room_for_new
 from calm.models.generation import NextChunk
 from calm.serving.slots import SlotCache
 from calm.serving.stepping import Sampling, Stepper
@@ -118,15 +119,18 @@ class Engine:
     def num_running(self) -> int:
         return len(self._running)
 
+    def room_for_new(self, num_prompt: int) -> int:
+        """New tokens that fit behind a prompt, at least one: what does not fit is refused when it is asked for."""
+        return max(1, room_for_new(self.cache.num_positions, num_prompt, self.stepper.patch_size))
+
     def check(self, job: Job) -> None:
         """ValueError when the model cannot do a job."""
         self.stepper.check(job.sampling)
         if job.prompt_ids and not 0 <= min(job.prompt_ids) <= max(job.prompt_ids) < self.stepper.vocab_size:
             raise ValueError(f"prompt holds token ids outside 0 to {self.stepper.vocab_size - 1}.")
-        if self.stepper.num_positions(len(job.prompt_ids), job.max_tokens) > self.cache.num_positions:
-            patch_size = self.stepper.patch_size
-            taken = self.stepper.num_positions(len(job.prompt_ids), patch_size) - 1  # by the prompt alone
-            room = (self.cache.num_positions - taken) * patch_size
+        patch_size = self.stepper.patch_size
+        if positions_needed(len(job.prompt_ids), job.max_tokens, patch_size) > self.cache.num_positions:
+            room = room_for_new(self.cache.num_positions, len(job.prompt_ids), patch_size)
             remedy = f"shorten the prompt, or ask for at most {room} tokens" if room > 0 else "shorten the prompt"
             raise ValueError(
                 f"the prompt ({len(job.prompt_ids)} tokens) and max_tokens ({job.max_tokens}) exceed the context of "

@@ -58,7 +58,15 @@ def run_server(
     for name, (path, tokenizer) in models.items():
         model = load_language_model(path, resolve_dtype(dtype, target))
         model.to(target)  # type: ignore[arg-type]
-        services.append(Service(name, model, load_tokenizer(tokenizer), limits, metrics))
+        try:
+            services.append(Service(name, model, load_tokenizer(tokenizer), limits, metrics))
+        except RuntimeError as error:
+            if "alloc" not in str(error).lower() and "out of memory" not in str(error).lower():
+                raise
+            raise ValueError(
+                f"no memory for the cache of {limits.max_batch} slots of {limits.context} tokens: take a smaller "
+                "--max-batch or --context."
+            ) from error
         kind = f"CALM, {services[-1].patch_size} tokens a step" if services[-1].is_calm else "token model"
         print(f"{name}: {kind}; {services[-1].memory()}")
     # A name that leads here from another site would let that site's pages in.

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from calm.models.context import context_of
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.serving.engine import Chunk, Engine, Job
 from calm.serving.schemas import ChatRequest, CompletionRequest, SamplingRequest
@@ -21,14 +22,16 @@ class Limits:
         max_batch: sequences that run at a time.
         max_queue: sequences that may wait.
         context: tokens of prompt and continuation together; at most what the model was made for.
+        max_candidates: draws a request may have the batch sampler choose from; a step of all waits for them.
     """
 
     max_batch: int = 16
     max_queue: int = 256
     context: int = 4096
+    max_candidates: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_queue", "context"):
+        for name in ("max_batch", "max_queue", "context", "max_candidates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
@@ -46,8 +49,11 @@ class Service:
         stepper = stepper_of(model.eval())
         stepper.check(self.default_sampling())  # what the model's files say must fit it
         self.patch_size = stepper.patch_size
-        positions = getattr(stepper.backbone_config, "max_position_embeddings", None) or limits.context
+        positions = context_of(stepper.backbone_config) or limits.context
         context = min(limits.context, positions * stepper.patch_size)
+        if context < 2 * stepper.patch_size:
+            raise ValueError(f"context must be at least {2 * stepper.patch_size} tokens for {name}, got {context}.")
+        self.max_candidates = limits.max_candidates
         self.engine = Engine(stepper, tokenizer, limits.max_batch, context, limits.max_queue, Telemetry(metrics, name))
 
     def describe(self) -> dict[str, Any]:
@@ -83,6 +89,10 @@ class Service:
         given = {name: value for name in names if (value := getattr(request, name)) is not None}
         if not self.is_calm and given.keys() - {"temperature"}:
             raise ValueError(f"sampler and num_candidates are settings of a CALM, and {self.name} is a token model")
+        if given.get("num_candidates", 0) > self.max_candidates:
+            raise ValueError(
+                f"num_candidates: this server takes at most {self.max_candidates}, got {given['num_candidates']}"
+            )
         return replace(self.default_sampling(), **given)
 
     def encode_prompts(self, request: CompletionRequest) -> list[list[int]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from calm.functional.noise import categorical
 from calm.functional.temperature import sharpened
 from calm.models.generation import NextChunk
 from calm.models.modeling_calm import CalmForCausalLM
@@ -51,10 +52,6 @@ class Stepper(ABC):
     @abstractmethod
     def draw(self, conditions: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> NextChunk:
         """The next K tokens of every row of ``[n, D]``."""
-
-    def num_positions(self, num_prompt: int, max_tokens: int) -> int:
-        """Positions that a prompt and so many new tokens take; the last chunk is not fed back."""
-        return max(1, -(-num_prompt // self.patch_size)) + -(-max_tokens // self.patch_size) - 1
 
     def step(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """Feed chunks ``[n, K]`` back at positions ``[n]``: the next conditions ``[n, D]``."""
@@ -110,8 +107,7 @@ class TokenStepper(Stepper):
 
     def draw(self, conditions: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> NextChunk:
         law = sharpened(self.model.get_output_embeddings()(conditions), sampling.temperature)
-        rows = zip(law, generators, strict=True)
-        tokens = torch.stack([row.multinomial(1, generator=generator) for row, generator in rows])
+        tokens = categorical(law, 1, generators)
         ones = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
         return NextChunk(tokens, ones, ones)
 

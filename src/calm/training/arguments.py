@@ -15,6 +15,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     # Every weight that is trained has a part in every loss: no process need look for those that have none.
     values = {"ddp_find_unused_parameters": False} | recipe.training
     values["report_to"] = values["report_to"] or "none"
+    # Without it, processes started together on a machine without an accelerator would each take themselves for alone.
+    values.setdefault("use_cpu", not torch.accelerator.is_available())
     if recipe.tokens_per_step is not None:
         values["gradient_accumulation_steps"] = accumulation_steps(recipe, int(os.environ.get("WORLD_SIZE", 1)))
     if recipe.precision != "auto":
@@ -55,15 +57,15 @@ def _check_metric(recipe: Recipe) -> None:
 def check_processes(recipe: Recipe, arguments: TrainingArguments) -> None:
     """ValueError when the way the processes were started does not fit them or the recipe."""
     fsdp = asks_for_fsdp(arguments)
-    if fsdp and arguments.world_size == 1:
-        raise ValueError(
-            "FSDP shards a model over processes, and this is one process: start it with `accelerate launch "
-            "--num_processes 2` or more, or without FSDP."
-        )
     if fsdp and recipe.brier_blocks is not None:
         raise ValueError(
             "brier_blocks cannot be scored while the model is sharded: leave it out, and run `calm evaluate` on the "
             "trained model."
+        )
+    if fsdp and arguments.world_size == 1:
+        raise ValueError(
+            "FSDP shards a model over processes, and this is one process: start several with `torchrun "
+            "--nproc-per-node 2 --no-python calm train ...` or `accelerate launch`, or train without FSDP."
         )
 
 

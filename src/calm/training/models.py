@@ -36,7 +36,7 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
         return model
     autoencoder = load_autoencoder(recipe.model["autoencoder"])
     _check_same_tokenizer(recipe.model["autoencoder"], recipe.data.train)
-    backbone = _backbone(recipe, autoencoder.config, tokens)
+    backbone = _backbone(recipe, autoencoder.config.patch_size, tokens)
     with _settings_may_not_fit():
         model = CalmForCausalLM.from_autoencoder(autoencoder, backbone, _head(recipe), **_auxiliary(recipe))
     if "backbone_weights" in recipe.model:
@@ -211,7 +211,7 @@ def outline_model(recipe: Recipe, others: Iterable[Recipe] = ()) -> PreTrainedMo
     with _settings_may_not_fit():
         return outline(
             CalmConfig(
-                backbone_config=_backbone(recipe, autoencoder, tokens),
+                backbone_config=_backbone(recipe, autoencoder.patch_size, tokens),
                 head_config=_head(recipe),
                 autoencoder_config=autoencoder,
                 **_auxiliary(recipe),
@@ -230,13 +230,13 @@ def outline_at(place: str, recipes: Iterable[Recipe]) -> PreTrainedModel:
 
 
 def _baseline_config(recipe: Recipe, tokens: dict) -> Any:
-    backbone = dict(recipe.model["backbone"])
-    return AutoConfig.for_model(backbone.pop("model_type", "llama"), **tokens | backbone)
+    fields = _backbone(recipe, 1, tokens)
+    return AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
 
 
-def _backbone(recipe: Recipe, autoencoder: CalmAutoencoderConfig, tokens: dict) -> dict:
-    # Every patch is one position of the backbone.
-    positions = max(2048, recipe.data.block_size // autoencoder.patch_size)
+def _backbone(recipe: Recipe, patch_size: int, tokens: dict) -> dict:
+    """Fields of the backbone's configuration; its context holds the blocks it is trained on, a position per patch."""
+    positions = max(2048, recipe.data.block_size // patch_size)
     return {"max_position_embeddings": positions} | tokens | dict(recipe.model["backbone"])
 
 

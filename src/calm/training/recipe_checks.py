@@ -21,10 +21,16 @@ _SMALLEST_TRAINING = {
     "weight_decay": 0,
     "warmup_steps": 0,
     "max_grad_norm": 0,
+    "max_steps": -1,
 }
+# Numbers of steps, or shares of the run below 1.
+_INTERVALS = ("logging_steps", "save_steps", "eval_steps")
 
 # Of backbones and heads; what else they count may be nothing, or a list.
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "vocab_size",
+)  # fmt: skip
 
 
 def check_keys(given: Any, allowed: Collection[str], where: str) -> None:
@@ -63,6 +69,9 @@ def check_training(training: Any) -> None:
         _check_setting(f"training.{name}", value, known[name])
     for name, smallest in _SMALLEST_TRAINING.items():
         check_smallest(f"training.{name}", training.get(name), smallest)
+    for name in _INTERVALS:
+        if training.get(name) is not None and not training[name] > 0:
+            raise ValueError(f"training.{name} must be above 0, got {training[name]!r}.")
     if training.get("max_steps") == 0:
         raise ValueError("training.max_steps must be at least 1, or -1 for as many as training.num_train_epochs takes.")
 
@@ -122,10 +131,20 @@ def _check_part(part: str, given: Any) -> None:
         value = given.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"model.{part}.{name} must be a whole number, at least 1, got {value!r}.")
-    heads, shared = given.get("num_attention_heads"), given.get("num_key_value_heads")
-    if heads and shared and heads % shared:
+    if part == "backbone":
+        _check_heads(given)
+
+
+def _check_heads(backbone: dict[str, Any]) -> None:
+    """What is given and what follows from the defaults of the backbone's family."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    defaults = CONFIG_MAPPING[backbone.get("model_type", "llama")]
+    heads = backbone.get("num_attention_heads", getattr(defaults, "num_attention_heads", None))
+    shared = backbone.get("num_key_value_heads", getattr(defaults, "num_key_value_heads", None))
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
         raise ValueError(
-            f"model.{part}.num_key_value_heads ({shared}) must divide num_attention_heads ({heads}): each serves as "
+            f"model.backbone.num_key_value_heads ({shared}) must divide num_attention_heads ({heads}): each serves as "
             "many of them."
         )
 
@@ -147,12 +166,19 @@ def _model_fields(stage: str) -> Collection[str]:
 
 
 def _backbone_fields(backbone: dict[str, Any]) -> Collection[str] | None:
-    """Fields of the backbone's configuration; for a Llama they are known to be all there are."""
-    if backbone.get("model_type", "llama") != "llama":
-        return None
-    from transformers import LlamaConfig
+    """Fields of the backbone's configuration; None where a family does not say which there are."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return {each.name for each in dataclasses.fields(LlamaConfig)} | {"model_type", "rope_theta"}
+    kind = backbone.get("model_type", "llama")
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "it must be one that transformers knows."
+        raise ValueError(f"model.backbone.model_type {kind!r} is unknown: {hint}")
+    config: Any = CONFIG_MAPPING[kind]
+    if not dataclasses.is_dataclass(config):
+        return None
+    fields = {each.name for each in dataclasses.fields(config)}
+    return fields | set(getattr(config, "attribute_map", None) or ()) | {"model_type", "rope_theta"}
 
 
 def _head_fields(head: dict[str, Any]) -> Collection[str] | None:

@@ -44,9 +44,9 @@ def check_output(recipe: Recipe, allow_recipe_change: bool = False) -> None:
         fixed.append(schedule)
     if changed and (fixed or not allow_recipe_change):
         difference = "; ".join(f"{key} ({before.get(key)!r} there, {now.get(key)!r} here)" for key in changed)
-        remedy = "Choose another output_dir, or remove it"
+        remedy = "Choose another output_dir (in a study, another name or -o), or remove it"
         if not fixed:
-            remedy += ", or go on with the new recipe: --allow-recipe-change"
+            remedy += ", or go on with the new recipe: `calm train --allow-recipe-change`"
         raise ValueError(f"{output} holds a run of another recipe: {difference}. {remedy}.")
 
 

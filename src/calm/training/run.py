@@ -20,6 +20,7 @@ from transformers.trainer_callback import ProgressCallback as TqdmCallback
 from calm.data.blocks import TokenBlocks, read_manifest
 from calm.data.conversations import ConversationBlocks
 from calm.data.tokenizer import load_tokenizer
+from calm.evaluation.brier_lm import check_scorable
 from calm.files import write_whole
 from calm.training.arguments import check_processes, training_arguments
 from calm.training.interruption import InterruptionCallback, TrainingInterruptedError
@@ -80,6 +81,8 @@ def _make_trainer(recipe: Recipe, arguments: TrainingArguments) -> CalmTrainer:
     output = Path(recipe.output_dir)
     set_seed(recipe.seed)
     model = build_model(recipe)
+    if recipe.brier_blocks is not None:
+        check_scorable(model.config)
     train_blocks, validation_blocks = load_blocks(recipe, model)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")  # the one way the Trainer offers
     trainer = CalmTrainer(

@@ -101,12 +101,14 @@ class CalmTrainer(Trainer):
                 inputs["target_ids"] = draw_continuations(teacher, ids, patch_size, count, noise)
         outputs = model(**inputs)
         if model.training:
+            parts = report(plain, outputs)
             if weight is not None:
                 outputs.loss = outputs.loss * weight
+                parts = {name: value * weight for name, value in parts.items()}
             loss = outputs.loss.detach()
             good = loss.isfinite() | (self._first_bad_step >= 0)
             self._first_bad_step = torch.where(good, self._first_bad_step, self.state.global_step + 1)
-            self.averages.add({"loss": loss} | report(plain, outputs), inputs["input_ids"].numel())
+            self.averages.add({"loss": loss} | parts, inputs["input_ids"].numel())
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -138,7 +140,7 @@ class CalmTrainer(Trainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         blocks: Any = self.held_out_blocks
         stride = model.config.patch_size if isinstance(model, CalmForCausalLM) else NGRAM
-        result = evaluate_brier(model, blocks, stride, self.brier_blocks)
+        result = evaluate_brier(model, blocks, stride, num_blocks=self.brier_blocks)
         scores = {"eval_brier_lm": result.brier_lm}
         if result.brier_lm_error is not None:
             scores["eval_brier_lm_error"] = result.brier_lm_error

@@ -98,14 +98,19 @@ class EnergyHead(Head):
         target_noise: Tensor | None = None,
         generator: Generator = None,
     ) -> HeadLoss:
-        """Negative energy score of N draws against M draws of the posterior; noise ``[N, ..., U]``.
+        """Negative energy score of N draws against M draws of the posterior; noise ``[N, B, ..., U]``.
 
-        Of S possible next patches, each gives M / S of the draws.
+        Of S possible next patches, each gives M / S of the draws; ValueError where S does not divide M.
         """
         config = self.config
         mean, std = posterior.mean.float(), posterior.log_std.float().exp()
         if mean.dim() == hidden.dim():
             mean, std = mean[None], std[None]
+        if config.num_target_samples % len(mean):
+            raise ValueError(
+                f"num_target_samples ({config.num_target_samples}) of the energy head must be a multiple of the "
+                f"{len(mean)} possible next patches: every one gives as many targets."
+            )
         center = mean.mean(0)
         if noise is None:
             noise = self.draw_noise(hidden, config.num_samples, generator, row_dim=1)
