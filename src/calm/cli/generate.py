@@ -56,14 +56,14 @@ def generate(
     target = resolve_device(device)
     language_model = load_language_model(model, resolve_dtype(dtype, target))
     language_model.to(target)  # type: ignore[arg-type]
-    words = load_tokenizer(tokenizer or model)
+    own_tokenizer = load_tokenizer(tokenizer or model)
     settings = SamplingSettings(max_new_tokens, temperature, sampler, num_candidates, seed, stop or None, compile)
     if prompts is None or output is None:
         text = sys.stdin.read() if prompt == "-" else prompt or ""
-        complete(language_model, words, [text], settings, TextStreamer(words, skip_special_tokens=True))
+        complete(language_model, own_tokenizer, [text], settings, TextStreamer(own_tokenizer, skip_special_tokens=True))
         return
     with make_progress() as progress:
         task = progress.add_task("generate", total=None, note="")
         advance = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
-        count = complete_file(language_model, words, prompts, output, settings, batch_size, advance)
+        count = complete_file(language_model, own_tokenizer, prompts, output, settings, batch_size, advance)
     print(f"{count} texts: {output}")

@@ -150,13 +150,13 @@ def score_token_model(
     steps = starts[:, None] - 1 + torch.arange(NGRAM, device=ids.device)  # [P, n]: states that predict the n-gram
     needed = steps.unique()
     index = torch.searchsorted(needed, steps)
-    law = _look(model, trunk[:, needed], ids[:, needed + 1], num_paths, generator, temperature)
-    hit = law.of_text[:, index].cumprod(-1)
+    token = _look(model, trunk[:, needed], ids[:, needed + 1], num_paths, generator, temperature)
+    hit = token.of_text[:, index].cumprod(-1)
     branches = Branches(model.base_model, outputs.past_key_values, ids.shape[1])
     collision = []
     for some in branches.backwards(starts - 1, num_paths):
         at = torch.searchsorted(needed, some)
-        first = (law.same_again[:, at], law.drawn[:, at], law.probability[:, at])
+        first = (token.same_again[:, at], token.drawn[:, at], token.probability[:, at])
         collision.append(_path_collisions(model, some, *first, branches, generator, temperature))
     return hit, torch.cat(collision[::-1], dim=1)
 
@@ -181,10 +181,10 @@ def _path_collisions(
     for depth in range(1, NGRAM):
         inputs = model.get_input_embeddings()(drawn)
         hidden, visible = branches.grow(inputs, where + depth, visible)
-        law = _look(model, hidden, None, 1 if depth < NGRAM - 1 else 0, generator, temperature)
-        collision.append((weight * law.same_again).unflatten(1, (-1, num_paths)).mean(2))
+        token = _look(model, hidden, None, 1 if depth < NGRAM - 1 else 0, generator, temperature)
+        collision.append((weight * token.same_again).unflatten(1, (-1, num_paths)).mean(2))
         if depth < NGRAM - 1:
-            drawn, weight = law.drawn[..., 0], weight * law.probability[..., 0]
+            drawn, weight = token.drawn[..., 0], weight * token.probability[..., 0]
     return torch.stack(collision, dim=-1)
 
 
@@ -194,7 +194,7 @@ def check_finite(hidden: Tensor) -> None:
 
 
 @dataclass
-class _Law:
+class _NextToken:
     """What is asked of the next token's probabilities, of every state ``[...]``."""
 
     same_again: Tensor  # probability that two draws are equal, [...]
@@ -210,19 +210,19 @@ def _look(
     num_draws: int,
     generator: torch.Generator,
     temperature: float,
-) -> _Law:
-    """The next token's law at states ``[..., D]``, a tile at a time: the logits of all states are never held."""
+) -> _NextToken:
+    """The next token at states ``[..., D]``, a tile at a time: the logits of all states are never held."""
     states = hidden.flatten(0, -2)
     tile_size = max(_TILE_ROWS, rows_at_once(model.config.vocab_size, states.device, _TILE_ELEMENTS))
     given = torch.zeros(len(states), dtype=torch.long, device=hidden.device) if text is None else text.flatten()
     found: list[tuple[Tensor, ...]] = []
     for tile, token in zip(states.split(tile_size), given.split(tile_size), strict=True):
-        law = sharpened(model.get_output_embeddings()(tile), temperature)
+        probs = sharpened(model.get_output_embeddings()(tile), temperature)
         drawn = torch.empty((len(tile), 0), dtype=torch.long, device=tile.device)
         if num_draws:
-            drawn = categorical(law, num_draws, generator)
+            drawn = categorical(probs, num_draws, generator)
         found.append(
-            (torch.linalg.vecdot(law, law), law.gather(-1, token[:, None])[:, 0], drawn, law.gather(-1, drawn))
+            (torch.linalg.vecdot(probs, probs), probs.gather(-1, token[:, None])[:, 0], drawn, probs.gather(-1, drawn))
         )
     parts = [torch.cat(several) for several in zip(*found, strict=True)]
-    return _Law(*(part.unflatten(0, hidden.shape[:-1]) for part in parts))
+    return _NextToken(*(part.unflatten(0, hidden.shape[:-1]) for part in parts))

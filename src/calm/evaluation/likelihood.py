@@ -1,7 +1,8 @@
 """How likely a CALM finds a text: the probabilities that its token prediction draws from.
 
 A head gives samples alone; token prediction says of every token how likely it is, given the patches before it and,
-where it is autoregressive, the tokens before it in its patch. The product is the law of ``sampler="token_prediction"``.
+where it is autoregressive, the tokens before it in its patch. Their product is the probability with which
+``sampler="token_prediction"`` draws a text.
 
 Shapes: B texts, L patches of the longest context, M of the longest continuation, K tokens of a patch.
 """

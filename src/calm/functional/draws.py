@@ -113,5 +113,5 @@ class Draws:
         width = shape[-1]
         size = (*shape[:-1], len(self.rows), width)
         device = self.tokens.device
-        luck = uniform(size, of_rows(self._generator, self.rows), device, finest(device))
-        return luck.movedim(-2, 0)
+        uniforms = uniform(size, of_rows(self._generator, self.rows), device, finest(device))
+        return uniforms.movedim(-2, 0)

@@ -34,19 +34,19 @@ def normal(
     return _draw(torch.randn, shape, generator, device, dtype, row_dim)
 
 
-def categorical(law: Tensor, num_draws: int, generator: Generator = None, row_dim: int = -2) -> Tensor:
+def categorical(probs: Tensor, num_draws: int, generator: Generator = None, row_dim: int = -2) -> Tensor:
     """Independent draws of a distribution over V values, ``[..., V] -> [..., num_draws]``."""
-    return pick(law, uniform((*law.shape[:-1], num_draws), generator, law.device, row_dim=row_dim))
+    return pick(probs, uniform((*probs.shape[:-1], num_draws), generator, probs.device, row_dim=row_dim))
 
 
-def pick(law: Tensor, luck: Tensor) -> Tensor:
+def pick(probs: Tensor, uniforms: Tensor) -> Tensor:
     """The values that uniform random numbers stand for: ``[..., V], [..., draws] -> [..., draws]``.
 
     By the inverse of the distribution function: one random number for a draw, not one for a value.
     """
-    cumulative = law.cumsum(-1)
-    drawn = torch.searchsorted(cumulative, luck * cumulative[..., -1:], right=True)
-    return drawn.clamp(max=law.shape[-1] - 1)
+    cumulative = probs.cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniforms * cumulative[..., -1:], right=True)
+    return drawn.clamp(max=probs.shape[-1] - 1)
 
 
 def finest(device: torch.device) -> torch.dtype:

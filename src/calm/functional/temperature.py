@@ -97,7 +97,7 @@ def batch_temperature_sample(candidates: Tensor, temperature: float, generator: 
 
 
 def sample_batch(draws: Draws, temperature: float, num_candidates: int) -> Tensor:
-    """The law of :func:`batch_temperature_sample` for N new draws, decoded as far as needed: ``[R, K]``."""
+    """As :func:`batch_temperature_sample`, for N new draws, decoded as far as needed: ``[R, K]``."""
     check_candidates(num_candidates, temperature)
     exponent = check_temperature(temperature)
     whole = math.floor(exponent)
@@ -197,13 +197,13 @@ def _attempt(draws: Draws, slots: Tensor, whole: int, limit: Tensor, asked: Tens
     return found, agree & ~found & (limit > trials.shape[2])
 
 
-def _trial_limit(luck: Tensor, remainder: float, most: int) -> Tensor:
+def _trial_limit(uniforms: Tensor, remainder: float, most: int) -> Tensor:
     """L of the Bernoulli factory, at most ``most``, from uniform random numbers."""
     if remainder == 0:
-        return torch.zeros_like(luck, dtype=torch.long)
-    i = torch.arange(1, most + 1, dtype=luck.dtype, device=luck.device)
+        return torch.zeros_like(uniforms, dtype=torch.long)
+    i = torch.arange(1, most + 1, dtype=uniforms.dtype, device=uniforms.device)
     log_survival = torch.lgamma(i - remainder) - torch.lgamma(i) - math.lgamma(1 - remainder)
-    return torch.searchsorted(-log_survival.exp(), -luck)
+    return torch.searchsorted(-log_survival.exp(), -uniforms)
 
 
 def _give_places(place: Tensor, members: Tensor) -> Tensor:
@@ -255,10 +255,10 @@ def _choose_by_counts(draws: Draws, exponent: float) -> Tensor:
         log_weight = torch.lgamma(copies + 1) - torch.lgamma((copies - exponent + 1).clamp(min=1e-9)) - copies.log()
         weight = (log_weight.masked_fill(~alive, -math.inf) - log_weight.masked_fill(~alive, 0).amax(1, True)).exp()
         cumulative = weight.cumsum(1)
-        luck = draws.uniform(1) * cumulative[:, -1:]
+        uniforms = draws.uniform(1) * cumulative[:, -1:]
         some = alive.any(1)
         if some.any():
-            chosen = torch.searchsorted(cumulative[some], luck[some], right=True)[:, 0].clamp(max=count - 1)
+            chosen = torch.searchsorted(cumulative[some], uniforms[some], right=True)[:, 0].clamp(max=count - 1)
             result[left[some]] = draws.part(some).chunks(chosen)
         draws, left = draws.part(~some), left[~some]
         exponent -= 1

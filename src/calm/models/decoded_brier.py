@@ -50,18 +50,18 @@ class _DecodedBrier(torch.autograd.Function):
     @staticmethod
     def _forward(ctx, states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
         num_tokens, num_draws, num_texts = states.shape[1], states.shape[2], text.shape[2]
-        law = (states.to(embeddings.dtype) @ embeddings.T).float().softmax(-1)  # [P, K, N, V]
+        probs = (states.to(embeddings.dtype) @ embeddings.T).float().softmax(-1)  # [P, K, N, V]
         places = text[:, :, None].expand(-1, -1, num_draws, -1)
-        right = law.gather(-1, places)  # [P, K, N, S]
-        agree = law @ law.mT  # [P, K, N, N]
+        right = probs.gather(-1, places)  # [P, K, N, S]
+        agree = probs @ probs.mT  # [P, K, N, N]
         of_right = 2 / (num_tokens * num_draws * num_texts)
         of_agree = (1 - torch.eye(num_draws, device=agree.device)) / (num_tokens * num_draws * (num_draws - 1))
         score = (right.cumprod(1) * of_right).sum((1, 2, 3)) - (agree.cumprod(1) * of_agree).sum((1, 2, 3))
         if ctx.needs_input_grad[0]:
             # From both, which are small, to the probabilities, and back through the softmax.
-            of_law = (_gradient_of_prefixes(agree) * of_agree * -2) @ law
-            of_law.scatter_add_(-1, places, _gradient_of_prefixes(right) * of_right)
-            of_logits = of_law.sub_((of_law * law).sum(-1, keepdim=True)).mul_(law)
+            of_probs = (_gradient_of_prefixes(agree) * of_agree * -2) @ probs
+            of_probs.scatter_add_(-1, places, _gradient_of_prefixes(right) * of_right)
+            of_logits = of_probs.sub_((of_probs * probs).sum(-1, keepdim=True)).mul_(probs)
             ctx.save_for_backward((of_logits.to(embeddings.dtype) @ embeddings).to(states.dtype))
         return score
 

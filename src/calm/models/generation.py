@@ -105,7 +105,7 @@ class CalmGenerationMixin:
             temperature: in (0, 1]. A chunk's probability to the power of 1 / temperature, up to a constant; of
                 ``sampler="token_prediction"`` each token's, and then it may be above 1.
             sampler: ``"batch"`` chooses among ``num_candidates`` draws (fast, approximate); ``"exact"`` draws until
-                enough of them agree (exact law, its cost grows fast as the temperature falls). ``"token_prediction"``
+                enough of them agree (exact, but its cost grows fast as the temperature falls). ``"token_prediction"``
                 leaves the head out: the tokens of a chunk are drawn from what token prediction taught the hidden state
                 to say of them.
             num_candidates: N of the batch sampler, and of the exact sampler's fallback.

@@ -195,13 +195,13 @@ class CalmAutoencoder(PreTrainedModel):
         """
         config = self.config
         if self.training and config.token_dropout:
-            luck = uniform(input_ids.shape, generator, input_ids.device, row_dim=0)
-            input_ids = input_ids.masked_fill(luck < config.token_dropout, config.token_dropout_id)
+            uniforms = uniform(input_ids.shape, generator, input_ids.device, row_dim=0)
+            input_ids = input_ids.masked_fill(uniforms < config.token_dropout, config.token_dropout_id)
         posterior = self.encode(input_ids)
         latents = posterior.sample(1, None if noise is None else noise[None], generator)[0]
         if self.training and config.latent_dropout:
-            luck = uniform(latents.shape, generator, latents.device, row_dim=0)
-            latents = latents * (luck >= config.latent_dropout) / (1 - config.latent_dropout)
+            uniforms = uniform(latents.shape, generator, latents.device, row_dim=0)
+            latents = latents * (uniforms >= config.latent_dropout) / (1 - config.latent_dropout)
         states = self.decoder(latents)
         output = CalmAutoencoderOutput(mean=posterior.mean, log_std=posterior.log_std)
         if labels is None:

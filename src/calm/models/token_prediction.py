@@ -64,8 +64,8 @@ class TokenPredictor(nn.Module):
         size = rows_at_once(len(embeddings), hidden.device, _TILE_ELEMENTS)
         found = []
         for state, token in zip(states.split(size), token_ids.flatten().split(size), strict=True):
-            law = (state @ embeddings.T).float().log_softmax(-1)
-            found.append((law.gather(-1, token[:, None])[:, 0], law.argmax(-1) == token))
+            log_probs = (state @ embeddings.T).float().log_softmax(-1)
+            found.append((log_probs.gather(-1, token[:, None])[:, 0], log_probs.argmax(-1) == token))
         log_probability, likeliest = (torch.cat(parts).view(token_ids.shape) for parts in zip(*found, strict=True))
         return log_probability, likeliest
 
@@ -76,12 +76,12 @@ class TokenPredictor(nn.Module):
             temperature: above 0; every token's probabilities to the power of 1 / temperature.
             generator: one, or a list of one per position.
         """
-        luck = uniform((len(hidden), self.patch_size, 1), generator, hidden.device, row_dim=0)
+        uniforms = uniform((len(hidden), self.patch_size, 1), generator, hidden.device, row_dim=0)
         size = rows_at_once(len(embeddings), hidden.device, _TILE_ELEMENTS)
-        tiles = zip(hidden.split(size), luck.split(size), strict=True)
+        tiles = zip(hidden.split(size), uniforms.split(size), strict=True)
         return torch.cat([self._draw(*tile, embeddings, temperature) for tile in tiles])
 
-    def _draw(self, hidden: Tensor, luck: Tensor, embeddings: Tensor, temperature: float) -> Tensor:
+    def _draw(self, hidden: Tensor, uniforms: Tensor, embeddings: Tensor, temperature: float) -> Tensor:
         states = self.proj(hidden).unflatten(-1, (self.patch_size, -1))
         tokens: list[Tensor] = []
         for position in range(self.patch_size):
@@ -89,7 +89,7 @@ class TokenPredictor(nn.Module):
             if self.norm is not None and position:
                 before = nn.functional.embedding(torch.stack(tokens, dim=-1), embeddings)
                 state = state + self._of_before(self._known(hidden, before), position)
-            tokens.append(pick(sharpened(state @ embeddings.T, temperature), luck[:, position])[:, 0])
+            tokens.append(pick(sharpened(state @ embeddings.T, temperature), uniforms[:, position])[:, 0])
         return torch.stack(tokens, dim=-1)
 
     def _states(self, hidden: Tensor, token_ids: Tensor, embeddings: Tensor) -> Tensor:

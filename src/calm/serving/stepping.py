@@ -106,8 +106,8 @@ class TokenStepper(Stepper):
         return outputs.last_hidden_state[:, -1], outputs.past_key_values, prompt.shape[1]
 
     def draw(self, conditions: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> NextChunk:
-        law = sharpened(self.model.get_output_embeddings()(conditions), sampling.temperature)
-        tokens = categorical(law, 1, generators)
+        probs = sharpened(self.model.get_output_embeddings()(conditions), sampling.temperature)
+        tokens = categorical(probs, 1, generators)
         ones = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
         return NextChunk(tokens, ones, ones)
 

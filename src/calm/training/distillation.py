@@ -1,7 +1,7 @@
 """Distillation: a token model draws several continuations of every context, and they are the energy score's targets.
 
-The text shows one continuation of a context; the law of the next patch, which the head has to learn, shows in many.
-Draws are all that is needed of the teacher. They are made for all patches of a block at once, as branches of its
+The text shows one continuation of a context; the distribution of the next patch, which the head has to learn, shows in
+many. Draws are all that is needed of the teacher. They are made for all patches of a block at once, as branches of its
 key/value cache.
 
 Shapes: B blocks, T = L * K tokens, L patches, K tokens of a patch, S continuations, V vocabulary.
@@ -15,7 +15,7 @@ from torch import Tensor
 from calm.evaluation.branches import Branches
 from calm.functional.noise import Generator, pick, uniform
 
-_TILE_ELEMENTS = 2**26  # of the laws that exist at once: 256 MiB in float32
+_TILE_ELEMENTS = 2**26  # of the distributions that exist at once: 256 MiB in float32
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def _draw(teacher: Any, hidden: Tensor, num_draws: int, generator: Generator) ->
     """Draws of the next token: ``[B, n, D] -> [B, n, num_draws]``."""
     output = teacher.get_output_embeddings()
     # All at once: what a block gets does not depend on the tiles.
-    luck = uniform((*hidden.shape[:-1], num_draws), generator, hidden.device, row_dim=0)
+    uniforms = uniform((*hidden.shape[:-1], num_draws), generator, hidden.device, row_dim=0)
     size = max(1, _TILE_ELEMENTS // (len(hidden) * len(output.weight)))
-    tiles = zip(hidden.split(size, dim=1), luck.split(size, dim=1), strict=True)
+    tiles = zip(hidden.split(size, dim=1), uniforms.split(size, dim=1), strict=True)
     return torch.cat([pick(output(states).float().softmax(-1), some) for states, some in tiles], dim=1)
