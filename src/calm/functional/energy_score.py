@@ -1,5 +1,8 @@
 """The energy score: a strictly proper scoring rule that needs samples only.
 
+``energy_score`` is the definition. The energy head computes the same from the mean distances below, a row at a time, so
+that its target draws are never held at once.
+
 Shapes: N model samples, M target samples, Z latent dimensions, ... any leading dimensions.
 """
 
