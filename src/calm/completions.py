@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from calm.data.text import half_character
 from calm.functional.temperature import LOWEST_TEMPERATURE, check_positive
-from calm.models.context import context_of, positions_needed, room_for_new
+from calm.models.context import context_of, patch_size_of, positions_needed, room_for_new
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.prompts import left_padded
 
@@ -223,7 +223,7 @@ def _check_lengths(
     settings: SamplingSettings,
 ) -> None:
     """ValueError for a prompt that the model's context does not hold, before any text is written."""
-    context, patch_size = context_of(model.config), getattr(model.config, "patch_size", 1)
+    context, patch_size = context_of(model.config), patch_size_of(model.config)
     if context is None:
         return
     for number, record in numbered:

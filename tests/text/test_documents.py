@@ -43,6 +43,9 @@ def test_a_corrupt_line_is_named(tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(LINES + b'{"text": "cut\n')
     with pytest.raises(BadRecordError, match=r"bad\.jsonl line 4 is not valid JSON"):
         read(tmp_path / "bad.jsonl")
+    (tmp_path / "bad.jsonl").write_bytes(LINES + b'{"text": 3}')
+    with pytest.raises(BadRecordError, match=r"line 4 holds a int in field 'text', where a text must be"):
+        read(tmp_path / "bad.jsonl")
 
 
 def test_bad_records_are_counted_and_skipped_on_request(tmp_path):

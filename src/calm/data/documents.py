@@ -172,7 +172,10 @@ def _record(line: bytes, place: str) -> dict | BadRecordError:
 
 
 def _text_of(record: dict, place: str, text_key: str) -> str | BadRecordError:
-    if not isinstance(record.get(text_key), str):
+    if text_key in record and not isinstance(record[text_key], str):
+        given = f"holds a {type(record[text_key]).__name__} in field {text_key!r}, where a text must be."
+        return BadRecordError(place, given, "no text in the text field")
+    if text_key not in record:
         return BadRecordError(
             place,
             f"has no text field {text_key!r} (found: {', '.join(record)}); name it with --text-key.",

@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from calm.models.context import patch_size_of
+
 PROTOCOLS = ("common", "paper")
 BLOCK_SIZE = 1024  # tokens, of the common protocol where nobody says
 _PAPER_POSITIONS = 2048
@@ -36,7 +38,7 @@ def protocols(
     """
     if name not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}.")
-    patch_sizes = [getattr(model.config, "patch_size", 1) for model in models]
+    patch_sizes = [patch_size_of(model.config) for model in models]
     if name == "paper":
         if block_size is not None or stride is not None:
             raise ValueError("--protocol paper sets block size and stride itself: leave them out, or take common.")

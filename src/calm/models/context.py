@@ -3,6 +3,11 @@
 from typing import Any
 
 
+def patch_size_of(config: Any) -> int:
+    """K; 1 of a token model."""
+    return getattr(config, "patch_size", 1)
+
+
 def context_of(config: Any) -> int | None:
     """Positions that the backbone of a CALM, or a token model, was made for; None where it has no limit."""
     return getattr(getattr(config, "backbone_config", config), "max_position_embeddings", None)

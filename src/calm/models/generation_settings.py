@@ -63,7 +63,7 @@ class GenerationSettings:
 
 
 def resolve_settings(
-    given: dict[str, Any], saved: GenerationConfig, models: GenerationConfig, prompt_length: int
+    given: dict[str, Any], saved: GenerationConfig, own: GenerationConfig, prompt_length: int
 ) -> GenerationSettings:
     """Arguments before saved settings before defaults; where neither names an end of text, the model's tokens.
 
@@ -88,8 +88,8 @@ def resolve_settings(
         )
     values: dict[str, Any] = known | saved_fields | given
     if values["eos_token_id"] is None:
-        own = {"eos_token_id": models.eos_token_id, "pad_token_id": models.pad_token_id}
-        values |= {name: token for name, token in own.items() if token is not None and name not in given}
+        tokens = {"eos_token_id": own.eos_token_id, "pad_token_id": own.pad_token_id}
+        values |= {name: token for name, token in tokens.items() if token is not None and name not in given}
     for name in ("max_new_tokens", "num_return_sequences", "num_candidates", "max_length"):
         if values[name] is not None and (not isinstance(values[name], int) or isinstance(values[name], bool)):
             raise ValueError(f"{name} must be a whole number, got {values[name]!r}.")

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from calm.evaluation.compute import compute, distillation_flops_per_token
+from calm.models.context import patch_size_of
 from calm.training.arguments import trained_tokens
 from calm.training.models import outline_at
 from calm.training.recipe import Recipe
@@ -18,7 +19,7 @@ def training_flops_per_token(recipe: Recipe, model: PreTrainedModel, others: Ite
         model: the recipe's; an outline without weights will do.
         others: recipes that will train what this one builds on, where it is not trained yet.
     """
-    positions = recipe.data.block_size // getattr(model.config, "patch_size", 1)
+    positions = recipe.data.block_size // patch_size_of(model.config)
     flops = compute(model, positions, frozen=_frozen(recipe, others)).training_flops_per_token
     if recipe.distillation is not None:
         teacher = outline_at(recipe.distillation.teacher, others)
@@ -42,7 +43,7 @@ def _frozen(recipe: Recipe, others: Iterable[Recipe]) -> tuple[str, ...]:
 def recipe_cost(recipe: Recipe, model: PreTrainedModel, steps: int, others: Iterable[Recipe] = ()) -> dict[str, Any]:
     """Costs of so many steps: ``parameters`` (without those of a CALM's autoencoder), ``tokens``, ``training_flops``
     and ``inference_flops_per_token``. Arguments as in :func:`training_flops_per_token`."""
-    positions = recipe.data.block_size // getattr(model.config, "patch_size", 1)
+    positions = recipe.data.block_size // patch_size_of(model.config)
     cost, tokens = compute(model, positions), trained_tokens(recipe, steps)
     assert tokens is not None
     return {

@@ -97,6 +97,8 @@ class Recipe:
             raise ValueError("give precision or training.bf16 and training.fp16, not both.")
         check_model(self.stage, self.model)
         check_types(self, {"output_dir": str, "seed": int}, "the recipe")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in 0 to {2**32 - 1}, got {self.seed}.")
         check_types(self.data, {"train": str, "block_size": int}, "data")
         if self.data.validation is not None:
             check_types(self.data, {"validation": str}, "data")

@@ -30,6 +30,8 @@ def is_complete(recipe: Recipe) -> bool:
 def check_output(recipe: Recipe, allow_recipe_change: bool = False) -> None:
     """ValueError when the output directory holds something else than (part of) this recipe's run."""
     output = Path(recipe.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir {output} is a file: choose a directory.")
     # Empty directories and a lock are what a run leaves that was refused before its first step.
     if not any(path.is_file() and path.name != LOCK for path in output.rglob("*")):
         return

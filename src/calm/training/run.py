@@ -22,6 +22,7 @@ from calm.data.conversations import ConversationBlocks
 from calm.data.tokenizer import load_tokenizer
 from calm.evaluation.brier_lm import check_scorable
 from calm.files import write_whole
+from calm.models.context import patch_size_of
 from calm.training.arguments import check_processes, training_arguments
 from calm.training.interruption import InterruptionCallback, TrainingInterruptedError
 from calm.training.metrics import JsonlCallback
@@ -156,6 +157,12 @@ def _run(trainer: CalmTrainer, recipe: Recipe, progress: Progress | None) -> Non
                 f"{torch.cuda.device_count()} --no-python calm train ...",
                 highlight=False,
             )
+        if is_main and 0 < trainer.args.max_steps <= trainer.args.warmup_steps:
+            shown.console.out(
+                f"the warm-up of {trainer.args.warmup_steps:g} steps does not end within max_steps "
+                f"({trainer.args.max_steps})",
+                highlight=False,
+            )
         checkpoint = checkpoint_to_resume(trainer, recipe, partial(shown.console.out, highlight=False))
         if is_main:
             trainer.add_callback(ProgressCallback(shown, f"train {recipe.stage}"))
@@ -266,7 +273,7 @@ def load_blocks(recipe: Recipe, model: PreTrainedModel) -> tuple[Blocks, Blocks 
 
 
 def _blocks(recipe: Recipe, path: str, model: PreTrainedModel) -> Blocks:
-    patch_size = getattr(model.config, "patch_size", 1)
+    patch_size = patch_size_of(model.config)
     if read_manifest(path).get("kind") != "conversations":
         return TokenBlocks(path, recipe.data.block_size, patch_size)
     if recipe.stage == "autoencoder":

@@ -24,6 +24,7 @@ from calm.data.blocks import TokenBlocks
 from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.reconstruction import LIVE_VARIANCE
 from calm.functional.brier import NGRAM
+from calm.models.context import patch_size_of
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM, target_patches
 from calm.training import sharding
@@ -117,7 +118,7 @@ class CalmTrainer(Trainer):
         dataset: Any = self.train_dataset
         model: Any = self.model
         if batches and not isinstance(dataset.blocks, TokenBlocks):
-            patch_size = getattr(model.config, "patch_size", 1)
+            patch_size = patch_size_of(model.config)
             counts = torch.stack([target_patches(batch["labels"], patch_size).sum() for batch in batches])
             mean = self.accelerator.gather(counts).float().mean()
             for batch, count in zip(batches, counts, strict=True):
