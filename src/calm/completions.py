@@ -164,8 +164,7 @@ def complete_file(
     """
     numbered, output = _read_prompts(source), Path(output)
     records = [record for _, record in numbered]
-    if output.exists():
-        raise ValueError(f"{output} is there already: choose another file, or remove it.")
+    _check_absent(output)
     _check_lengths(model, tokenizer, numbered, source, settings)
     draft = output.with_name(f".{output.name}.partial")
     said = {"model": str(getattr(model, "name_or_path", ""))} | {
@@ -180,12 +179,18 @@ def complete_file(
     except Timeout as error:
         raise ValueError(f"another process is writing {output}: wait for it, or choose another file.") from error
     try:
+        _check_absent(output)  # another process may have finished it meanwhile
         _fill(draft, model, tokenizer, records, settings, said, batch_size, advance)
         draft.replace(output)
     finally:
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
     return len(records)
+
+
+def _check_absent(output: Path) -> None:
+    if output.exists():
+        raise ValueError(f"{output} is there already: choose another file, or remove it.")
 
 
 def _fill(
