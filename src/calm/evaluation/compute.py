@@ -50,11 +50,16 @@ def compute(
         frozen: parts of a CALM that its training goes through forwards only, ``"backbone"``, or not at all,
             ``"token_predictor"``.
         sampler: of CALM's generation; ``"token_prediction"`` takes the place of head and decoder.
+
+    Returns:
+        costs by part: of a CALM ``backbone``, ``attention``, ``patch_embedding``, ``head``, ``autoencoder_decode`` (or
+        ``token_prediction``); of a token model ``backbone``, ``attention``, ``output_embedding``; of an autoencoder
+        ``autoencoder_decode``. Each dict has a ``total``.
     """
     if isinstance(model, CalmAutoencoder):
         return _autoencoder_compute(model)
     if isinstance(model, CalmForCausalLM):
-        draws = 1 if check_temperature(temperature) == 1 else num_candidates
+        draws = 1 if sampler == "token_prediction" or check_temperature(temperature) == 1 else num_candidates
         return _calm_compute(model, context, draws, frozen, sampler)
     return _token_model_compute(model, context)
 

@@ -118,11 +118,7 @@ def sample_batch(draws: Draws, temperature: float, num_candidates: int) -> Tenso
         slots = place.gather(1, members.flatten(1)).view_as(members)
         limit = _trial_limit(draws.uniform(1, attempts)[:, 0], remainder, num_candidates - whole)
         success, open_end = _attempt(draws, slots, whole, limit, torch.ones_like(limit, dtype=torch.bool))
-        ended = success | open_end
-        earliest = ended.long().argmax(1, keepdim=True)  # [R, 1]
-        slot, limit = slots[:, :, 0].gather(1, earliest)[:, 0], limit.gather(1, earliest)[:, 0]
-        done = success.gather(1, earliest)[:, 0]
-        undecided = open_end.gather(1, earliest)[:, 0]
+        slot, limit, done, undecided = _first_to_end(slots, limit, success, open_end)
         if done.any():
             result[draws.rows[done]] = draws.part(done).chunks(slot[done])
         if undecided.any():
@@ -170,10 +166,8 @@ def sample_exact(draws: Draws, temperature: float, max_draws: int = 4096) -> tup
         slots = new.reshape(-1, attempts, width)
         limit = _trial_limit(draws.uniform(1, attempts)[:, 0], remainder, max_draws)
         success, open_end = _attempt(draws, slots, whole, limit, ~searching[:, None].expand_as(limit))
-        earliest = (success | open_end).long().argmax(1, keepdim=True)
-        slot, limit = slots[:, :, 0].gather(1, earliest)[:, 0], limit.gather(1, earliest)[:, 0]
-        opened = open_end.gather(1, earliest)[:, 0]
-        done = found | success.gather(1, earliest)[:, 0]
+        slot, limit, succeeded, opened = _first_to_end(slots, limit, success, open_end)
+        done = found | succeeded
         sought = torch.where(searching, sought, slot)
         to_go = torch.where(opened, limit - _TRIALS, to_go)
         if done.any():
@@ -195,6 +189,12 @@ def _attempt(draws: Draws, slots: Tensor, whole: int, limit: Tensor, asked: Tens
     within = torch.arange(trials.shape[2], device=slots.device) < limit[:, :, None]
     found = draws.equal(first, trials, agree[:, :, None] & within).any(-1)
     return found, agree & ~found & (limit > trials.shape[2])
+
+
+def _first_to_end(slots: Tensor, limit: Tensor, success: Tensor, open_end: Tensor) -> tuple[Tensor, ...]:
+    """Of every row's first attempt that ended, if any did: its draw, its limit, and which of the two ends it was."""
+    earliest = (success | open_end).long().argmax(1, keepdim=True)  # [R, 1]
+    return tuple(each.gather(1, earliest)[:, 0] for each in (slots[:, :, 0], limit, success, open_end))
 
 
 def _trial_limit(uniforms: Tensor, remainder: float, most: int) -> Tensor:

@@ -75,7 +75,7 @@ class CalmConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self.autoencoder_config, name))
-        self.check_weights()
+        self.check_loss_weights()
         if patch_size is not None and patch_size != self.patch_size:
             raise ValueError(
                 f"patch_size is {patch_size}, but the autoencoder was built for {self.patch_size} tokens per patch."
@@ -91,7 +91,7 @@ class CalmConfig(PreTrainedConfig):
                 f"({self.autoencoder_config.vocab_size}) must be equal: both read the same tokens."
             )
 
-    def check_weights(self) -> None:
+    def check_loss_weights(self) -> None:
         """ValueError where the weight of an auxiliary loss does not fit."""
         for name in AUXILIARY_WEIGHTS:
             if getattr(self, name) < 0:

@@ -142,7 +142,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
                 "leave token_prediction_weight and token_prediction_type out."
             )
         self.config.token_prediction_weight, self.config.token_prediction_type = weight, type
-        self.config.check_weights()
+        self.config.check_loss_weights()
         if weight:
             self.token_predictor = self._new_token_predictor().to(self.device, self.dtype)
             with torch.no_grad():

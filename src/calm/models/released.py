@@ -21,7 +21,7 @@ from calm.models.hub import HUB_OPTIONS, check_weights, read_config, read_weight
 from calm.models.released_names import reference_names, replace_prefix
 
 AUTOENCODER = "Autoencoder"
-HEADS = {"EnergyTransformer": "energy", "DiffusionTransformer": "diffusion", "FlowTransformer": "flow"}
+_HEAD_TYPES = {"EnergyTransformer": "energy", "DiffusionTransformer": "diffusion", "FlowTransformer": "flow"}
 # Beside the names that count, the reference's output embedding and its energy head are stored under these.
 _TIED_HEAD = "decoder.lm_head_weight"
 _SECOND_HEAD, _FIRST_HEAD = "generative_head.", "mlp_generator."
@@ -48,7 +48,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def is_reference_layout(config: dict) -> bool:
     """Whether the fields of a ``config.json`` are the reference's."""
     architectures = config.get("architectures") or [""]
-    return not config.get("model_type") and (architectures[0] == AUTOENCODER or architectures[0] in HEADS)
+    return not config.get("model_type") and (architectures[0] == AUTOENCODER or architectures[0] in _HEAD_TYPES)
 
 
 def from_pretrained(
@@ -154,7 +154,7 @@ def language_model_config(config: dict, autoencoder: CalmAutoencoderConfig) -> C
                 f"the language model was trained with {name} {config[name]}, but its autoencoder has "
                 f"{getattr(autoencoder, name)}: they do not belong together."
             )
-    head_type = HEADS[config["architectures"][0]]
+    head_type = _HEAD_TYPES[config["architectures"][0]]
     head: dict[str, Any] = {
         "type": head_type,
         "num_mlp_layers": config.get("num_mlp_layers", 4),
@@ -201,7 +201,7 @@ def save_reference(model: Any, path: str | os.PathLike, final_path: str | os.Pat
     if backbone.model_type != "llama":
         raise ValueError(f"the reference knows Llama backbones only, this one is {backbone.model_type!r}.")
     fields = {name: getattr(backbone, name) for name in _BACKBONE_FIELDS}
-    architecture = next(name for name, kind in HEADS.items() if kind == head.type)
+    architecture = next(name for name, kind in _HEAD_TYPES.items() if kind == head.type)
     rope = dict(backbone.rope_parameters)
     fields |= {
         "architectures": [architecture],

@@ -91,7 +91,7 @@ def _set_losses(model: Any, recipe: Recipe) -> None:
     given = recipe.model
     if "decoded_brier_weight" in given:
         model.config.decoded_brier_weight = given["decoded_brier_weight"]
-        model.config.check_weights()
+        model.config.check_loss_weights()
     if "token_prediction_weight" in given:
         model.add_token_prediction(given["token_prediction_weight"], given.get("token_prediction_type", "independent"))
 
