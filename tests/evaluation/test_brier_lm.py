@@ -413,3 +413,15 @@ def test_blocks_beyond_the_context_are_refused_as_in_generation():
 def test_a_low_temperature_of_a_token_model_stays_a_number():
     blocks = Blocks(torch.randint(2, 5, (8, 12)), 5)
     assert evaluate_brier(token_model(), blocks, stride=2, temperature=1e-39).collision[0] == pytest.approx(100)
+
+
+def test_a_token_model_takes_seven_passes_at_most():
+    model, blocks, positions = token_model(), Blocks(torch.randint(2, 5, (2, 24)), 5), []
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: positions.append(
+            (args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))).shape[1]
+        ),
+        with_kwargs=True,
+    )
+    evaluate_brier(model, blocks, stride=1, num_samples=32)
+    assert 6 * 20 < sum(positions) <= 7 * 24

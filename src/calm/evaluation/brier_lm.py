@@ -28,6 +28,7 @@ from calm.models.requirements import check_full_attention, check_plain_logits
 
 _STATES_AT_ONCE = 4096  # hidden states that CALM's head draws from together
 _BOOTSTRAP_ROUNDS = 1000
+_MOST_PATHS = 2  # of a token model
 # From fewer blocks no error is told, and from fewer none is believed that would end an evaluation.
 _FEWEST_BLOCKS, _FEWEST_TO_STOP = 8, 32
 
@@ -81,7 +82,7 @@ def evaluate_brier(
         stride: tokens between scored positions, a multiple of the model's patch size.
         num_blocks: so many blocks, evenly spread over the text; default all.
         num_samples: S >= 2 draws per position, of which all pairs are compared. For a token model, whose probabilities
-            need no draws, S / 2 paths.
+            need no draws, S / 2 paths, and no more than two: the error is that of the text then.
         advance: called with the number of blocks after every batch.
         temperature: of the draws. The scores of the paper are those of temperature 1.
         num_candidates: of CALM's batch sampler below temperature 1.
@@ -112,7 +113,8 @@ def evaluate_brier(
             draw = _drawer(model, temperature, sampler, num_candidates, generator)
             hit, collision = score_calm(model, ids, starts, num_samples, draw)
         else:
-            hit, collision = score_token_model(model, ids, starts, num_samples // 2, generator, temperature)
+            paths = min(num_samples // 2, _MOST_PATHS)
+            hit, collision = score_token_model(model, ids, starts, paths, generator, temperature)
         hits.append(hit.mean(1).cpu().double())  # [B, n]
         collisions.append(collision.mean(1).cpu().double())
         if advance is not None:
