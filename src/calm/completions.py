@@ -165,7 +165,8 @@ def complete_file(
     numbered, output = _read_prompts(source), Path(output)
     records = [record for _, record in numbered]
     _check_absent(output)
-    _check_lengths(model, tokenizer, numbered, source, settings)
+    prompts = [tokenizer(record["prompt"], add_special_tokens=False, verbose=False)["input_ids"] for record in records]
+    _check_lengths(model, [number for number, _ in numbered], prompts, source, settings)
     draft = output.with_name(f".{output.name}.partial")
     said = {"model": str(getattr(model, "name_or_path", ""))} | {
         name: value for name, value in vars(settings).items() if name not in ("seed", "compile") and value is not None
@@ -180,7 +181,7 @@ def complete_file(
         raise ValueError(f"another process is writing {output}: wait for it, or choose another file.") from error
     try:
         _check_absent(output)  # another process may have finished it meanwhile
-        _fill(draft, model, tokenizer, records, settings, said, batch_size, advance)
+        _fill(draft, model, tokenizer, records, prompts, settings, said, batch_size, advance)
         draft.replace(output)
     finally:
         lock.release()
@@ -198,6 +199,7 @@ def _fill(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     records: list[dict],
+    prompts: list[list[int]],
     settings: SamplingSettings,
     said: dict,
     batch_size: int,
@@ -209,7 +211,7 @@ def _fill(
         if advance is not None:
             advance(start, len(records))
         batch = records[start : start + batch_size]
-        results = complete(model, tokenizer, [record["prompt"] for record in batch], settings, first=start)
+        results = complete(model, tokenizer, prompts[start : start + batch_size], settings, first=start)
         with draft.open("a", encoding="utf-8") as file:
             for number, (record, result) in enumerate(zip(batch, results, strict=True), start=start):
                 line = record | result | {"settings": said | {"seed": settings.seed + number}}
@@ -222,8 +224,8 @@ def _fill(
 
 def _check_lengths(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    numbered: list[tuple[int, dict]],
+    numbers: list[int],
+    prompts: list[list[int]],
     source: str | os.PathLike,
     settings: SamplingSettings,
 ) -> None:
@@ -231,12 +233,12 @@ def _check_lengths(
     context, patch_size = context_of(model.config), patch_size_of(model.config)
     if context is None:
         return
-    for number, record in numbered:
-        length = len(tokenizer(record["prompt"], add_special_tokens=False, verbose=False)["input_ids"])
-        if positions_needed(length, settings.max_new_tokens, patch_size) > context:
+    for number, prompt in zip(numbers, prompts, strict=True):
+        if positions_needed(len(prompt), settings.max_new_tokens, patch_size) > context:
             raise ValueError(
-                f"{source} line {number}: a prompt of {length} tokens and max_new_tokens={settings.max_new_tokens} do "
-                f"not fit the model's context of {context * patch_size} tokens: shorten the prompt, or ask for fewer."
+                f"{source} line {number}: a prompt of {len(prompt)} tokens and max_new_tokens="
+                f"{settings.max_new_tokens} do not fit the model's context of {context * patch_size} tokens: shorten "
+                "the prompt, or ask for fewer."
             )
 
 

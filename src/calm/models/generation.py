@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, K tokens of a patch, L patches, D hidden.
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,11 +169,8 @@ class CalmGenerationMixin:
         state = self.prefill(aligned_ids, patch_mask)
         if settings.num_return_sequences > 1:
             state = _repeat(state, settings.num_return_sequences)
-        if compile:
-            with StaticStep.of(self, state, num_patches) as (state, step):
-                tokens, effort = self._continue(state, step, tokens, settings, criteria, streamer, generator)
-        else:
-            tokens, effort = self._continue(state, self.extend, tokens, settings, criteria, streamer, generator)
+        with StaticStep.of(self, state, num_patches) if compile else nullcontext((state, self.extend)) as (state, step):
+            tokens, effort = self._continue(state, step, tokens, settings, criteria, streamer, generator)
         if not settings.return_dict_in_generate:
             return tokens
         return CalmGenerateOutput(

@@ -13,6 +13,7 @@ import uvicorn
 
 from calm.data.tokenizer import load_tokenizer
 from calm.device import resolve_device, resolve_dtype
+from calm.functional.tiles import is_out_of_memory
 from calm.models.loading import load_language_model
 from calm.serving.app import create_app
 from calm.serving.guard import LOOPBACK
@@ -61,7 +62,7 @@ def run_server(
         try:
             services.append(Service(name, model, load_tokenizer(tokenizer), limits, metrics))
         except RuntimeError as error:
-            if "alloc" not in str(error).lower() and "out of memory" not in str(error).lower():
+            if not is_out_of_memory(error):
                 raise
             raise ValueError(
                 f"no memory for the cache of {limits.max_batch} slots of {limits.context} tokens: take a smaller "

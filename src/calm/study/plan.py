@@ -42,10 +42,10 @@ class Evaluation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, smallest in (("stride", 1), ("num_blocks", 1), ("num_samples", 2)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < smallest):
-                raise ValueError(f"evaluation.{name} must be a whole number, at least {smallest}, got {value!r}.")
+        _check_whole("evaluation.stride", self.stride, 1)
+        if self.num_blocks is not None:
+            _check_whole("evaluation.num_blocks", self.num_blocks, 1)
+        _check_whole("evaluation.num_samples", self.num_samples, 2)
 
 
 @dataclass
@@ -61,9 +61,7 @@ class Fluency:
 
     def __post_init__(self) -> None:
         for name in ("num_texts", "prompt_tokens", "new_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"fluency.{name} must be a whole number, at least 1, got {value!r}.")
+            _check_whole(f"fluency.{name}", getattr(self, name), 1)
         if not isinstance(self.temperatures, list) or not self.temperatures:
             raise ValueError(f"fluency.temperatures must be a list of numbers in (0, 1], got {self.temperatures!r}.")
         for temperature in self.temperatures:
@@ -160,6 +158,11 @@ class Plan:
         for name in [*judge, *(name.removesuffix(WITHOUT_HEAD) for name in self.named())]:
             if name not in known:
                 raise ValueError(f"the plan's report or fluency names {name!r}, which no model is called.")
+
+
+def _check_whole(name: str, value: Any, smallest: int) -> None:
+    if not isinstance(value, int) or value < smallest:
+        raise ValueError(f"{name} must be a whole number, at least {smallest}, got {value!r}.")
 
 
 def _is_reference(value: Any) -> bool:

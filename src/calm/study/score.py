@@ -73,6 +73,11 @@ def scored_block_size(name: str, recipe: Recipe, stride: int) -> int:
 
 def judge_texts(fluency: Fluency, run: Path, judge_recipe: Recipe, seed: int) -> None:
     """Put ``fluency.json`` into the directory of every model, and of the text itself into that of the judge."""
+    asked = {key: value for key, value in asdict(fluency).items() if key != "models"} | {"seed": seed}
+    text_path = run / "text.json"
+    names = [name for name in fluency.models if not _is_judged(fluency_path(run, name), asked)]
+    if not names and _is_judged(text_path, asked):
+        return
     assert judge_recipe.data.validation is not None
     device: Any = training_arguments(judge_recipe).device
     judge: Any = load_language_model(run / fluency.judge)
@@ -80,22 +85,22 @@ def judge_texts(fluency: Fluency, run: Path, judge_recipe: Recipe, seed: int) ->
     tokenizer = load_tokenizer(run / fluency.judge)
     blocks = TokenBlocks(judge_recipe.data.validation, judge_recipe.data.block_size)
     size = (fluency.num_texts, fluency.prompt_tokens, fluency.new_tokens)
-    asked = {key: value for key, value in asdict(fluency).items() if key != "models"} | {"seed": seed}
-    path = run / "text.json"
-    if not (path.exists() and _is_judged([json.loads(path.read_text())], asked)):
+    if not _is_judged(text_path, asked):
         text = fluency_of_text(judge, tokenizer, blocks, *size).to_dict()
-        write_whole(path, json.dumps(text | {"asked": asked}, indent=1))
-    for name in fluency.models:
+        write_whole(text_path, json.dumps(text | {"asked": asked}, indent=1))
+    for name in names:
         path = fluency_path(run, name)
-        if not (path.exists() and _is_judged(json.loads(path.read_text()), asked)):
-            model: Any = load_language_model(path.parent)
-            model.to(device)
-            sampler = "token_prediction" if name.endswith(WITHOUT_HEAD) else None
-            judged = partial(evaluate_fluency, model, judge, tokenizer, blocks, *size, seed=seed, sampler=sampler)
-            results = [judged(temperature=temperature).to_dict() for temperature in fluency.temperatures]
-            write_whole(path, json.dumps([result | {"asked": asked} for result in results], indent=1))
+        model: Any = load_language_model(path.parent)
+        model.to(device)
+        sampler = "token_prediction" if name.endswith(WITHOUT_HEAD) else None
+        judged = partial(evaluate_fluency, model, judge, tokenizer, blocks, *size, seed=seed, sampler=sampler)
+        results = [judged(temperature=temperature).to_dict() for temperature in fluency.temperatures]
+        write_whole(path, json.dumps([result | {"asked": asked} for result in results], indent=1))
 
 
-def _is_judged(results: list[dict[str, Any]], asked: dict[str, Any]) -> bool:
-    """Whether texts were judged as the plan says now."""
-    return all(result.get("asked") == asked for result in results)
+def _is_judged(path: Path, asked: dict[str, Any]) -> bool:
+    """Whether the texts of a file, a model's or the documents', were judged as the plan says now."""
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text())
+    return all(result.get("asked") == asked for result in (found if isinstance(found, list) else [found]))

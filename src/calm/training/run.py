@@ -22,6 +22,7 @@ from calm.data.conversations import ConversationBlocks
 from calm.data.tokenizer import load_tokenizer
 from calm.evaluation.brier_lm import check_scorable
 from calm.files import write_whole
+from calm.functional.tiles import is_out_of_memory
 from calm.models.context import patch_size_of
 from calm.training.arguments import check_processes, training_arguments
 from calm.training.interruption import InterruptionCallback, TrainingInterruptedError
@@ -237,10 +238,6 @@ def save_result(trainer: CalmTrainer, recipe: Recipe) -> None:
             shutil.rmtree(draft, ignore_errors=True)
         write_whole(output / COMPLETE, lambda path: trainer.state.save_to_json(str(path)))
     trainer.accelerator.wait_for_everyone()
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _more_memory(trainer: CalmTrainer, recipe: Recipe, error: Exception) -> str:
