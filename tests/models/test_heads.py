@@ -157,6 +157,16 @@ class Adapted(torch.nn.Module):
         return self.inner
 
 
+@pytest.mark.parametrize("size", [2, 5])
+def test_the_energy_loss_does_not_depend_on_how_many_rows_are_compared_at_once(size, monkeypatch):
+    head, hidden = tiny.calm().head, torch.randn(5, 3, 16)
+    posterior = Posterior(torch.randn(5, 3, 8), torch.full((5, 3, 8), -1.0))
+    of_rows = [seeded(row) for row in range(5)]
+    one_at_a_time = head.loss(hidden, posterior, generator=of_rows).loss
+    monkeypatch.setattr("calm.models.heads.energy.rows_at_once", lambda *_, **__: size)
+    golden.close(head.loss(hidden, posterior, generator=[seeded(row) for row in range(5)]).loss, one_at_a_time)
+
+
 @pytest.mark.parametrize("head_type", TYPES)
 def test_adapters_and_hooks_on_a_heads_layers_count_with_and_without_gradients(head_type):
     head, hidden, called = tiny.calm(type=head_type).head, torch.randn(3, 16), []

@@ -8,7 +8,7 @@ _ELSEWHERE = 2**25
 
 def rows_at_once(width: int, device: torch.device, in_cache: int) -> int:
     """Rows of so many elements that a tile holds: what caches hold on a CPU (``in_cache`` elements), more elsewhere."""
-    return max(1, (in_cache if device.type == "cpu" else _ELSEWHERE) // width)
+    return max(1, (in_cache if device.type == "cpu" else _ELSEWHERE) // max(1, width))
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -4,6 +4,7 @@ Shapes: N head samples, M target draws, S possible next patches, D hidden, Z lat
 dimensions.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from transformers import initialization as init
 
 from calm.functional.energy_score import mean_distance, mean_distance_of_pairs
 from calm.functional.noise import Generator, normal, uniform
+from calm.functional.tiles import rows_at_once
 from calm.models.configuration_heads import EnergyHeadConfig
 from calm.models.heads.activated_linear import gated_silu_linear, is_plain, silu_linear
 from calm.models.heads.base import Head, HeadLoss, leading_shape
@@ -132,25 +134,26 @@ class EnergyHead(Head):
     ) -> Tensor:
         """Mean distance of the samples ``[..., N, Z]`` to M draws of the posteriors ``[S, ..., Z]``, ``[...]``.
 
-        One row at a time: the draws of one are all that is held at once, and nothing of them is kept for the backward
+        A few rows at a time: their draws are all that is held at once, and nothing of them is kept for the backward
         pass.
         """
-        num_patches, num_targets = len(mean), self.config.num_target_samples
+        num_patches, num_rows = mean.shape[:2]
+        of_row = (*mean.shape[2:-1], self.config.num_target_samples, mean.shape[-1])
+        size = rows_at_once(math.prod(of_row), mean.device, in_cache=1)  # on a CPU a row fills the cache
         distances = []
-        for row in range(mean.shape[1]):
+        for rows in (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)):
             if target_noise is None:
-                shape = (*mean.shape[2:-1], num_targets, mean.shape[-1])
-                source = generator[row] if isinstance(generator, Sequence) else generator
-                noise = normal(shape, source, std.device)
+                source = generator[rows] if isinstance(generator, Sequence) else generator
+                noise = normal((rows.stop - rows.start, *of_row), source, std.device, row_dim=0)
             else:
-                noise = target_noise[:, row].movedim(0, -2).float().clone()
-            targets = noise.unflatten(-2, (num_patches, -1))  # [..., S, M / S, Z]
-            targets.mul_(std[:, row].movedim(0, -2).unsqueeze(-2))
+                noise = target_noise[:, rows].movedim(0, -2).float().clone()
+            targets = noise.unflatten(-2, (num_patches, -1))  # [rows, ..., S, M / S, Z]
+            targets.mul_(std[:, rows].movedim(0, -2).unsqueeze(-2))
             if num_patches > 1:
-                targets.add_(mean[:, row].movedim(0, -2).unsqueeze(-2))
+                targets.add_(mean[:, rows].movedim(0, -2).unsqueeze(-2))
             targets = targets.flatten(-3, -2)
-            distances.append(self._distance(mean_distance, errors[row], targets))
-        return torch.stack(distances)
+            distances.append(self._distance(mean_distance, errors[rows], targets))
+        return torch.cat(distances)
 
     def _distance(self, kind: Callable[..., Tensor], *points: Tensor) -> Tensor:
         """Mean distance of points ``[..., n, Z]``, plus, where the loss wants them, those of groups of dimensions."""
