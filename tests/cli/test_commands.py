@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import calm.quickstart
 from calm.cli import main as cli
+from calm.evaluation import brier_lm
 from calm.report.quickstart import write
 from calm.training.metrics import read_metrics
 from calm.training.progress import make_progress
@@ -170,6 +171,25 @@ def test_evaluate_scores_models_side_by_side(quickstart, monkeypatch, capsys, tm
     scores = json.loads((tmp_path / "scores" / "scores.json").read_text())["models"]
     assert len(scores) == 3
     assert scores[str(quickstart / "calm")]["num_positions"] == scores[str(quickstart / "baseline")]["num_positions"]
+
+
+def test_evaluate_keeps_what_is_scored_when_it_is_stopped(quickstart, monkeypatch, capsys, tmp_path):
+    score, scored = brier_lm.evaluate_brier, []
+
+    def stopped_at_the_second(model, *arguments, **settings):
+        if scored:
+            raise KeyboardInterrupt
+        scored.append(model)
+        return score(model, *arguments, **settings)
+
+    monkeypatch.setattr(brier_lm, "evaluate_brier", stopped_at_the_second)
+    code, _, _ = run(
+        monkeypatch, capsys, "evaluate", quickstart / "baseline", quickstart / "calm",
+        "--data", quickstart / "data" / "validation", "--block-size", "64", "--blocks", "2", "--samples", "2",
+        "--output", tmp_path / "scores.json",
+    )  # fmt: skip
+    assert code == 130
+    assert list(json.loads((tmp_path / "scores.json").read_text())["models"]) == [str(quickstart / "baseline")]
 
 
 def test_evaluate_draws_models_at_their_temperatures(quickstart, monkeypatch, capsys, tmp_path):

@@ -47,7 +47,7 @@ def evaluate(
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer of models that have none beside them")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; auto is float32 on a CPU")] = "auto",
-    output: Annotated[Path | None, typer.Option(help="write the results as JSON")] = None,
+    output: Annotated[Path | None, typer.Option(help="write the results as JSON, after every score")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="draw accuracy against collision at the temperatures, as a PNG")
     ] = None,
@@ -101,6 +101,12 @@ def evaluate(
             )
 
     results: dict[str, dict] = {}
+
+    def keep() -> None:  # after every score: none is lost when a later one ends early
+        if output is not None:
+            document = {"data": str(data), "tokenizer_sha256": manifest["tokenizer_sha256"], "models": results}
+            write_whole(output, json.dumps(document, indent=1))
+
     with make_progress() as progress:
         scored_on = protocols(loaded.values(), protocol, block_size, stride)
         for (name, model), scored_as in zip(loaded.items(), scored_on, strict=True):
@@ -111,6 +117,7 @@ def evaluate(
             if isinstance(model, CalmAutoencoder):
                 result = evaluate_reconstruction(model, text, blocks, batch_size, seed, advance)
                 results[name] = origin | result.to_dict()
+                keep()
                 continue
             for t, how in product(temperatures, samplers if isinstance(model, CalmForCausalLM) else ["batch"]):
                 said = [f"T = {t:g}"] * (len(temperatures) > 1) + [how] * (how != "batch")
@@ -131,6 +138,7 @@ def evaluate(
                     sampler=how,
                 )
                 results[label] = origin | scored.to_dict()
+                keep()
                 error = scored.brier_lm_error
                 if target_error is not None and (error is None or error > target_error):
                     progress.console.print(f"{label}: the text ended before the error was {target_error:g}.")
@@ -145,9 +153,6 @@ def evaluate(
         console.print(brier_table(scores))
     if any(result["brier_lm"] == 0 for result in scores.values()):
         print("BrierLM is 0 where one of its scores is not above 0; more text (--blocks) may tell it from 0.")
-    if output is not None:
-        document = {"data": str(data), "tokenizer_sha256": manifest["tokenizer_sha256"], "models": results}
-        write_whole(output, json.dumps(document, indent=1))
     if plot is not None and scores:
         lines: dict[str, list[dict]] = {}
         for each in scores.values():
