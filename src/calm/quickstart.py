@@ -23,7 +23,7 @@ from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.count_models import evaluate_counts
 from calm.evaluation.reconstruction import evaluate_reconstruction
-from calm.files import write_whole
+from calm.files import write_json, write_whole
 from calm.models.loading import load_model
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.training.cost import recipe_cost
@@ -90,7 +90,7 @@ def run_quickstart(run: Path, minutes: float, seed: int, device: str, progress: 
     results_path = run / "results.json"
     if not results_path.exists():
         results = settings | _evaluate(run, seed, device, progress)
-        write_whole(results_path, json.dumps(results, indent=1))
+        write_json(results_path, results)
     progress.update(overall, completed=4 + len(MODELS), note="done")
     return json.loads(results_path.read_text(encoding="utf-8"))
 

@@ -170,7 +170,9 @@ def test_evaluate_scores_models_side_by_side(quickstart, monkeypatch, capsys, tm
     assert "brings back" in out
     scores = json.loads((tmp_path / "scores" / "scores.json").read_text())["models"]
     assert len(scores) == 3
-    assert scores[str(quickstart / "calm")]["num_positions"] == scores[str(quickstart / "baseline")]["num_positions"]
+    calm, baseline = scores[str(quickstart / "calm")], scores[str(quickstart / "baseline")]
+    assert calm["num_positions"] == baseline["num_positions"]
+    assert f"{baseline['brier_lm'] - calm['brier_lm']:+.2f} ± ?" in out.split("difference to the first model")[1]
 
 
 def test_evaluate_keeps_what_is_scored_when_it_is_stopped(quickstart, monkeypatch, capsys, tmp_path):

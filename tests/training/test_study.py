@@ -10,7 +10,9 @@ from filelock import FileLock
 from test_bandwidth import family  # noqa: F401
 
 from calm.cli.main import main
+from calm.evaluation.bootstrap import brier_difference
 from calm.report.study import _apart, write_report
+from calm.report.tables import brier_cell, difference_cell
 from calm.study import Plan, run_study, study_cost
 from calm.study import run as study_run
 from calm.study import score as study_score
@@ -70,6 +72,9 @@ def test_every_model_is_trained_and_scored_once_and_reported(family, tmp_path, m
     assert without_head["brier"] != scores["distilled"]["brier"]
     assert without_head["inference_flops_per_token"] < scores["distilled"]["inference_flops_per_token"]
     assert f" {without_head['brier'][0]:.2f} | " in text
+    # Every model beside the first of its table, block by block.
+    apart = brier_difference(distilled["block_brier"], scores["plain"]["block_brier"])
+    assert f"| distilled | {brier_cell(distilled)} | {difference_cell(apart)} |" in text
     assert "| distilled, token prediction | " in text
     assert "### distilled, token prediction, T = 0.5" in text
     assert scores["plain"]["token_prediction"] is None

@@ -1,4 +1,3 @@
-import json
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,14 +65,14 @@ def evaluate(
     from calm.evaluation.brier_lm import evaluate_brier
     from calm.evaluation.protocol import protocols
     from calm.evaluation.reconstruction import evaluate_reconstruction
-    from calm.files import write_whole
+    from calm.files import write_json
     from calm.functional.temperature import check_positive
     from calm.models.generation_settings import check_sampler
     from calm.models.loading import load_model
     from calm.models.modeling_autoencoder import CalmAutoencoder
     from calm.models.modeling_calm import CalmForCausalLM
     from calm.report.scatter import plot_panels, temperature_panels
-    from calm.report.tables import brier_table, reconstruction_table
+    from calm.report.tables import brier_table, difference_table, reconstruction_table
     from calm.training.progress import make_progress
 
     protocols([], protocol, block_size, stride)  # a mistake shows before models are loaded
@@ -105,7 +104,7 @@ def evaluate(
     def keep() -> None:  # after every score: none is lost when a later one ends early
         if output is not None:
             document = {"data": str(data), "tokenizer_sha256": manifest["tokenizer_sha256"], "models": results}
-            write_whole(output, json.dumps(document, indent=1))
+            write_json(output, document)
 
     with make_progress() as progress:
         scored_on = protocols(loaded.values(), protocol, block_size, stride)
@@ -151,6 +150,8 @@ def evaluate(
         console.print(reconstruction_table(rebuilt))
     if scores:
         console.print(brier_table(scores))
+        if (differences := difference_table(scores)) is not None:
+            console.print(differences)
     if any(result["brier_lm"] == 0 for result in scores.values()):
         print("BrierLM is 0 where one of its scores is not above 0; more text (--blocks) may tell it from 0.")
     if plot is not None and scores:

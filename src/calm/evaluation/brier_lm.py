@@ -7,7 +7,6 @@ Shapes: B blocks, P scored positions, n = 4 tokens of an n-gram.
 """
 
 import hashlib
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from calm.data.blocks import TokenBlocks
+from calm.evaluation.bootstrap import error_to_stop_at, resampled_means
 from calm.evaluation.brier_scores import Draw, score_calm, score_token_model, scored_positions
 from calm.functional.brier import NGRAM, brier_lm
 from calm.functional.temperature import check_positive
@@ -27,10 +27,7 @@ from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.requirements import check_full_attention, check_plain_logits
 
 _STATES_AT_ONCE = 4096  # hidden states that CALM's head draws from together
-_BOOTSTRAP_ROUNDS = 1000
 _MOST_PATHS = 2  # of a token model
-# From fewer blocks no error is told, and from fewer none is believed that would end an evaluation.
-_FEWEST_BLOCKS, _FEWEST_TO_STOP = 8, 32
 
 
 @dataclass
@@ -43,6 +40,7 @@ class BrierResult:
     brier_error: list[float] | None
     accuracy: list[float]  # probability that a draw agrees with the text on the first 1..4 tokens
     collision: list[float]  # probability that two draws agree with each other
+    block_brier: list[list[float]]  # Brier-1 to Brier-4 of every block, for comparisons with other models
     num_positions: int
     num_blocks: int
     block_size: int  # tokens, the longest context
@@ -119,7 +117,7 @@ def evaluate_brier(
         collisions.append(collision.mean(1).cpu().double())
         if advance is not None:
             advance(len(ids))
-        if target_error is not None and _score_error(2 * torch.cat(hits) - torch.cat(collisions)) <= target_error:
+        if target_error is not None and error_to_stop_at(2 * torch.cat(hits) - torch.cat(collisions)) <= target_error:
             break
     model.train(was_training)
     hit, collision = torch.cat(hits), torch.cat(collisions)
@@ -146,7 +144,7 @@ def summarise(hit: Tensor, collision: Tensor, **protocol: Any) -> BrierResult:
         protocol: the other fields of the result.
     """
     brier = 2 * hit - collision
-    resampled = _bootstrap(brier) if len(brier) >= _FEWEST_BLOCKS else None
+    resampled = resampled_means(brier)
 
     def percent(values: Tensor) -> list[float]:
         return [100 * value for value in values.tolist()]
@@ -158,25 +156,10 @@ def summarise(hit: Tensor, collision: Tensor, **protocol: Any) -> BrierResult:
         brier_error=None if resampled is None else percent(resampled.std(0)),
         accuracy=percent(hit.mean(0)),
         collision=percent(collision.mean(0)),
+        block_brier=[[round(value, 4) for value in percent(block)] for block in brier],
         num_blocks=len(brier),
         **protocol,
     )
-
-
-def _bootstrap(brier: Tensor) -> Tensor:
-    """Means of blocks drawn again with replacement: ``[blocks, n] -> [rounds, n]``."""
-    generator = torch.Generator().manual_seed(0)
-    return brier[torch.randint(len(brier), (_BOOTSTRAP_ROUNDS, len(brier)), generator=generator)].mean(1)
-
-
-def _score_error(brier: Tensor) -> float:
-    """Standard error of BrierLM; where a Brier score is not above 0, so that BrierLM is 0, the greatest of theirs."""
-    if len(brier) < _FEWEST_TO_STOP:
-        return math.inf
-    resampled = _bootstrap(brier)
-    if (brier.mean(0) > 0).all():
-        return brier_lm(resampled).std().item()
-    return 100 * resampled.std(0).max().item()
 
 
 def _drawer(model: Any, temperature: float, sampler: str, num_candidates: int, generator: torch.Generator) -> Draw:

@@ -7,7 +7,14 @@ from rich.panel import Panel
 from rich.text import Text
 
 from calm.report.learning_curves import plot_learning_curves
-from calm.report.tables import brier_cell, brier_table, reconstruction_table
+from calm.report.tables import (
+    brier_cell,
+    brier_table,
+    difference_cell,
+    difference_table,
+    differences,
+    reconstruction_table,
+)
 
 CURVES = [
     ("autoencoder", "accuracy", "autoencoder: accuracy in training (15% of inputs dropped)"),
@@ -37,6 +44,8 @@ def show(results: dict, console: Console) -> None:
     """Print the tables and samples."""
     console.print(reconstruction_table({"autoencoder": results["autoencoder"]}))
     console.print(brier_table(results["brier"], _costs(results)))
+    if (table := difference_table(results["brier"])) is not None:
+        console.print(table)
     for sample in results["samples"]:
         text = Text.assemble((sample["prompt"], "bold"), sample["text"])
         console.print(Panel(text, title=_said(sample), title_align="left"))
@@ -60,17 +69,20 @@ def write(results: dict, curves: dict[str, list[dict]], run: Path) -> Path:
         f"and {rebuilt['token_accuracy_sample']:.2%} from a sample; {rebuilt['live_dimensions']} of "
         f"{rebuilt['latent_size']} latent dimensions are live.",
         "",
-        "| model | BrierLM | Brier-1 | Brier-2 | Brier-3 | Brier-4 | training FLOPs | tokens/s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | BrierLM | difference | Brier-1 | Brier-2 | Brier-3 | Brier-4 | training FLOPs | tokens/s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    apart = differences(results["brier"])
     for name, result in results["brier"].items():
         brier = " | ".join(f"{value:.2f}" for value in result["brier"])
         cells = " | ".join(costs[name].values())
-        lines.append(f"| {name} | {brier_cell(result)} | {brier} | {cells} |")
+        difference = difference_cell(apart[name]) if name in apart else ""
+        lines.append(f"| {name} | {brier_cell(result)} | {difference} | {brier} | {cells} |")
     scored = results["brier"]["calm"]
     lines += [
         "",
-        f"BrierLM is the geometric mean of Brier-1 to Brier-4, times 100; ± is one standard error. Measured at "
+        f"BrierLM is the geometric mean of Brier-1 to Brier-4, times 100; ± is one standard error, and that of a "
+        "difference (to the first model, block by block) is smaller. Measured at "
         f"{scored['num_positions']:,} positions in {scored['num_blocks']} held-out blocks of {scored['block_size']} "
         f"tokens, every {scored['stride']} tokens, with {scored['num_samples']} draws each. Tokens/s: "
         "temperature 1, batch 8. `finished` is `calm` after its head alone went on, scored by what its draws decode to "

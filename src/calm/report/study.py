@@ -11,7 +11,7 @@ import yaml
 
 from calm.report.rows import plot_rows
 from calm.report.scatter import Panel, plot_panels
-from calm.report.tables import brier_cell
+from calm.report.tables import brier_cell, difference_cell, differences
 
 PLAN, SCORE, REPORT = "plan.yaml", "score.json", "report.md"
 WITHOUT_HEAD = ":token_prediction"  # behind a model's name in a plan: what its token prediction gives, without its head
@@ -43,8 +43,8 @@ def write_report(run: str | os.PathLike) -> Path:
             panels = _panels(section["title"], drawn, scores, labels)
             lines += _plot(section["title"], run / f"plot_{number}.png", partial(plot_panels, panels))
         elif len(compared := [n for n in section.get("rows", []) if "brier" in scores.get(n, {})]) > 1:
-            points = [(labels[n], scores[n]["brier_lm"], scores[n]["brier_lm_error"]) for n in compared]
-            lines += _plot(section["title"], run / f"plot_{number}.png", partial(plot_rows, points, "BrierLM"))
+            draw = partial(plot_rows, *_points({name: scores[name] for name in compared}, labels))
+            lines += _plot(section["title"], run / f"plot_{number}.png", draw)
         rows = [*section.get("rows", []), *(name for names in drawn.values() for name in names)]
         lines += _tables({name: scores[name] for name in dict.fromkeys(rows) if name in scores}, labels)
     lines += _fluency(run, labels)
@@ -79,9 +79,10 @@ def _protocol(scores: dict[str, dict], labels: dict[str, str]) -> str:
         each = "; ".join(f"{', '.join(names)}: {protocol}" for protocol, names in scored.items())
         on = f"**Not all language models are scored alike, and scores compare within a group only.** {each}."
     return (
-        f"{on} ± is one standard error over blocks. FLOPs count the whole way to a model: its autoencoder, its "
-        "teacher, what its backbone was taken from. Token prediction: BrierLM, and Brier-1, of texts that it draws in "
-        "the place of the head, where it was trained."
+        f"{on} ± is one standard error over blocks. A difference is that to the first model of the table; its error is "
+        "smaller, because a block that is hard for one model is hard for all. FLOPs count the whole way to a model: "
+        "its autoencoder, its teacher, what its backbone was taken from. Token prediction: BrierLM, and Brier-1, of "
+        "texts that it draws in the place of the head, where it was trained."
     )
 
 
@@ -102,6 +103,16 @@ def _panels(title: str, drawn: dict[str, list[str]], scores: dict[str, dict], la
         )
         for key, meaning in _COSTS.items()
     ]
+
+
+def _points(scores: dict[str, dict], labels: dict[str, str]) -> tuple[list[tuple[str, float, float | None]], str]:
+    """What a plot of rows shows, and what it is; with the errors of the differences to the first, if all are known."""
+    errors = {name: score["brier_lm_error"] for name, score in scores.items()}
+    what, apart = "BrierLM", differences(scores)
+    if len(apart) == len(scores) - 1:
+        errors = dict.fromkeys(scores) | {name: error for name, (_, error) in apart.items()}
+        what = "BrierLM; bars: one standard error of the difference to the first"
+    return [(labels[name], score["brier_lm"], errors[name]) for name, score in scores.items()], what
 
 
 def _apart(labels: list[str]) -> list[str]:
@@ -131,12 +142,13 @@ def _tables(scores: dict[str, dict], labels: dict[str, str]) -> list[str]:
             ],
         )  # fmt: skip
     if language_models:
+        apart = differences(language_models)
         lines += _table(
-            ("model", "BrierLM", "Brier-1", "Brier-2", "Brier-3", "Brier-4", "accuracy-1", "collision-1",
+            ("model", "BrierLM", "difference", "Brier-1", "Brier-2", "Brier-3", "Brier-4", "accuracy-1", "collision-1",
              "token prediction", "its Brier-1", "training FLOPs", "FLOPs per token", "parameters", "tokens"),
             [
                 (
-                    labels[name], brier_cell(score),
+                    labels[name], brier_cell(score), difference_cell(apart[name]) if name in apart else "",
                     *(f"{value:.2f}" for value in score["brier"]), f"{score['accuracy'][0]:.2f}",
                     f"{score['collision'][0]:.2f}", *_token_prediction(score), f"{score['total_flops']:.2g}",
                     f"{score['inference_flops_per_token']:.2g}", f"{score['parameters']:,}", f"{score['tokens']:,}",

@@ -5,6 +5,10 @@ from datetime import timedelta
 from rich import box
 from rich.table import Table
 
+from calm.evaluation.bootstrap import brier_difference
+
+_TEXT = ("data_sha256", "block_size", "stride")  # of a result: what makes it comparable block by block
+
 
 def brier_table(results: dict[str, dict], costs: dict[str, dict[str, str]] | None = None) -> Table:
     """BrierLM of several models, one row each; ``results`` as :meth:`BrierResult.to_dict` gives them.
@@ -38,6 +42,40 @@ def brier_table(results: dict[str, dict], costs: dict[str, dict[str, str]] | Non
         else:
             cells += [f"{result['accuracy'][0]:.2f}", f"{result['collision'][0]:.2f}"]
         table.add_row(name, *cells)
+    return table
+
+
+def differences(results: dict[str, dict]) -> dict[str, tuple[float, float | None]]:
+    """BrierLM of every model less that of the first, and its standard error, of those scored on the same text.
+
+    Args:
+        results: as :meth:`BrierResult.to_dict` gives them.
+    """
+    first, *others = results
+    return {
+        name: brier_difference(results[name]["block_brier"], results[first]["block_brier"])
+        for name in others
+        if "block_brier" in results[name] and "block_brier" in results[first]
+        if all(results[name][each] == results[first][each] for each in _TEXT)
+    }
+
+
+def difference_cell(difference: tuple[float, float | None]) -> str:
+    """A difference of two scores and its standard error."""
+    value, error = difference
+    return f"{value:+.2f} ± {'?' if error is None else f'{error:.2f}'}"
+
+
+def difference_table(results: dict[str, dict]) -> Table | None:
+    """How far models are from the first, block by block; None where nothing compares with it."""
+    if not (found := differences(results)):
+        return None
+    caption = "A block is hard for all models alike: these errors are smaller than those of the scores."
+    table = Table(title="BrierLM, difference to the first model", caption=caption, box=box.SIMPLE_HEAD)
+    table.add_column("model", min_width=12, overflow="fold")
+    table.add_column("difference", justify="right", no_wrap=True)
+    for name, difference in found.items():
+        table.add_row(name, difference_cell(difference))
     return table
 
 

@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from calm.data.blocks import check_block_size
 from calm.evaluation.brier_lm import check_scorable
-from calm.files import write_whole
+from calm.files import write_json, write_whole
 from calm.report.study import PLAN, SCORE, WITHOUT_HEAD, write_report
 from calm.study.plan import Plan
 from calm.study.score import judge_texts, score_run, scored_block_size
@@ -139,7 +139,7 @@ def _make(name: str, plan: Plan, recipe: Recipe, run: Path, progress: Progress |
             before = [other for other in plan.with_needs([name]) if other != name]
             needed = sum(json.loads((run / other / SCORE).read_text())["training_flops"] for other in before)
             score["total_flops"] = score["training_flops"] + needed
-            write_whole(run / name / SCORE, json.dumps(score, indent=1))
+            write_json(run / name / SCORE, score)
     except Timeout:
         return False
     return True

@@ -12,7 +12,7 @@ from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.compute import compute
 from calm.evaluation.fluency import evaluate_fluency, fluency_of_text
 from calm.evaluation.reconstruction import evaluate_reconstruction
-from calm.files import write_whole
+from calm.files import write_json
 from calm.functional.brier import NGRAM
 from calm.models.loading import load_language_model, load_model
 from calm.report.study import WITHOUT_HEAD, fluency_path
@@ -87,7 +87,7 @@ def judge_texts(fluency: Fluency, run: Path, judge_recipe: Recipe, seed: int) ->
     size = (fluency.num_texts, fluency.prompt_tokens, fluency.new_tokens)
     if not _is_judged(text_path, asked):
         text = fluency_of_text(judge, tokenizer, blocks, *size).to_dict()
-        write_whole(text_path, json.dumps(text | {"asked": asked}, indent=1))
+        write_json(text_path, text | {"asked": asked})
     for name in names:
         path = fluency_path(run, name)
         model: Any = load_language_model(path.parent)
@@ -95,7 +95,7 @@ def judge_texts(fluency: Fluency, run: Path, judge_recipe: Recipe, seed: int) ->
         sampler = "token_prediction" if name.endswith(WITHOUT_HEAD) else None
         judged = partial(evaluate_fluency, model, judge, tokenizer, blocks, *size, seed=seed, sampler=sampler)
         results = [judged(temperature=temperature).to_dict() for temperature in fluency.temperatures]
-        write_whole(path, json.dumps([result | {"asked": asked} for result in results], indent=1))
+        write_json(path, [result | {"asked": asked} for result in results])
 
 
 def _is_judged(path: Path, asked: dict[str, Any]) -> bool:
