@@ -16,14 +16,14 @@ from calm.training.recipe import Recipe
 
 TOKENS = 5.0e11  # the published training costs are for this many
 CONTEXT = 2048
-# Parameters (millions, without the autoencoder), training and inference FLOPs as printed in the paper.
+# Parameters (without the autoencoder), training and inference FLOPs as printed in the paper.
 PUBLISHED = {
-    "transformer_s": (281, 6.6e20, 4.4e8),
-    "transformer_m": (465, 11.9e20, 7.9e8),
-    "transformer_l": (849, 22.5e20, 15.0e8),
-    "calm_m": (371, 3.7e20, 2.9e8),
-    "calm_l": (735, 7.7e20, 4.6e8),
-    "calm_xl": (1820, 19.5e20, 9.4e8),
+    "transformer_s": ("281M", 6.6e20, 4.4e8),
+    "transformer_m": ("465M", 11.9e20, 7.9e8),
+    "transformer_l": ("849M", 22.5e20, 15.0e8),
+    "calm_m": ("371M", 3.7e20, 2.9e8),
+    "calm_l": ("735M", 7.7e20, 4.6e8),
+    "calm_xl": ("1.82B", 19.5e20, 9.4e8),
 }
 OTHERS = ("calm_m_k1", "calm_m_k2", "calm_m_k8", "calm_m_diffusion", "calm_m_flow")
 
@@ -33,9 +33,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write JSON here")
     output = parser.parse_args().output
     folder = Path(str(resources.files("calm") / "recipes" / "paper"))
+    recipes = {path.stem: Recipe.load(path) for path in sorted(folder.glob("*.yaml"))}
     rows = {}
     for name in (*PUBLISHED, *OTHERS):
-        model = outline_model(Recipe.load(folder / f"{name}.yaml"), folder)
+        model = outline_model(recipes[name], recipes.values())
         one, many = compute(model, CONTEXT), compute(model, CONTEXT, temperature=0.5, num_candidates=200)
         is_calm = one.parameters["autoencoder"] > 0
         rows[name] = {
@@ -52,7 +53,7 @@ def main() -> None:
     for name, row in rows.items():
         cells = [name, f"{row['parameters'] / 1e6:.2f}M"]
         published = row["published"] or (None, None, None)
-        cells.append(f"{published[0]}M" if published[0] else "")
+        cells.append(published[0] or "")
         cells += [f"{row['training_flops']:.3g}", f"{published[1]:.3g}" if published[1] else ""]
         cells += [f"{row['inference_flops_per_token']['total']:.3g}", f"{published[2]:.3g}" if published[2] else ""]
         many_flops = row["inference_flops_per_token_200_candidates"]

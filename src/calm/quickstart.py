@@ -178,7 +178,9 @@ def _evaluate(run: Path, seed: int, device: str, progress: Progress) -> dict:
 
     tokenizer = load_tokenizer(run / "tokenizer")
     training = {name: _training_cost(run / name, model) for name, model in models.items()}
-    training["finished"]["training_flops"] += training["calm"]["training_flops"]  # the whole way to it
+    # The whole way to a model.
+    training["calm"]["training_flops"] += training["autoencoder"]["training_flops"]
+    training["finished"]["training_flops"] += training["calm"]["training_flops"]
     training = {row: training[name] for row, (name, _) in ROWS.items()} | {"autoencoder": training["autoencoder"]}
     return {
         "autoencoder": evaluate_reconstruction(models["autoencoder"], blocks, EVALUATION_BLOCKS).to_dict(),

@@ -1,6 +1,7 @@
 """Parameters and FLOPs against the paper's table (2048 positions of context, 5.0e11 training tokens)."""
 
 import json
+import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
@@ -167,6 +168,24 @@ def test_info_prints_json_for_recipes(monkeypatch, capsys):
     assert "training" in out
 
 
+@pytest.mark.parametrize("name", ["autoencoder", "calm", "finish", "baseline"])
+def test_info_counts_recipes_before_their_data_are_there(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(monkeypatch, capsys, f"recipes/single_gpu/{name}.yaml", "--json", "--vocab-size", "500")
+    small = json.loads(out)
+    assert code == 0
+    code, out, _ = run(monkeypatch, capsys, f"recipes/single_gpu/{name}.yaml", "--json", "--vocab-size", "600")
+    assert json.loads(out)["parameters"]["total"] > small["parameters"]["total"]
+
+
+def test_the_benchmark_of_compute_prints_the_papers_models(tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "compute.py"
+    command = [sys.executable, str(script), "--output", str(tmp_path / "compute.json")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "| calm_xl | 1829.80M | 1.82B |" in out
+    assert json.loads((tmp_path / "compute.json").read_text())["calm_m"]["parameters"] // 10**4 == 37173
+
+
 def test_info_passes_over_what_is_no_recipe_beside_one(tmp_path, monkeypatch, capsys):
     recipe = (PAPER / "transformer_s.yaml").read_text()
     (tmp_path / "baseline.yaml").write_text(recipe)
@@ -198,7 +217,10 @@ def test_info_reads_models_in_either_layout(tmp_path, monkeypatch, capsys):
         ),
         ([str(PAPER / "calm_m.yaml"), "model.autoencoder=nowhere"], "no model in nowhere yet"),
         (["/no/such/path"], "no model at /no/such/path: there is no such directory"),
-        ([str(PAPER.parent / "quickstart" / "baseline.yaml")], "not prepared yet, and the recipe names no vocab_size"),
+        (
+            [str(PAPER.parent / "quickstart" / "baseline.yaml")],
+            "names no vocab_size: prepare them, or name it (`calm info --vocab-size`",
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(monkeypatch, capsys, tmp_path, arguments, message):

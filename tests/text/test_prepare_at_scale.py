@@ -70,6 +70,12 @@ def test_a_dataset_in_the_hubs_layout_is_read_by_split_and_subset(tmp_path):
         find_sources([tmp_path], subset="nope")
 
 
+def test_addresses_may_hold_patterns(folder):
+    for pattern, names in (("*.jsonl.gz", "0123"), ("[0-2].jsonl.gz", "012")):
+        found = find_sources([f"file://{folder}/{pattern}"])
+        assert [file.path.rsplit("/", 1)[1] for file in found] == [f"{name}.jsonl.gz" for name in names]
+
+
 def test_files_of_a_web_server_are_read_without_a_copy(tmp_path, tokenizer):
     write_jsonl(tmp_path / "a.jsonl.gz")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)

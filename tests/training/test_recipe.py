@@ -92,6 +92,28 @@ def test_unreadable_recipes_are_refused(recipe, text, message):
         Recipe.load(recipe.with_name("other.yaml"))
 
 
+def test_brier_blocks_want_evaluations(recipe):
+    stage = ["stage=baseline", "model={backbone: {hidden_size: 8}}", "data.validation=x", "brier_blocks=2"]
+    assert Recipe.load(recipe, stage).brier_blocks == 2
+    for no in ("no", "false"):
+        with pytest.raises(ValueError, match=r"eval_strategy is no: add training\.eval_strategy=steps"):
+            Recipe.load(recipe, [*stage, f"training.eval_strategy={no}"])
+
+
+def test_the_packages_recipes_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.load("recipes/paper/calm_m.yaml").stage == "calm"
+    with pytest.raises(ValueError, match=r"no recipe at recipes/paper/calm_z\.yaml"):
+        Recipe.load("recipes/paper/calm_z.yaml")
+    with pytest.raises(ValueError, match=r"no recipe at __init__\.py"):
+        Recipe.load("__init__.py")
+    # The working directory's own comes first.
+    own = tmp_path / "recipes" / "paper"
+    own.mkdir(parents=True)
+    (own / "calm_m.yaml").write_text(MINIMAL)
+    assert Recipe.load("recipes/paper/calm_m.yaml").stage == "autoencoder"
+
+
 def test_shipped_recipes_load():
     paths = sorted(Path("recipes").rglob("*.yaml"))
     assert len(paths) >= 3

@@ -144,6 +144,16 @@ def test_baseline_learns(workspace):
     assert other(ids, labels=ids).loss == before
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"num_train_epochs": 0.001}])
+def test_a_warm_up_that_outlasts_the_run_is_told(workspace, length, capsys):
+    fields = {"max_steps": -1, "warmup_steps": 30, "save_steps": 50} | length
+    train(recipe(workspace, "baseline", f"warming_{len(str(length))}", {"backbone": BACKBONE}, **fields))
+    steps = length.get("max_steps", 1)
+    assert f"the warm-up of 30 steps does not end within the {steps} of this run" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_brier_lm_is_logged_with_every_evaluation_and_changes_nothing(workspace):
     plain = calm_recipe(workspace, output="without_brier", max_steps=6)
     scored = calm_recipe(workspace, output="with_brier", max_steps=6)

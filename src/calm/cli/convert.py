@@ -24,9 +24,9 @@ def convert(
 ) -> None:
     """Translate checkpoints between this package's layout and the reference implementation's.
 
-    Released checkpoints load without conversion; converted ones are self-contained (safetensors).
+    A converted model is self-contained (safetensors, with its autoencoder and tokenizer), and every command takes it.
 
-    Example: `calm convert cccczshao/CALM-M calm-m --tokenizer llama3_tokenizer`
+    Example: `calm convert cccczshao/CALM-M calm-m --autoencoder cccczshao/CALM-Autoencoder --tokenizer llama3`
     """
     import shutil
 

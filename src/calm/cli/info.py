@@ -18,9 +18,14 @@ def info(
     tokens: Annotated[
         float | None, typer.Option(help="tokens of the training; default the recipe's, or the run's")
     ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="of recipes that name none and whose data are not prepared yet")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Parameters and FLOPs of a model, by part, from its shapes alone: no weights are allocated, no data needed.
+    """Parameters and FLOPs of a model, by part, from its shapes alone: no weights are allocated, no data read.
+
+    A recipe's vocabulary is that of its data, or the `--vocab-size` where there are none yet.
 
     Example: `calm info recipes/paper/calm_m.yaml --temperature 0.5 --num-candidates 200`
     """
@@ -34,7 +39,7 @@ def info(
     from calm.training.arguments import trained_tokens
     from calm.training.cost import training_flops_per_token
     from calm.training.models import outline_model
-    from calm.training.recipe import Recipe
+    from calm.training.recipe import Recipe, find_recipe
     from calm.training.resume import read_run
 
     check_sampler(sampler, temperature, num_candidates)
@@ -42,10 +47,12 @@ def info(
     if source.endswith((".yaml", ".yml")):
         recipe = Recipe.load(source, overrides or [])
         steps = recipe.training.get("max_steps")
-        beside = [recipe, *_recipes_beside(Path(source))]
+        beside = [recipe, *_recipes_beside(find_recipe(source))]
+        for each in beside if vocab_size is not None else []:
+            each.set_vocab_size(vocab_size)
         model = outline_model(recipe, beside)
-    elif overrides:
-        raise ValueError(f"overrides are for recipes, {source} is a model.")
+    elif overrides or vocab_size is not None:
+        raise ValueError(f"overrides and --vocab-size are for recipes, {source} is a model.")
     else:
         model = outline(source)
         recipe, steps = read_run(Path(source))

@@ -28,8 +28,8 @@ def find_sources(
 
     Args:
         sources: files and folders (searched; other files in them are passed over), addresses that fsspec knows
-            (``https://``, ``s3://``, ``hf://datasets/...``, with ``*``), and dataset ids of the hub such as
-            ``monology/pile-uncopyrighted``.
+            (``https://``, ``s3://``, ``hf://datasets/...``, with ``*`` and ``[0-9]``), and dataset ids of the hub such
+            as ``monology/pile-uncopyrighted``.
         split, subset: of datasets; with one of them a folder, too, is read as a dataset of the hub's layout.
 
     Raises ValueError that names a source that is not there or cannot be read.
@@ -67,7 +67,7 @@ def _local_files(source: Path) -> list[SourceFile]:
 def _remote_files(source: str) -> list[SourceFile]:
     try:
         files, path = fsspec.core.url_to_fs(source)
-        if "*" in path:
+        if any(mark in path for mark in "*["):
             paths = sorted(files.glob(path))
         elif not path.endswith(SUFFIXES) and files.isdir(path):
             paths = sorted(found for found in files.find(path) if found.endswith(SUFFIXES))

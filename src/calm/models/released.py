@@ -283,7 +283,7 @@ def _inner_autoencoder_config(path: str | os.PathLike, config: dict, state: dict
     if not inner:
         raise ValueError(
             f"the weights in {path} hold no autoencoder (no ae_model.*), and there is none at its ae_path {ae_path!r}: "
-            "load it first and pass it as autoencoder=."
+            "pass it as autoencoder=, or put both into one directory with `calm convert ... --autoencoder ...`."
         )
     try:
         vocab_size, hidden_size = inner["encoder.embed_tokens.weight"].shape

@@ -86,7 +86,8 @@ def write(results: dict, curves: dict[str, list[dict]], run: Path) -> Path:
         f"{scored['num_positions']:,} positions in {scored['num_blocks']} held-out blocks of {scored['block_size']} "
         f"tokens, every {scored['stride']} tokens, with {scored['num_samples']} draws each. Tokens/s: "
         "temperature 1, batch 8. `finished` is `calm` after its head alone went on, scored by what its draws decode to "
-        "as well; its training FLOPs count both. Token prediction writes in the place of its head.",
+        "as well; training FLOPs count the whole way to a model, its autoencoder "
+        "included. Token prediction writes in the place of its head.",
         "",
         picture,
         "",

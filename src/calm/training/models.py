@@ -198,8 +198,9 @@ def outline_model(recipe: Recipe, others: Iterable[Recipe] = ()) -> PreTrainedMo
     vocab_size = recipe.model if recipe.stage == "autoencoder" else recipe.model["backbone"]
     if not tokens and "vocab_size" not in vocab_size:
         raise ValueError(
-            f"the data in {recipe.data.train} are not prepared yet, and the recipe names no vocab_size: prepare them, "
-            f"or set model.{'' if recipe.stage == 'autoencoder' else 'backbone.'}vocab_size."
+            f"the data in {recipe.data.train} are not prepared yet, and the recipe of {recipe.output_dir} names no "
+            f"vocab_size: prepare them, or name it (`calm info --vocab-size`, or "
+            f"model.{'' if recipe.stage == 'autoencoder' else 'backbone.'}vocab_size in the recipe)."
         )
     if recipe.stage == "autoencoder":
         return outline(CalmAutoencoderConfig(**tokens | recipe.model))

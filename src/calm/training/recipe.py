@@ -36,6 +36,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,11 @@ class Recipe:
             check_types(self, {"brier_blocks": int}, "the recipe")
             if self.stage == "autoencoder" or self.data.validation is None or self.brier_blocks < 1:
                 raise ValueError("brier_blocks, at least 1, is for language models with data.validation.")
+            if self.training.get("eval_strategy") in ("no", False):
+                raise ValueError(
+                    "brier_blocks scores with every evaluation, and training.eval_strategy is no: add "
+                    "training.eval_strategy=steps training.eval_steps=500, or leave brier_blocks out."
+                )
         if self.tokens_per_step is not None:
             check_types(self, {"tokens_per_step": int}, "the recipe")
             check_smallest("tokens_per_step", self.tokens_per_step, 1)
@@ -152,10 +158,8 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike, overrides: Sequence[str] = ()) -> "Recipe":
-        """Read a YAML file and apply ``dotted.key=value`` overrides."""
-        if not Path(path).is_file():
-            raise ValueError(f"no recipe at {path}.")
-        values = read_yaml(path)
+        """Read a YAML file, as :func:`find_recipe` finds it, and apply ``dotted.key=value`` overrides."""
+        values = read_yaml(find_recipe(path))
         if not isinstance(values, dict):
             raise ValueError(f"{path} must be a mapping of recipe keys, got {type(values).__name__}.")
         for override in overrides:
@@ -169,9 +173,27 @@ class Recipe:
             _set_dotted(values, key.split("."), parsed, override)
         return cls.from_dict(values)
 
+    def set_vocab_size(self, vocab_size: int) -> None:
+        """Of the model, where the recipe names none."""
+        fields = self.model if self.stage == "autoencoder" else self.model.get("backbone")
+        if fields is not None and "pretrained" not in fields:
+            fields.setdefault("vocab_size", vocab_size)
+
     def to_yaml(self) -> str:
         """The resolved recipe, defaults included."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def find_recipe(path: str | os.PathLike) -> Path:
+    """A recipe's file; ``recipes/...`` is one of this package where the working directory has none of that name."""
+    path = Path(path)
+    places = [path]
+    if path.parts[:1] == ("recipes",):
+        places.append(Path(str(resources.files("calm"))) / path)
+    for place in places:
+        if place.is_file():
+            return place
+    raise ValueError(f"no recipe at {path}.")
 
 
 def read_yaml(path: str | os.PathLike) -> Any:

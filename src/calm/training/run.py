@@ -158,10 +158,10 @@ def _run(trainer: CalmTrainer, recipe: Recipe, progress: Progress | None) -> Non
                 f"{torch.cuda.device_count()} --no-python calm train ...",
                 highlight=False,
             )
-        if is_main and 0 < trainer.args.max_steps <= trainer.args.warmup_steps:
+        if is_main and (steps := _planned_steps(trainer)) <= trainer.args.warmup_steps:
             shown.console.out(
-                f"the warm-up of {trainer.args.warmup_steps:g} steps does not end within max_steps "
-                f"({trainer.args.max_steps})",
+                f"the warm-up of {trainer.args.warmup_steps:g} steps does not end within the {steps} of this run: the "
+                "learning rate stays below training.learning_rate. Set training.warmup_steps lower.",
                 highlight=False,
             )
         checkpoint = checkpoint_to_resume(trainer, recipe, partial(shown.console.out, highlight=False))
@@ -178,6 +178,16 @@ def _run(trainer: CalmTrainer, recipe: Recipe, progress: Progress | None) -> Non
     if interruption.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         raise TrainingInterruptedError(interruption.signal, trainer.state.global_step)
     save_result(trainer, recipe)
+
+
+def _planned_steps(trainer: CalmTrainer) -> int:
+    """Steps of the whole run."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    assert trainer.train_dataset is not None
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return math.ceil(args.num_train_epochs * math.ceil(len(trainer.train_dataset) / step))  # type: ignore[arg-type]
 
 
 def _claim(recipe: Recipe) -> None:
