@@ -21,7 +21,13 @@ def evaluate(
     blocks: Annotated[
         int | None, typer.Option(min=1, help="so many blocks, evenly spread over the data; default all")
     ] = None,
-    samples: Annotated[int, typer.Option(min=2, help="draws per position, at least 2; all pairs are compared")] = 4,
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=2,
+            help="draws per position, of which all pairs are compared; of a token model 4 are as good as more",
+        ),
+    ] = 4,
     stride: Annotated[
         int | None, typer.Option(min=1, help="tokens between scored n-grams; default fits all models")
     ] = None,

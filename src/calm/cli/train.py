@@ -6,16 +6,22 @@ import typer
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file, see recipes/")],
+    recipe: Annotated[Path, typer.Argument(help="YAML file; recipes/... of this package are found from anywhere")],
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ...")] = None,
     allow_recipe_change: Annotated[
-        bool, typer.Option("--allow-recipe-change", help="go on with a run that another recipe began")
+        bool,
+        typer.Option(
+            "--allow-recipe-change",
+            help="go on with a run that another recipe began, of the same stage, model, seed, optimiser and data",
+        ),
     ] = False,
 ) -> None:
     """Train what a recipe says: an autoencoder, a CALM, or an autoregressive baseline.
 
     Interrupted (SIGTERM, Ctrl-C, a crash), the same command goes on from the last checkpoint. Under torchrun or
     `accelerate launch` it trains on all processes.
+
+    All keys of a recipe: `python -m pydoc calm.training.recipe`.
 
     Example: `calm train recipes/quickstart/calm.yaml training.learning_rate=1e-3 output_dir=runs/mine`
     """
