@@ -1,5 +1,7 @@
 """Choosing a device and a precision."""
 
+import gc
+
 import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,3 +31,10 @@ def resolve_dtype(name: str, device: torch.device | None = None) -> torch.dtype 
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}.")
     return getattr(torch, name)
+
+
+def release_memory() -> None:
+    """Of models that nobody holds any more: a Trainer and its model hold each other, and torch keeps what it freed."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -156,7 +156,8 @@ def _run_locally(executor: Executor, common: dict[str, Any]) -> None:
 
     # Imported once, in the process that all workers are forked from: they share that memory.
     multiprocess.get_context("forkserver").set_forkserver_preload(["calm.data.pipeline", "datatrove.pipeline.tokens"])
-    cores = os.cpu_count() or 1
+    # Those that a scheduler gave us, which may be fewer than there are.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(common["tasks"], executor.workers or cores)
     # Cores that have no task of their own help to tokenise.
     os.environ["RAYON_NUM_THREADS"] = str(max(1, cores // workers))

@@ -149,7 +149,7 @@ def ddim_step(
 
 def _at(table: Tensor, step: Tensor) -> Tensor:
     """Entries of a table, ready to multiply vectors: ``[...] -> [..., 1]``."""
-    return table[step][..., None]
+    return table.take(step)[..., None]  # an index of one number, as in sampling, would be read back from the device
 
 
 def _clean(

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-_TILE_ELEMENTS = 2**26  # of the logits that exist at once: 256 MiB in float32
+# Of the logits that exist at once: 256 MiB in float32; 1 GiB on a GPU, where every tile reads and sums the weight anew,
+# and small ones would cost more than the products.
+_TILE_ELEMENTS, _TILE_ELEMENTS_ELSEWHERE = 2**26, 2**28
 
 
 def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -37,7 +39,7 @@ def _mean(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     # In half precision torch's sums over positions, and with them the loss, are half precision too.
     if dtype == torch.float32 and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return F.linear_cross_entropy(states, weight, labels, options=torch.nn.LinearCrossEntropyOptions())
-    size = max(1, _TILE_ELEMENTS // len(weight))
+    size = max(1, (_TILE_ELEMENTS if device == "cpu" else _TILE_ELEMENTS_ELSEWHERE) // len(weight))
     tiles = zip(states.split(size), labels.split(size), strict=True)
     sums = [
         checkpoint(_summed, tile, weight, of_tile, dtype, use_reentrant=False, preserve_rng_state=False)

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from rich.progress import Progress
 
 from calm.data.blocks import check_block_size
+from calm.device import release_memory
 from calm.evaluation.brier_lm import check_scorable
 from calm.files import write_json, write_whole
 from calm.report.study import PLAN, SCORE, WITHOUT_HEAD, write_report
@@ -47,6 +48,11 @@ def run_study(
         overrides: ``dotted.key=value`` for all recipes.
         only: these models and what they are made from; default all.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "a study is not for torchrun: its models are trained one by one. Start `calm study` several times instead, "
+            "on several GPUs each with its own CUDA_VISIBLE_DEVICES; the processes share the work."
+        )
     run = Path(run)
     # All at once: a mistake shows before the first run.
     recipes = plan.recipes(run, overrides, only)
@@ -62,11 +68,11 @@ def run_study(
             time.sleep(_PATIENCE)  # other processes are at work on all that could be done
     if progress is not None and task is not None:
         progress.update(task, completed=len(recipes))
-    write_whole(run / PLAN, yaml.safe_dump({"models": plan.models, "report": plan.report}, sort_keys=False))
-    if plan.fluency is not None and plan.fluency.needs() <= recipes.keys():
-        with _lock(run, "fluency"):
+    with _lock(run, "report"):
+        write_whole(run / PLAN, yaml.safe_dump({"models": plan.models, "report": plan.report}, sort_keys=False))
+        if plan.fluency is not None and plan.fluency.needs() <= recipes.keys():
             judge_texts(plan.fluency, run, recipes[plan.fluency.judge], plan.evaluation.seed)
-    return write_report(run)
+        return write_report(run)
 
 
 def study_cost(
@@ -133,13 +139,15 @@ def _make(name: str, plan: Plan, recipe: Recipe, run: Path, progress: Progress |
             if _is_done(plan, recipe):
                 return True
             train(recipe, progress)
-            score = score_run(run / name, plan.evaluation)
+            release_memory()
+            score = score_run(recipe, plan.evaluation)
             score["evaluation"] = asdict(plan.evaluation)
             # Each of what it was made from once, however many ways lead there.
             before = [other for other in plan.with_needs([name]) if other != name]
             needed = sum(json.loads((run / other / SCORE).read_text())["training_flops"] for other in before)
             score["total_flops"] = score["training_flops"] + needed
             write_json(run / name / SCORE, score)
+            release_memory()
     except Timeout:
         return False
     return True

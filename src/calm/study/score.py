@@ -23,14 +23,14 @@ from calm.training.recipe import Recipe
 from calm.training.resume import read_run
 
 
-def score_run(path: Path, evaluation: Evaluation) -> dict[str, Any]:
-    """What a trained model of a recipe cost and how good it is.
+def score_run(recipe: Recipe, evaluation: Evaluation) -> dict[str, Any]:
+    """What the trained model of a recipe cost and how good it is.
 
     An autoencoder: how much text comes back. A language model: BrierLM, the same of its autoencoder, and BrierLM of its
     token prediction, without the head.
     """
-    recipe, steps = read_run(path)
-    assert recipe is not None
+    path = Path(recipe.output_dir)
+    _, steps = read_run(path)
     model: Any = load_model(path)
     model.to(training_arguments(recipe).device)  # where it was trained
     patch_size = getattr(model.config, "patch_size", None)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -24,6 +25,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     elif "bf16" not in values and "fp16" not in values and not values.get("use_cpu"):
         # Where bf16 is not native it is slow: on a CPU over a hundred times slower than float32.
         values["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    _check_launcher(values)
     if recipe.data.validation is None:
         if values.get("eval_strategy", "no") != "no":
             raise ValueError("training.eval_strategy needs data.validation: prepared data to evaluate on.")
@@ -41,6 +43,17 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     # Several GPUs are for several processes: one process would spread its batch over them by threads (DataParallel).
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
+
+
+def _check_launcher(values: dict[str, Any]) -> None:
+    """ValueError where the launcher asks for a precision that the run would not heed, or would silently take."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    own = "bf16" if values.get("bf16") else "fp16" if values.get("fp16") else "no"
+    if asked not in ("no", own):
+        raise ValueError(
+            f"the launcher asks for mixed precision {asked}, and the recipe for {own}: leave it to the recipe "
+            "(`accelerate launch --mixed_precision no`), and set the recipe's precision (float32, bfloat16, float16)."
+        )
 
 
 def _check_metric(recipe: Recipe) -> None:

@@ -7,9 +7,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 
 _HEELS = 2.0  # seconds
+
+
+def leave_signals_to_the_trainer() -> None:
+    """In a worker of a data loader: what ends the run is the Trainer's to hear. A scheduler, `timeout` or Ctrl-C signal
+    all processes, and a worker that dies of it would take the run along before its checkpoint."""
+    if get_worker_info() is not None and signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
 
 
 class TrainingInterruptedError(InterruptedError):

@@ -12,6 +12,10 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import default_data_collator
 
+from calm.training.interruption import leave_signals_to_the_trainer
+
+_NUMBERS_AT_ONCE = 2**16
+
 
 class NumberedBlocks(Dataset):
     """Another dataset's items with their ``number``."""
@@ -23,6 +27,7 @@ class NumberedBlocks(Dataset):
         return len(self.blocks)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        leave_signals_to_the_trainer()
         return self.blocks[index] | {"number": index}
 
 
@@ -57,7 +62,10 @@ class ShuffledSteps(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(_seed_of(self.seed, self.step() // self.steps_per_pass))
-        yield from torch.randperm(self.num_blocks, generator=generator)[: len(self)].tolist()
+        order = torch.randperm(self.num_blocks, generator=generator)[: len(self)]
+        # A list of all would take four times the memory, in every process.
+        for part in order.split(_NUMBERS_AT_ONCE):
+            yield from part.tolist()
 
 
 def noise_of_blocks(numbers: list[int], seed: int, step: int, device: torch.device) -> list[torch.Generator]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,16 @@ RECIPE = "recipe.yaml"
 COMPLETE = "complete.json"
 LOCK = ".lock"  # held by the process that trains here
 _NEVER_CHANGES = ("stage", "model", "seed", "training.optim")
+# A recipe may name them by another path, and a run with what it is made from may be moved.
+_PATHS = ("data.train", "data.validation", "distillation.teacher", "model.autoencoder", "model.backbone_weights",
+          "model.pretrained")  # fmt: skip
 _UNLIKE_OTHERS = "reduce_lr_on_plateau"  # the one schedule whose state means nothing to another
 
 
 def is_complete(recipe: Recipe) -> bool:
     """Whether the recipe's directory holds its finished run."""
     output = Path(recipe.output_dir)
-    return (output / COMPLETE).exists() and (output / RECIPE).read_text(encoding="utf-8") == recipe.to_yaml()
+    return (output / COMPLETE).exists() and not _differences(output, recipe)
 
 
 def check_output(recipe: Recipe, allow_recipe_change: bool = False) -> None:
@@ -37,19 +41,37 @@ def check_output(recipe: Recipe, allow_recipe_change: bool = False) -> None:
         return
     if not (output / RECIPE).exists():
         raise ValueError(f"{output} is not empty and holds no training run: choose another output_dir.")
-    before = _flatten(yaml.safe_load((output / RECIPE).read_text(encoding="utf-8")))
-    now = _flatten(yaml.safe_load(recipe.to_yaml()))
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    changed = _differences(output, recipe)
     fixed = [key for key in changed if f"{key}.".startswith(tuple(f"{each}." for each in _NEVER_CHANGES))]
     schedule = "training.lr_scheduler_type"
-    if schedule in changed and _UNLIKE_OTHERS in (before.get(schedule), now.get(schedule)):
+    if schedule in changed and _UNLIKE_OTHERS in changed[schedule]:
         fixed.append(schedule)
     if changed and (fixed or not allow_recipe_change):
-        difference = "; ".join(f"{key} ({before.get(key)!r} there, {now.get(key)!r} here)" for key in changed)
+        difference = "; ".join(f"{key} ({there!r} there, {here!r} here)" for key, (there, here) in changed.items())
         remedy = "Choose another output_dir (in a study, another name or -o), or remove it"
         if not fixed:
             remedy += ", or go on with the new recipe: `calm train --allow-recipe-change`"
         raise ValueError(f"{output} holds a run of another recipe: {difference}. {remedy}.")
+
+
+def _differences(output: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """What a recipe says otherwise than the one in its directory: that one's values and its own, by dotted key."""
+    before = _flatten(yaml.safe_load((output / RECIPE).read_text(encoding="utf-8")))
+    now = _flatten(yaml.safe_load(recipe.to_yaml()))
+    places = before.pop("output_dir"), now.pop("output_dir")
+    values = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
+    return {
+        key: (there, here)
+        for key, (there, here) in values.items()
+        if there != here and not (key in _PATHS and there and here and _is_same_path(there, here, *places))
+    }
+
+
+def _is_same_path(there: str, here: str, place_there: str, place_here: str) -> bool:
+    """Whether two runs name the same directory, or one that lies beside each of them in the same way."""
+    if os.path.realpath(there) == os.path.realpath(here):
+        return True
+    return os.path.relpath(there, place_there) == os.path.relpath(here, place_here)
 
 
 def _flatten(values: dict, prefix: str = "") -> dict:

@@ -4,11 +4,13 @@ A checkpoint of a sharded run holds what one of a single process holds, so that 
 can go on with it. The frozen autoencoder is not sharded: it stays whole, in float32, on every process.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -30,6 +32,9 @@ def configure(accelerator: Any, plugin: FullyShardedDataParallelPlugin, model: t
     backbone: Any = getattr(model, "backbone", None)
     if backbone is not None:
         plugin.ignored_modules = [model.autoencoder]
+        # It would make new parameters, of which accelerate does not know that they are ignored.
+        plugin.cpu_ram_efficient_loading = False
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         # The head is no unit: it reads weights past its modules.
         units = sorted(backbone._no_split_modules)
         plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or units
@@ -42,6 +47,16 @@ def configure(accelerator: Any, plugin: FullyShardedDataParallelPlugin, model: t
         state.fsdp_plugin = plugin
         state.distributed_type = DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def check_autoencoder_is_whole(model: torch.nn.Module) -> None:
+    """ValueError where the autoencoder was sharded, and would compute in half precision."""
+    autoencoder: Any = getattr(model, "autoencoder", None)
+    if autoencoder is not None and any(isinstance(each, DTensor) for each in autoencoder.parameters()):
+        raise ValueError(
+            f"accelerate {accelerate.__version__} shards the frozen autoencoder, which must stay whole: install "
+            "accelerate 1.15 or later."
+        )
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from calm.training import sharding
 from calm.training.arguments import asks_for_fsdp
 from calm.training.checkpoints import rotate, seal
 from calm.training.distillation import draw_continuations
+from calm.training.masks import no_packed_sequences
 from calm.training.order import NumberedBlocks, ShuffledSteps, collate_numbered, noise_of_blocks
 
 _FROM_RECIPE = ("initial_lr", "weight_decay", "betas", "eps")
@@ -100,7 +101,8 @@ class CalmTrainer(Trainer):
                 teacher, count = self.teacher
                 ids, patch_size = inputs["input_ids"], plain.config.patch_size
                 inputs["target_ids"] = draw_continuations(teacher, ids, patch_size, count, noise)
-        outputs = model(**inputs)
+        with no_packed_sequences():
+            outputs = model(**inputs)
         if model.training:
             parts = report(plain, outputs)
             if weight is not None:
@@ -158,7 +160,9 @@ class CalmTrainer(Trainer):
 
     def _prepare_for_training(self, *args, **kwargs):
         with nullcontext() if self.plugin is None else sharding.embeddings_in_the_root(self.model):
-            return super()._prepare_for_training(*args, **kwargs)
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        sharding.check_autoencoder_is_whole(self.model)  # type: ignore[arg-type]
+        return prepared
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.plugin is None:
@@ -176,6 +180,11 @@ class CalmTrainer(Trainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         plain: Any = self.model
         return sharding.load_weights(plain, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+
+    def _load_best_model(self) -> None:
+        if self.plugin is None:
+            return super()._load_best_model()
+        return self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Moments and position come from the checkpoint, rates and decay from the recipe, which may have changed."""

@@ -4,6 +4,7 @@ Shapes: D hidden, Z latent, ... any leading dimensions. Source: Li et al. 2024 (
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,9 @@ class AdaptiveNormMLP(nn.Module):
     The timestep and the hidden state broadcast against the latents; several latents of one state share its part.
     """
 
+    gradient_checkpointing = False  # transformers sets it, and the function beside it
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
     def __init__(
         self,
         latent_size: int,
@@ -70,7 +74,10 @@ class AdaptiveNormMLP(nn.Module):
         condition = F.silu(self.time_embedding(timestep) + self.hidden_proj(hidden))
         x = self.input_proj(x.to(hidden.dtype))
         for block in self.blocks:
-            x = block(x, condition)
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(block.__call__, x, condition)
+            else:
+                x = block(x, condition)
         shift, scale = self.final_modulation(condition).chunk(2, dim=-1)
         # The solvers around it work in float32 also where the weights are not.
         return self.output_layer(self.final_norm(x) * (1 + scale) + shift).float()

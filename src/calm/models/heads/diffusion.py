@@ -56,10 +56,12 @@ class DiffusionHead(Head):
             # Step by step: all at once, the noise of a hundred steps would outweigh everything else.
             return noise[index] if noise is not None else normal(shape, generator, hidden.device)
 
+        # Made once and on the device: no step waits for a number.
+        steps, timesteps = torch.arange(len(schedule), device=hidden.device).unbind(), schedule.timesteps.unbind()
         x = draw(0)
         for count, index in enumerate(reversed(range(len(schedule))), start=1):
-            step = torch.tensor(index, device=hidden.device)
-            output = self.network(x, schedule.timesteps[step], hidden)
+            step = steps[index]
+            output = self.network(x, timesteps[index], hidden)
             if config.sampler == "ddim":
                 x = ddim_step(output, x, step, schedule, config.clip_latent)
             else:

@@ -50,6 +50,9 @@ class GatedBlock(nn.Module):
 class EnergyHead(Head):
     """Single-step generator of the next latent; see :class:`~calm.models.configuration_heads.EnergyHeadConfig`."""
 
+    gradient_checkpointing = False  # transformers sets it, and the function beside it
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
     def __init__(self, config: EnergyHeadConfig, hidden_size: int, latent_size: int):
         super().__init__()
         self.config = config
@@ -82,7 +85,10 @@ class EnergyHead(Head):
         if self.config.condition_residual:
             x = x + condition
         for block in self.blocks:
-            x = block(x, condition)
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(block.__call__, x, condition)
+            else:
+                x = block(x, condition)
         return silu_linear(self.final_mlp[0](self.final_norm(x)), self.output_layer)
 
     def draw_noise(
