@@ -4,6 +4,7 @@ import golden
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm import CalmForCausalLM
 from calm.functional import energy_score
@@ -155,6 +156,46 @@ class Adapted(torch.nn.Module):
         with torch.no_grad():
             self.inner.weight += self.up.weight @ self.down.weight
         return self.inner
+
+
+@pytest.mark.parametrize("head_type", TYPES)
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # its new name is not in 5.17
+def test_gradient_checkpointing_reaches_the_head_and_changes_nothing(head_type):
+    model, ids, kept, gradients = tiny.calm(type=head_type).train(), torch.randint(2, 40, (2, 12)), [], []
+    for on in (False, True):
+        if on:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        sizes = []
+        hidden = torch.randn(2, 3, 16, generator=seeded()).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            posterior = Posterior(torch.zeros(2, 3, 8), torch.zeros(2, 3, 8))
+            loss = model.head.loss(hidden, posterior, generator=seeded()).loss.sum()
+        loss.backward()
+        kept.append(sum(sizes))
+        gradients.append(hidden.grad)
+        assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
+    golden.close(gradients[1], gradients[0])
+    assert kept[1] < kept[0]
+
+
+class Readings(TorchDispatchMode):
+    """Counts numbers that are read back from a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("fields", [{"type": "diffusion"}, {"type": "diffusion", "sampler": "ddim"}, {"type": "flow"}])
+def test_sampling_waits_for_no_number_of_the_device(fields):
+    head, readings = tiny.calm(**fields).head, Readings()
+    head.sample(torch.randn(3, 16))
+    with readings:
+        head.sample(torch.randn(3, 16))
+    assert readings.count == 0
 
 
 @pytest.mark.parametrize("size", [2, 5])

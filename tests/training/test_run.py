@@ -3,12 +3,14 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import tiny
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
@@ -19,9 +21,11 @@ from calm.data.tokenizer import train_tokenizer
 from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.models.loading import load_autoencoder, load_language_model, load_model
+from calm.training.masks import no_packed_sequences
 from calm.training.metrics import read_metrics
 from calm.training.models import build_model
 from calm.training.recipe import Recipe
+from calm.training.resume import is_complete
 from calm.training.run import train
 
 WORDS = ["alpha", "beta", "gamma", "delta"]
@@ -154,6 +158,47 @@ def test_a_warm_up_that_outlasts_the_run_is_told(workspace, length, capsys):
     )
 
 
+def test_a_launchers_precision_is_not_taken_for_the_recipes(workspace, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run = calm_recipe(workspace, "launched", max_steps=1)
+    with pytest.raises(ValueError, match="the launcher asks for mixed precision bf16, and the recipe for no"):
+        train(run)
+    run.precision = "bfloat16"
+    train(run)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_attention_is_causal_without_a_mask_of_all_pairs(is_compiled):
+    seen = []
+
+    def spy(graph, _):
+        seen.extend(node.kwargs for node in graph.graph.nodes if "scaled_dot_product" in str(node.target))
+        return graph.forward
+
+    model, ids = tiny.calm().train(), torch.randint(2, 40, (2, 64))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with no_packed_sequences(), pytest.MonkeyPatch.context() as patch:
+        if is_compiled:
+            torch.compile(model, backend=spy)(input_ids=ids, labels=ids)
+        else:
+            patch.setattr(
+                torch.nn.functional, "scaled_dot_product_attention",
+                lambda *given, **more: seen.append(more) or attention(*given, **more),
+            )  # fmt: skip
+            model(input_ids=ids, labels=ids)
+    assert seen
+    assert all(call.get("attn_mask") is None and call["is_causal"] for call in seen)
+
+
+def test_dropout_does_not_bring_the_logits_back(workspace):
+    backbone = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}
+    model = build_model(recipe(workspace, "baseline", "dropout", {"backbone": backbone}))
+    assert model.training
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert model(ids, labels=ids).logits is None
+
+
 def test_brier_lm_is_logged_with_every_evaluation_and_changes_nothing(workspace):
     plain = calm_recipe(workspace, output="without_brier", max_steps=6)
     scored = calm_recipe(workspace, output="with_brier", max_steps=6)
@@ -173,6 +218,25 @@ def test_a_complete_run_is_not_done_again(workspace):
     before = (workspace / "complete" / "model.safetensors").stat().st_mtime_ns
     train(recipe)
     assert (workspace / "complete" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_may_be_named_by_another_path_and_moved_with_what_it_is_made_from(workspace, tmp_path):
+    shutil.copytree(workspace / "autoencoder", tmp_path / "a" / "autoencoder")
+    run = calm_recipe(workspace, "moves", max_steps=2)
+
+    def here(root):
+        run.output_dir, run.model["autoencoder"] = str(root / "moves"), str(root / "autoencoder")
+        return run
+
+    train(here(tmp_path / "a"))
+    assert is_complete(here(tmp_path / "a" / ".." / "a"))
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert is_complete(here(tmp_path / "b"))
+    (tmp_path / "b" / "moves" / "complete.json").unlink()
+    train(here(tmp_path / "b"))
+    run.model["autoencoder"] = str(workspace / "autoencoder")
+    with pytest.raises(ValueError, match=r"another recipe: model\.autoencoder"):
+        train(run)
 
 
 def test_another_recipe_does_not_overwrite_a_run(workspace):

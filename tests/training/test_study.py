@@ -279,6 +279,12 @@ def test_points_of_a_line_say_what_tells_them_apart():
     assert _apart([]) == []
 
 
+def test_a_study_is_not_for_torchrun(family, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="a study is not for torchrun"):
+        run_study(Plan.load(write(family)), tmp_path / "run")
+
+
 def test_there_is_no_report_of_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"no study in .*plan\.yaml is missing; `calm study` makes it"):
         write_report(tmp_path)

@@ -31,12 +31,12 @@ def same_weights(first, second, **tolerance):
             assert torch.equal(value, actual[name]), name
 
 
-def start(recipe, path, *command, options=()):
+def start(recipe, path, *command, options=(), group=False):
     path.write_text(recipe.to_yaml())
     command = command or (sys.executable,)
     return subprocess.Popen(
         [*command, "-m", "calm.cli.main", "train", str(path), *options], env=os.environ | {"PYTHONPATH": "src"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=group,
     )  # fmt: skip
 
 
@@ -74,7 +74,8 @@ def test_a_sharded_run_equals_one_process_and_each_goes_on_from_the_other(worksp
 
     def shard(max_steps):
         steps = {"per_device_train_batch_size": 2, "max_steps": max_steps, "save_steps": 1}
-        recipe = calm_recipe(workspace, "sharded", **steps, **rate, fsdp=True)
+        best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True} if max_steps == 6 else {}
+        recipe = calm_recipe(workspace, "sharded", **steps, **rate, **best, fsdp=True)
         train_in_two_processes(recipe, tmp_path / "recipe.yaml", 29518, ["--allow-recipe-change"])
 
     shard(2)
@@ -144,6 +145,21 @@ def test_a_signal_ends_a_run_with_a_checkpoint(workspace, tmp_path):  # noqa: F8
     same_weights(whole, workspace / "stopped")
     first, second = read_metrics(whole), read_metrics(workspace / "stopped")
     assert [record.get("loss") for record in first] == [record.get("loss") for record in second]
+
+
+def test_a_signal_to_all_processes_leaves_the_loaders_workers_alone(workspace, tmp_path):  # noqa: F811
+    """As `timeout`, schedulers and Ctrl-C send it."""
+    recipe = calm_recipe(workspace, "all_signalled", max_steps=10_000, save_steps=10_000, dataloader_num_workers=2)
+    process = start(recipe, tmp_path / "recipe.yaml", group=True)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(workspace / "all_signalled")) < 2 and process.poll() is None and time.monotonic() < deadline:
+        pass
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    checkpoint, complaints = find_checkpoint(workspace / "all_signalled" / "checkpoints")
+    assert checkpoint is not None
+    assert not complaints
 
 
 def test_a_loss_that_is_no_number_ends_the_run(workspace):  # noqa: F811
