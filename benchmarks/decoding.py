@@ -1,0 +1,90 @@
+"""Tokens per second of trained models at temperature 1, all through the same loop: draw a chunk, take a step.
+
+    python benchmarks/decoding.py runs/baseline runs/calm runs/calm:token_prediction --data data/validation
+
+The loop is that of the server without its queue (calm.serving.stepping), so that token models and CALMs are measured
+with the same overhead; `:token_prediction` behind a model's name leaves its head out. Prompts are the beginnings of
+held-out blocks. Models take turns, several times; medians are printed, and ratios to the first model.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from calm.data.blocks import TokenBlocks
+from calm.device import resolve_device
+from calm.models.loading import load_language_model
+from calm.models.modeling_calm import CalmForCausalLM
+from calm.report.study import WITHOUT_HEAD
+from calm.serving.stepping import Sampling, Stepper, stepper_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", help="directories; behind a CALM's, :token_prediction")
+    parser.add_argument("--data", required=True, help="prepared data, for prompts")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, help="write JSON here")
+    options = parser.parse_args()
+
+    device = resolve_device(options.device)
+    steppers = {}
+    for name in options.models:
+        model = load_language_model(name.removesuffix(WITHOUT_HEAD)).eval()
+        model.to(device)
+        steppers[name] = stepper_of(model)
+    blocks = TokenBlocks(options.data, options.prompt_tokens)
+    prompts = torch.stack([blocks[index]["input_ids"] for index in blocks.spread(max(options.batch_sizes))]).to(device)
+    rates: dict[str, dict[int, list[float]]] = {name: {size: [] for size in options.batch_sizes} for name in steppers}
+    for size in options.batch_sizes:
+        for _ in range(options.repeats):
+            for name, stepper in steppers.items():
+                sampling = Sampling(sampler="token_prediction" if name.endswith(WITHOUT_HEAD) else "batch")
+                rates[name][size].append(tokens_per_second(stepper, sampling, prompts[:size], options.new_tokens))
+    medians = {
+        name: {size: statistics.median(several) for size, several in of_model.items()}
+        for name, of_model in rates.items()
+    }
+    first = medians[options.models[0]]
+    print("| model | " + " | ".join(f"batch {size} | x first" for size in options.batch_sizes) + " |")
+    print("|---" + "|---:|---:" * len(options.batch_sizes) + "|")
+    for name, of_model in medians.items():
+        cells = " | ".join(f"{rate:,.0f} | {rate / first[size]:.2f}" for size, rate in of_model.items())
+        print(f"| {name} | {cells} |")
+    if options.output:
+        about = {"options": {name: str(value) for name, value in vars(options).items()}, "torch": torch.__version__}
+        about["machine"] = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+        options.output.write_text(json.dumps({"about": about, "medians": medians, "rates": rates}, indent=1))
+
+
+@torch.no_grad()
+def tokens_per_second(stepper: Stepper, sampling: Sampling, prompts: torch.Tensor, new_tokens: int) -> float:
+    """Of decoding alone; the prompts are read before the clock starts."""
+    generator: list[torch.Generator] = [torch.Generator(stepper.device).manual_seed(row) for row in range(len(prompts))]
+    if isinstance(stepper.model, CalmForCausalLM):
+        state = stepper.model.prefill(*stepper.model.align_prompt(prompts))
+        conditions, cache, position = state.hidden, state.past_key_values, prompts.shape[1] // stepper.patch_size
+    else:
+        outputs = stepper.reader(prompts, use_cache=True)
+        conditions, cache, position = outputs.last_hidden_state[:, -1], outputs.past_key_values, prompts.shape[1]
+    started = time.perf_counter()
+    for step in range(new_tokens // stepper.patch_size):
+        chunk = stepper.draw(conditions, sampling, generator)
+        positions = torch.full((len(prompts),), position + step, device=stepper.device)
+        conditions = stepper.step(chunk.tokens, positions, None, cache)
+    if stepper.device.type == "cuda":
+        torch.cuda.synchronize()
+    return len(prompts) * new_tokens / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()
