@@ -24,7 +24,8 @@ def resampled_means(brier: Tensor) -> Tensor | None:
     if len(brier) < _FEWEST:
         return None
     generator = torch.Generator().manual_seed(0)
-    return brier[torch.randint(len(brier), (_ROUNDS, len(brier)), generator=generator)].mean(1)
+    rounds = [brier[torch.randint(len(brier), (len(brier),), generator=generator)].mean(0) for _ in range(_ROUNDS)]
+    return torch.stack(rounds)
 
 
 def error_to_stop_at(brier: Tensor) -> float:
