@@ -37,5 +37,8 @@ def test_a_model_does_not_differ_from_itself_and_few_blocks_have_no_error():
     blocks = two_models(torch.Generator().manual_seed(0))[0].tolist()
     assert brier_difference(blocks, blocks) == (0, 0)
     assert brier_difference(blocks[:7], blocks[:7]) == (0, None)
+    # BrierLM is 0 for both where a Brier score is not above 0, which does not make them equal.
+    lost = [[*block[:3], -1.0] for block in blocks]
+    assert brier_difference(lost, [[2 * block[0], *block[1:]] for block in lost]) == (0, None)
     with pytest.raises(ValueError, match="brier_difference compares the same blocks, got 7 and 8 of them"):
         brier_difference(blocks[:7], blocks[:8])

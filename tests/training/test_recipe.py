@@ -94,10 +94,11 @@ def test_unreadable_recipes_are_refused(recipe, text, message):
 
 def test_brier_blocks_want_evaluations(recipe):
     stage = ["stage=baseline", "model={backbone: {hidden_size: 8}}", "data.validation=x", "brier_blocks=2"]
-    assert Recipe.load(recipe, stage).brier_blocks == 2
+    training_arguments(Recipe.load(recipe, stage))
     for no in ("no", "false"):
+        given = Recipe.load(recipe, [*stage, f"training.eval_strategy={no}"])  # a finished run's can still be read
         with pytest.raises(ValueError, match=r"eval_strategy is no: add training\.eval_strategy=steps"):
-            Recipe.load(recipe, [*stage, f"training.eval_strategy={no}"])
+            training_arguments(given)
 
 
 def test_the_packages_recipes_are_found_from_anywhere(tmp_path, monkeypatch):

@@ -237,6 +237,9 @@ def test_a_run_may_be_named_by_another_path_and_moved_with_what_it_is_made_from(
     run.model["autoencoder"] = str(workspace / "autoencoder")
     with pytest.raises(ValueError, match=r"another recipe: model\.autoencoder"):
         train(run)
+    # A copy beside what may be another autoencoder is not that run.
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    assert not is_complete(here(tmp_path / "c"))
 
 
 def test_another_recipe_does_not_overwrite_a_run(workspace):

@@ -154,12 +154,24 @@ def test_a_signal_to_all_processes_leaves_the_loaders_workers_alone(workspace, t
     deadline = time.monotonic() + 120
     while len(read_metrics(workspace / "all_signalled")) < 2 and process.poll() is None and time.monotonic() < deadline:
         pass
+    assert len(read_metrics(workspace / "all_signalled")) >= 2
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, errors
     checkpoint, complaints = find_checkpoint(workspace / "all_signalled" / "checkpoints")
     assert checkpoint is not None
     assert not complaints
+
+
+def test_a_run_with_lasting_workers_ends_by_itself(workspace, tmp_path):  # noqa: F811
+    workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
+    process = start(calm_recipe(workspace, "lasting", max_steps=4, **workers), tmp_path / "recipe.yaml", group=True)
+    try:
+        assert process.wait(timeout=90) == 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(workspace):  # noqa: F811

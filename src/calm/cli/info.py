@@ -31,6 +31,7 @@ def info(
     """
     import json
 
+    from calm.data.blocks import MANIFEST
     from calm.evaluation.compute import compute
     from calm.models.generation_settings import check_sampler
     from calm.models.modeling_calm import CalmForCausalLM
@@ -48,8 +49,9 @@ def info(
         recipe = Recipe.load(source, overrides or [])
         steps = recipe.training.get("max_steps")
         beside = [recipe, *_recipes_beside(find_recipe(source))]
-        for each in beside if vocab_size is not None else []:
-            each.set_vocab_size(vocab_size)
+        for each in beside:
+            if vocab_size is not None and not (Path(each.data.train) / MANIFEST).is_file():
+                each.set_vocab_size(vocab_size)
         model = outline_model(recipe, beside)
     elif overrides or vocab_size is not None:
         raise ValueError(f"overrides and --vocab-size are for recipes, {source} is a model.")

@@ -67,7 +67,7 @@ def _local_files(source: Path) -> list[SourceFile]:
 def _remote_files(source: str) -> list[SourceFile]:
     try:
         files, path = fsspec.core.url_to_fs(source)
-        if any(mark in path for mark in "*["):
+        if "*" in path or ("[" in path and not files.exists(path)):
             paths = sorted(files.glob(path))
         elif not path.endswith(SUFFIXES) and files.isdir(path):
             paths = sorted(found for found in files.find(path) if found.endswith(SUFFIXES))

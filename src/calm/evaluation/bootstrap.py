@@ -44,7 +44,10 @@ def error_to_stop_at(brier: Tensor) -> float:
 def brier_difference(
     blocks: Sequence[Sequence[float]], others: Sequence[Sequence[float]]
 ) -> tuple[float, float | None]:
-    """BrierLM of one model less that of another on the same blocks, and its standard error (None for fewer than 8).
+    """BrierLM of one model less that of another on the same blocks, and its standard error.
+
+    The error is None for fewer than 8 blocks, and where a Brier score is not above 0: BrierLM is 0 then, whatever the
+    other scores say.
 
     A block that is hard for one model is hard for the other, so that the error of a difference is far smaller than
     those of the two scores.
@@ -57,6 +60,6 @@ def brier_difference(
         raise ValueError(f"brier_difference compares the same blocks, got {len(first)} and {len(second)} of them.")
     difference = (brier_lm(first.mean(0)) - brier_lm(second.mean(0))).item()
     ours, theirs = resampled_means(first), resampled_means(second)
-    if ours is None or theirs is None:
+    if ours is None or theirs is None or not (torch.stack([first, second]).mean(1) > 0).all():
         return difference, None
     return difference, (brier_lm(ours) - brier_lm(theirs)).std().item()

@@ -79,10 +79,10 @@ def _protocol(scores: dict[str, dict], labels: dict[str, str]) -> str:
         each = "; ".join(f"{', '.join(names)}: {protocol}" for protocol, names in scored.items())
         on = f"**Not all language models are scored alike, and scores compare within a group only.** {each}."
     return (
-        f"{on} ± is one standard error over blocks. A difference is that to the first model of the table; its error is "
-        "smaller, because a block that is hard for one model is hard for all. FLOPs count the whole way to a model: "
-        "its autoencoder, its teacher, what its backbone was taken from. Token prediction: BrierLM, and Brier-1, of "
-        "texts that it draws in the place of the head, where it was trained."
+        f"{on} ± is one standard error over blocks. A difference, where one is told, is that to the first model of the "
+        "table; its error is smaller, because a block that is hard for one model is hard for all. FLOPs count the "
+        "whole way to a model: its autoencoder, its teacher, what its backbone was taken from. Token prediction: "
+        "BrierLM, and Brier-1, of texts that it draws in the place of the head, where it was trained."
     )
 
 

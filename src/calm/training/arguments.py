@@ -31,6 +31,11 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             raise ValueError("training.eval_strategy needs data.validation: prepared data to evaluate on.")
     elif "eval_strategy" not in values:
         values |= {"eval_strategy": "steps", "eval_steps": values.get("eval_steps", values["save_steps"])}
+    if recipe.brier_blocks is not None and values["eval_strategy"] == "no":
+        raise ValueError(
+            "brier_blocks scores with every evaluation, and training.eval_strategy is no: add "
+            "training.eval_strategy=steps training.eval_steps=500, or leave brier_blocks out."
+        )
     _check_metric(recipe)
     arguments = TrainingArguments(
         output_dir=str(Path(recipe.output_dir) / "checkpoints"),

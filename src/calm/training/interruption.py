@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C end a run at its next step, with a checkpoint."""
 
+import os
 import signal
 import threading
 import time
@@ -11,14 +12,26 @@ from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 
 _HEELS = 2.0  # seconds
+_sheltered: int | None = None  # the process that leaves its signals to the Trainer
 
 
 def leave_signals_to_the_trainer() -> None:
     """In a worker of a data loader: what ends the run is the Trainer's to hear. A scheduler, `timeout` or Ctrl-C signal
-    all processes, and a worker that dies of it would take the run along before its checkpoint."""
-    if get_worker_info() is not None and signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+    all processes, and a worker that dies of it would take the run along before its checkpoint. What the Trainer's own
+    process sends ends a worker, as it must: Python ends its children so."""
+    global _sheltered
+    if get_worker_info() is None or _sheltered == os.getpid() or not hasattr(signal, "sigwaitinfo"):
+        return
+    _sheltered = os.getpid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for threads that begin later, too
+    threading.Thread(target=_end_for_the_parent_alone, daemon=True).start()
+
+
+def _end_for_the_parent_alone() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class TrainingInterruptedError(InterruptedError):

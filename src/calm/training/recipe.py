@@ -109,11 +109,6 @@ class Recipe:
             check_types(self, {"brier_blocks": int}, "the recipe")
             if self.stage == "autoencoder" or self.data.validation is None or self.brier_blocks < 1:
                 raise ValueError("brier_blocks, at least 1, is for language models with data.validation.")
-            if self.training.get("eval_strategy") in ("no", False):
-                raise ValueError(
-                    "brier_blocks scores with every evaluation, and training.eval_strategy is no: add "
-                    "training.eval_strategy=steps training.eval_steps=500, or leave brier_blocks out."
-                )
         if self.tokens_per_step is not None:
             check_types(self, {"tokens_per_step": int}, "the recipe")
             check_smallest("tokens_per_step", self.tokens_per_step, 1)

@@ -68,10 +68,11 @@ def _differences(output: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 def _is_same_path(there: str, here: str, place_there: str, place_here: str) -> bool:
-    """Whether two runs name the same directory, or one that lies beside each of them in the same way."""
+    """Whether two runs name the same directory, or one that was moved along: it lies beside each of them in the same
+    way, and nothing lies where it was. (Where something does, this may be a copy beside another model.)"""
     if os.path.realpath(there) == os.path.realpath(here):
         return True
-    return os.path.relpath(there, place_there) == os.path.relpath(here, place_here)
+    return not os.path.exists(there) and os.path.relpath(there, place_there) == os.path.relpath(here, place_here)
 
 
 def _flatten(values: dict, prefix: str = "") -> dict:

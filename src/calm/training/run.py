@@ -220,7 +220,8 @@ def _train_to_the_end(trainer: CalmTrainer, recipe: Recipe, checkpoint: Path | N
     if state.global_step >= last_step:
         # The kill fell behind the last step; the Trainer, asked to go on, would take one step too many.
         best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-        trainer._load_from_checkpoint(best or str(checkpoint))
+        # Among the checkpoints of the run where it lies now.
+        trainer._load_from_checkpoint(str(checkpoint.with_name(Path(best).name) if best else checkpoint))
         trainer.state = state
         if trainer.is_world_process_zero():
             _claim(recipe)
