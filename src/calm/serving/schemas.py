@@ -52,7 +52,8 @@ class SamplingRequest(BaseModel):
 
     model: Text | None = None
     temperature: float | None = Field(
-        None, description="in (0, 1], of a token model in (0, 2]; default: what the model's files say"
+        None,
+        description="in (0, 1], of a token model in (0, 2], with token_prediction above 0; default: the model's own",
     )
     seed: int | None = Field(None, ge=0, lt=2**63, description="the same seed gives the same text; default: a new one")
     n: int = Field(1, ge=1, le=128, description="texts of every prompt")

@@ -182,12 +182,9 @@ def _run(trainer: CalmTrainer, recipe: Recipe, progress: Progress | None) -> Non
 
 def _planned_steps(trainer: CalmTrainer) -> int:
     """Steps of the whole run."""
-    args = trainer.args
-    if args.max_steps > 0:
-        return args.max_steps
-    assert trainer.train_dataset is not None
-    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return math.ceil(args.num_train_epochs * math.ceil(len(trainer.train_dataset) / step))  # type: ignore[arg-type]
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    return math.ceil(trainer.args.num_train_epochs * trainer._get_train_sampler().steps_per_pass)
 
 
 def _claim(recipe: Recipe) -> None:
@@ -214,10 +211,7 @@ def _train_to_the_end(trainer: CalmTrainer, recipe: Recipe, checkpoint: Path | N
         trainer.train()
         return
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    last_step = trainer.args.max_steps
-    if last_step <= 0:
-        last_step = math.ceil(trainer.args.num_train_epochs * trainer._get_train_sampler().steps_per_pass)
-    if state.global_step >= last_step:
+    if state.global_step >= _planned_steps(trainer):
         # The kill fell behind the last step; the Trainer, asked to go on, would take one step too many.
         best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
         # Among the checkpoints of the run where it lies now.
