@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from calm.data.text import half_character
-from calm.functional.temperature import LOWEST_TEMPERATURE, check_positive
+from calm.functional.temperature import LOWEST_TEMPERATURE, check_known_temperature
 from calm.models.context import context_of, patch_size_of, positions_needed, room_for_new
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.prompts import left_padded
@@ -49,7 +49,7 @@ class SamplingSettings:
     def of_token_model(self) -> dict[str, Any]:
         """For transformers' ``generate``: plain sampling, as CALM's."""
         if self.temperature is not None:
-            check_positive(self.temperature)
+            check_known_temperature(self.temperature)
         if self.sampler is not None or self.num_candidates is not None:
             raise ValueError(
                 "sampler and num_candidates are settings of CALM, and this is a token model: leave them out."

@@ -72,7 +72,7 @@ def evaluate(
     from calm.evaluation.protocol import protocols
     from calm.evaluation.reconstruction import evaluate_reconstruction
     from calm.files import write_json
-    from calm.functional.temperature import check_positive
+    from calm.functional.temperature import check_known_temperature
     from calm.models.generation_settings import check_sampler
     from calm.models.loading import load_model
     from calm.models.modeling_autoencoder import CalmAutoencoder
@@ -96,7 +96,7 @@ def evaluate(
                 loaded[name].check_sampling(t, how, num_candidates)
         else:
             for t in temperatures:
-                check_positive(t)
+                check_known_temperature(t)
     manifest = read_manifest(data)
     for name in models:
         own = load_tokenizer(name if tokenizer is None or has_tokenizer(name) else tokenizer)

@@ -33,7 +33,7 @@ def info(
 
     from calm.data.blocks import MANIFEST
     from calm.evaluation.compute import compute
-    from calm.models.generation_settings import check_sampler
+    from calm.models.generation_settings import WITH_PROBABILITIES, check_sampler
     from calm.models.modeling_calm import CalmForCausalLM
     from calm.models.outline import outline
     from calm.report.tables import compute_tables
@@ -77,7 +77,7 @@ def info(
         "inference_flops_per_token": cost.inference_flops_per_token,
         "temperature": temperature,
         "sampler": sampler,
-        "candidates": num_candidates if temperature < 1 and sampler != "token_prediction" else 1,
+        "candidates": num_candidates if temperature < 1 and sampler not in WITH_PROBABILITIES else 1,
         "context": context,
     }
     if as_json:

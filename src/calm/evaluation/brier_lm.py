@@ -20,9 +20,10 @@ from calm.data.blocks import TokenBlocks
 from calm.evaluation.bootstrap import error_to_stop_at, resampled_means
 from calm.evaluation.brier_scores import Draw, score_calm, score_token_model, scored_positions
 from calm.functional.brier import NGRAM, brier_lm
-from calm.functional.temperature import check_positive
+from calm.functional.temperature import check_known_temperature
 from calm.models.configuration_calm import CalmConfig
 from calm.models.context import check_context
+from calm.models.generation_settings import WITH_PROBABILITIES
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.requirements import check_full_attention, check_plain_logits
 
@@ -94,7 +95,7 @@ def evaluate_brier(
     if isinstance(model, CalmForCausalLM):
         model.check_sampling(temperature, sampler, num_candidates)
     else:
-        check_positive(temperature)
+        check_known_temperature(temperature)
     if target_error is not None and not target_error > 0:
         raise ValueError(f"target_error must be above 0, got {target_error}.")
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -167,7 +168,7 @@ def _drawer(model: Any, temperature: float, sampler: str, num_candidates: int, g
         size = max(1, _STATES_AT_ONCE // count)
         texts = text.split(size) if text is not None else [None] * len(hidden)
         tiles = zip(hidden.split(size), texts, strict=False)
-        if text is None or temperature != 1 or sampler == "token_prediction":
+        if text is None or temperature != 1 or sampler in WITH_PROBABILITIES:
             several = [
                 model.next_chunk(tile.repeat(count, 1), temperature, sampler, num_candidates, generator).tokens
                 for tile, _ in tiles

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from calm.functional.temperature import check_temperature
+from calm.models.generation_settings import WITH_PROBABILITIES
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
+from calm.models.modeling_codes import TokenCodes
 
 
 @dataclass
@@ -59,7 +61,7 @@ def compute(
     if isinstance(model, CalmAutoencoder):
         return _autoencoder_compute(model)
     if isinstance(model, CalmForCausalLM):
-        draws = 1 if sampler == "token_prediction" or check_temperature(temperature) == 1 else num_candidates
+        draws = 1 if sampler in WITH_PROBABILITIES or check_temperature(temperature) == 1 else num_candidates
         return _calm_compute(model, context, draws, frozen, sampler)
     return _token_model_compute(model, context)
 
@@ -95,8 +97,7 @@ def _calm_compute(model: CalmForCausalLM, context: int, draws: int, frozen: Coll
     patch_size, head_config = model.config.patch_size, model.config.head_config
     backbone, embedding = 2 * _matrices(model.backbone), 2 * _matrices(model.patch_embedding)
     attention = _attention_flops(model.config.backbone_config, context)
-    head_pass = 2 * _matrices(model.head)
-    draw = head_pass * head_config.num_network_calls
+    head_training, draw = model.head.flops()
     per_patch = {"backbone": backbone, "attention": attention, "patch_embedding": embedding}
     if sampler == "token_prediction":
         per_patch["token_prediction"] = _token_prediction_flops(model)
@@ -108,7 +109,7 @@ def _calm_compute(model: CalmForCausalLM, context: int, draws: int, frozen: Coll
         states *= 3
     if "token_predictor" not in frozen:
         states += 3 * _token_prediction_flops(model)
-    heads = 3 * head_config.num_samples * head_pass
+    heads = 3 * head_training
     if model.config.decoded_brier_weight:
         # Forwards, and back to the draws: the decoder's own weights are frozen.
         heads += 2 * head_config.num_samples * _decode_flops(model.autoencoder)
@@ -193,7 +194,9 @@ def _attention_flops(config, context: int) -> int:
     return 4 * config.num_hidden_layers * config.hidden_size * context
 
 
-def _autoencoder_parts(model: CalmAutoencoder) -> dict[str, int]:
+def _autoencoder_parts(model: CalmAutoencoder | TokenCodes) -> dict[str, int]:
+    if isinstance(model, TokenCodes):
+        return {}
     return {
         "autoencoder_embedding": _parameters(model.embed_tokens),
         "autoencoder_encoder": _parameters(model.encoder),
@@ -207,10 +210,14 @@ def _per_patch_flops(part: Any, patch_size: int) -> int:
     return 2 * (_matrices(part) - of_tokens + patch_size * of_tokens)
 
 
-def _encode_flops(model: CalmAutoencoder) -> int:
+def _encode_flops(model: CalmAutoencoder | TokenCodes) -> int:
+    if isinstance(model, TokenCodes):
+        return 0
     return _per_patch_flops(model.encoder, model.config.patch_size)
 
 
-def _decode_flops(model: CalmAutoencoder) -> int:
+def _decode_flops(model: CalmAutoencoder | TokenCodes) -> int:
     patch_size = model.config.patch_size
+    if isinstance(model, TokenCodes):
+        return 2 * model.codes.numel() * patch_size
     return _per_patch_flops(model.decoder, patch_size) + 2 * model.embed_tokens.weight.numel() * patch_size

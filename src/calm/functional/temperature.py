@@ -44,10 +44,10 @@ def sharpened(logits: Tensor, temperature: float) -> Tensor:
     return ((logits - logits.amax(-1, keepdim=True)) / max(temperature, LOWEST_TEMPERATURE)).softmax(-1)
 
 
-def check_positive(temperature: float) -> None:
-    """Raises ValueError when a temperature of known probabilities is not above 0, or no number."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be above 0, got {temperature}; a small value takes the likeliest token.")
+def check_known_temperature(temperature: float) -> None:
+    """Raise ValueError when a temperature of known probabilities is negative or not a number."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 (0 chooses the most likely token), got {temperature}.")
 
 
 def check_temperature(temperature: float) -> float:

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
+from calm.models.configuration_codes import TokenCodesConfig
 from calm.models.configuration_heads import HEAD_CONFIGS
 
 # Losses beside the head's: their weights, and all fields that are about them.
@@ -20,7 +21,8 @@ class CalmConfig(PreTrainedConfig):
 
     Args:
         backbone_config: any decoder-only transformers configuration (default Llama), as an object or a dict.
-        autoencoder_config: [`CalmAutoencoderConfig`] or a dict of its fields; it fixes the patch size and vocabulary.
+        autoencoder_config: [`CalmAutoencoderConfig`], or [`TokenCodesConfig`] for a categorical flow head, or a dict of
+            the fields of either with its ``model_type``; it fixes the patch size and vocabulary.
         head_config: a head configuration or a dict of its fields; ``type`` says which.
         document_separator_id: the token between the documents of the training text, put in front of prompts;
             default the end-of-text token. The paper's models have the begin-of-text token instead.
@@ -57,7 +59,7 @@ class CalmConfig(PreTrainedConfig):
             if name in kwargs:
                 raise ValueError(f"{name} is a field of backbone_config and autoencoder_config, not of CalmConfig.")
         if not isinstance(self.autoencoder_config, PreTrainedConfig):
-            self.autoencoder_config = CalmAutoencoderConfig(**(self.autoencoder_config or {}))
+            self.autoencoder_config = _autoencoder_config(self.autoencoder_config or {})
         if not isinstance(self.backbone_config, PreTrainedConfig):
             fields = dict(self.backbone_config) if self.backbone_config else _calm_m_backbone()
             fields.setdefault("vocab_size", self.autoencoder_config.vocab_size)
@@ -69,6 +71,7 @@ class CalmConfig(PreTrainedConfig):
                 raise ValueError(f"head_config.type must be one of {', '.join(HEAD_CONFIGS)}, got {head_type!r}.")
             fields.pop("model_type", None)
             self.head_config = HEAD_CONFIGS[head_type](**fields)
+        self._check_head_fits()
         super().__post_init__(**kwargs)
 
         _check_looks_back_only(self.backbone_config)
@@ -90,6 +93,29 @@ class CalmConfig(PreTrainedConfig):
                 f"backbone_config.vocab_size ({self.backbone_config.vocab_size}) and autoencoder_config.vocab_size "
                 f"({self.autoencoder_config.vocab_size}) must be equal: both read the same tokens."
             )
+
+    def _check_head_fits(self) -> None:
+        """Raise ValueError where the head needs another autoencoder; give a categorical flow head its code size."""
+        head, autoencoder = self.head_config, self.autoencoder_config
+        needs_codes = head.type == "categorical_flow"
+        if needs_codes != (autoencoder.model_type == TokenCodesConfig.model_type):
+            raise ValueError(
+                f"head_config.type {head.type!r} does not fit the autoencoder ({autoencoder.model_type}): a "
+                "categorical_flow head needs token codes (in a recipe, model.autoencoder: {type: codes, patch_size: 4, "
+                "code_size: 32}), and other heads need a trained autoencoder."
+            )
+        if needs_codes:
+            if head.code_size not in (None, autoencoder.code_size):
+                raise ValueError(
+                    f"head_config.code_size is {head.code_size}, but the autoencoder's is {autoencoder.code_size}: "
+                    "leave it out."
+                )
+            head.code_size = autoencoder.code_size
+            if head.shortlist_size is not None and head.shortlist_size > autoencoder.vocab_size:
+                raise ValueError(
+                    f"head_config.shortlist_size must be at most the vocabulary's {autoencoder.vocab_size} tokens, got "
+                    f"{head.shortlist_size}."
+                )
 
     def check_loss_weights(self) -> None:
         """ValueError where the weight of an auxiliary loss does not fit."""
@@ -126,6 +152,12 @@ class CalmConfig(PreTrainedConfig):
     def to_dict(self) -> dict:
         """All fields, with the sub-configurations and (for readers of config.json) the patch size."""
         return super().to_dict() | {"head_config": self.head_config.to_dict(), "patch_size": self.patch_size}
+
+
+def _autoencoder_config(fields: dict[str, Any]) -> PreTrainedConfig:
+    fields = dict(fields)
+    is_codes = fields.pop("model_type", None) == TokenCodesConfig.model_type
+    return TokenCodesConfig(**fields) if is_codes else CalmAutoencoderConfig(**fields)
 
 
 def _check_looks_back_only(backbone: PreTrainedConfig) -> None:

@@ -108,7 +108,8 @@ class CalmGenerationMixin:
             sampler: ``"batch"`` chooses among ``num_candidates`` draws (fast, approximate); ``"exact"`` draws until
                 enough of them agree (exact, but its cost grows fast as the temperature falls). ``"token_prediction"``
                 leaves the head out: the tokens of a chunk are drawn from what token prediction taught the hidden state
-                to say of them.
+                to say of them. ``"direct"``, for a categorical flow head, sharpens the predicted probabilities of
+                every pass; it needs one sample at any temperature, and 0 is greedy decoding.
             num_candidates: N of the batch sampler, and of the exact sampler's fallback.
             num_return_sequences: continuations of every prompt.
             generator: source of all randomness; on one device, one seed gives one text. A list of one per sequence
@@ -218,12 +219,22 @@ class CalmGenerationMixin:
 
     @property
     def samplers(self) -> list[str]:
-        """What :meth:`generate` takes as ``sampler`` for this model."""
-        return [name for name in SAMPLERS if name != "token_prediction" or self.config.token_prediction_weight]
+        """Names that :meth:`generate` accepts as ``sampler`` for this model."""
+        missing = set()
+        if not self.config.token_prediction_weight:
+            missing.add("token_prediction")
+        if not self.head.has_log_prob:
+            missing.add("direct")
+        return [name for name in SAMPLERS if name not in missing]
 
     def check_sampling(self, temperature: float, sampler: str, num_candidates: int) -> None:
         """ValueError for settings of :meth:`next_chunk` that this model cannot follow."""
         check_sampler(sampler, temperature, num_candidates)
+        if sampler not in self.samplers and sampler == "direct":
+            raise ValueError(
+                f"sampler direct needs a head with token probabilities (categorical_flow), and this model has a "
+                f"{self.config.head_config.type} head: use {' or '.join(self.samplers)}."
+            )
         if sampler not in self.samplers:
             raise ValueError(
                 "sampler token_prediction draws from what token prediction taught a model, and this one was trained "
@@ -276,6 +287,9 @@ class CalmGenerationMixin:
         if sampler == "token_prediction":
             embeddings = self.get_input_embeddings().weight
             return _drawn_once(self.token_predictor.draw(hidden, embeddings, temperature, generator))
+        if sampler == "direct":
+            latents = self.head.sample(hidden, generator=generator, temperature=temperature)
+            return _drawn_once(self.autoencoder.decode_tokens(latents))
         if temperature == 1:
             return _drawn_once(self.autoencoder.decode_tokens(self.head.sample(hidden, generator=generator)))
         draws = self.draws(hidden, generator)

@@ -6,9 +6,11 @@ from typing import Any
 
 from transformers import GenerationConfig, GenerationMixin
 
-from calm.functional.temperature import check_candidates, check_positive
+from calm.functional.temperature import check_candidates, check_known_temperature
 
-SAMPLERS = ("batch", "exact", "token_prediction")
+SAMPLERS = ("batch", "exact", "direct", "token_prediction")
+# Samplers that know the probabilities of the tokens: they take any temperature from 0, and never compare samples.
+WITH_PROBABILITIES = ("direct", "token_prediction")
 # What a model's generation_config.json says beside its end-of-text and padding tokens.
 GENERATION_DEFAULTS: dict[str, Any] = {
     "do_sample": True,
@@ -132,8 +134,8 @@ def check_sampler(sampler: str, temperature: float, num_candidates: int) -> None
     """ValueError for a sampler that there is not, and for settings that it cannot follow."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
-    if sampler == "token_prediction":
-        check_positive(temperature)
+    if sampler in WITH_PROBABILITIES:
+        check_known_temperature(temperature)
     else:
         check_candidates(num_candidates, temperature)
 

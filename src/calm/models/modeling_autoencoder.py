@@ -26,10 +26,14 @@ _ACCURACY_TOKENS = 512
 
 @dataclass
 class Posterior:
-    """Diagonal Gaussian over the latent of every patch; ``mean`` and ``log_std`` are ``[B, L, Z]``."""
+    """Diagonal Gaussian over the latent of every patch.
+
+    ``mean`` and ``log_std`` are ``[B, L, Z]``; ``token_ids`` are the encoded tokens, ``[B, L, K]``.
+    """
 
     mean: Tensor
     log_std: Tensor
+    token_ids: Tensor | None = None
 
     def sample(self, num_samples: int, noise: Tensor | None = None, generator: Generator = None) -> Tensor:
         """``[num_samples, B, L, Z]`` draws; standard normal ``noise`` of that shape makes them deterministic."""
@@ -55,6 +59,13 @@ class CalmAutoencoderOutput(ModelOutput):
     logits: Tensor | None = None
     mean: Tensor | None = None
     log_std: Tensor | None = None
+
+
+def split_patches(input_ids: Tensor, patch_size: int) -> Tensor:
+    """Split token ids into patches: ``[..., L * K] -> [..., L, K]``; ValueError where they are not whole patches."""
+    if input_ids.shape[-1] % patch_size:
+        raise ValueError(f"input_ids must hold whole patches of {patch_size} tokens, got {input_ids.shape[-1]} tokens.")
+    return input_ids.unflatten(-1, (-1, patch_size))
 
 
 class ResidualBlock(nn.Module):
@@ -155,12 +166,8 @@ class CalmAutoencoder(PreTrainedModel):
 
     def encode(self, input_ids: Tensor) -> Posterior:
         """Posterior of every patch: token ids ``[B, T]``, T a multiple of K -> mean, log_std ``[B, L, Z]``."""
-        patch_size = self.config.patch_size
-        if input_ids.shape[-1] % patch_size:
-            raise ValueError(
-                f"input_ids must hold whole patches of {patch_size} tokens, got {input_ids.shape[-1]} tokens."
-            )
-        return Posterior(*self.encoder(self.embed_tokens(input_ids.unflatten(-1, (-1, patch_size)))))
+        patches = split_patches(input_ids, self.config.patch_size)
+        return Posterior(*self.encoder(self.embed_tokens(patches)), patches)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Logits of the K tokens of every latent: ``[..., Z] -> [..., K, V]``."""

@@ -8,17 +8,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationConfig, PreTrainedModel
+from transformers import AutoModel, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from calm.functional.noise import Generator
 from calm.models.configuration_calm import CalmConfig
+from calm.models.configuration_codes import TokenCodesConfig
 from calm.models.decoded_brier import decoded_brier
 from calm.models.generation import CalmGenerationMixin
 from calm.models.generation_settings import GENERATION_DEFAULTS
 from calm.models.heads import HEADS
 from calm.models.modeling_autoencoder import CalmAutoencoder
+from calm.models.modeling_codes import TokenCodes
 from calm.models.released import from_pretrained
 from calm.models.token_prediction import TokenPredictor
 
@@ -58,6 +60,11 @@ class CalmOutput(ModelOutput):
     past_key_values: Cache | None = None
     metrics: dict[str, Tensor] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+
+
+def new_autoencoder(config: PreTrainedConfig) -> CalmAutoencoder | TokenCodes:
+    """Return a new autoencoder of the kind that its configuration describes."""
+    return TokenCodes(config) if isinstance(config, TokenCodesConfig) else CalmAutoencoder(config)
 
 
 def _is_trained(module: nn.Module) -> bool:
@@ -112,7 +119,8 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         self.head = HEADS[config.head_config.type](
             config.head_config, config.hidden_size, config.autoencoder_config.latent_size
         )
-        self.autoencoder = CalmAutoencoder(config.autoencoder_config)
+        self.autoencoder = new_autoencoder(config.autoencoder_config)
+        self.head.attach(self.backbone.get_input_embeddings(), self.autoencoder)
         if config.token_prediction_weight:
             self.token_predictor = self._new_token_predictor()
         self.post_init()
@@ -170,7 +178,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
 
     @classmethod
     def from_autoencoder(
-        cls, autoencoder: CalmAutoencoder, backbone_config, head_config=None, **fields
+        cls, autoencoder: CalmAutoencoder | TokenCodes, backbone_config, head_config=None, **fields
     ) -> "CalmForCausalLM":
         """A new model around a trained autoencoder, whose weights are copied; the rest is freshly initialised.
 

@@ -13,12 +13,15 @@ from calm.data.blocks import MANIFEST, read_manifest
 from calm.data.tokenizer import load_tokenizer, tokenizer_hash
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.configuration_calm import AUXILIARY, CalmConfig
+from calm.models.configuration_codes import TokenCodesConfig
 from calm.models.loading import load_autoencoder, load_language_model, load_model
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
+from calm.models.modeling_codes import TokenCodes
 from calm.models.outline import outline
 from calm.models.requirements import check_full_attention, check_plain_logits
 from calm.training.recipe import Recipe
+from calm.training.recipe_checks import is_codes
 from calm.training.token_loss import use_linear_cross_entropy
 
 
@@ -34,8 +37,12 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(_baseline_config(recipe, tokens), dtype=torch.float32)
         use_linear_cross_entropy(model)
         return model
-    autoencoder = load_autoencoder(recipe.model["autoencoder"])
-    _check_same_tokenizer(recipe.model["autoencoder"], recipe.data.train)
+    if is_codes(recipe.model):
+        autoencoder: Any = TokenCodes(_codes_config(recipe, tokens))
+        autoencoder.check_codes()
+    else:
+        autoencoder = load_autoencoder(recipe.model["autoencoder"])
+        _check_same_tokenizer(recipe.model["autoencoder"], recipe.data.train)
     backbone = _backbone(recipe, autoencoder.config.patch_size, tokens)
     with _settings_may_not_fit():
         model = CalmForCausalLM.from_autoencoder(autoencoder, backbone, _head(recipe), **_auxiliary(recipe))
@@ -207,8 +214,11 @@ def outline_model(recipe: Recipe, others: Iterable[Recipe] = ()) -> PreTrainedMo
     if recipe.stage == "baseline":
         with _settings_may_not_fit():
             return outline(_baseline_config(recipe, tokens))
-    config: Any = outline_at(recipe.model["autoencoder"], others).config
-    autoencoder = config if isinstance(config, CalmAutoencoderConfig) else config.autoencoder_config
+    if is_codes(recipe.model):
+        autoencoder: Any = _codes_config(recipe, {"vocab_size": recipe.model["backbone"].get("vocab_size")} | tokens)
+    else:
+        config: Any = outline_at(recipe.model["autoencoder"], others).config
+        autoencoder = getattr(config, "autoencoder_config", config)
     with _settings_may_not_fit():
         return outline(
             CalmConfig(
@@ -228,6 +238,11 @@ def outline_at(place: str, recipes: Iterable[Recipe]) -> PreTrainedModel:
         if recipe.output_dir == place:
             return outline_model(recipe, recipes)
     raise ValueError(f"there is no model in {place} yet, and none of the recipes at hand will train it.")
+
+
+def _codes_config(recipe: Recipe, tokens: dict) -> TokenCodesConfig:
+    fields = {name: value for name, value in recipe.model["autoencoder"].items() if name != "type"}
+    return TokenCodesConfig(**tokens | fields)
 
 
 def _baseline_config(recipe: Recipe, tokens: dict) -> Any:

@@ -93,8 +93,10 @@ def _check_setting(name: str, value: Any, kind: Any) -> None:
 def check_model(stage: str, model: Any) -> None:
     """The keys of a stage, and what the parts of a model are."""
     check_keys(model, _model_fields(stage), "model")
+    if isinstance(model.get("autoencoder"), dict):
+        _check_codes(model["autoencoder"])
     for name in ("autoencoder", "backbone_weights", "pretrained"):
-        if name in model and not isinstance(model[name], str):
+        if name in model and not isinstance(model[name], str) and not is_codes(model, name):
             raise ValueError(f"model.{name} must name a directory or hub id, got {model[name]!r}.")
     for part in ("backbone", "head"):
         if model.get(part) is not None:
@@ -118,7 +120,30 @@ def check_model(stage: str, model: Any) -> None:
     elif stage != "autoencoder" and not model.get("backbone"):
         raise ValueError(f"stage {stage} needs model.backbone: at least its hidden_size and num_hidden_layers.")
     elif stage == "calm" and "autoencoder" not in model:
-        raise ValueError("stage calm needs model.autoencoder: the directory of a trained autoencoder.")
+        raise ValueError(
+            "stage calm needs model.autoencoder: the directory of a trained autoencoder, or {type: codes, patch_size: "
+            "4, code_size: 32} for a categorical_flow head."
+        )
+
+
+def is_codes(model: dict[str, Any], name: str = "autoencoder") -> bool:
+    """Return whether a recipe's model has token codes in place of a trained autoencoder."""
+    return name == "autoencoder" and isinstance(model.get(name), dict)
+
+
+def _check_codes(given: dict[str, Any]) -> None:
+    check_keys(given, ("type", "patch_size", "code_size", "code_seed", "vocab_size"), "model.autoencoder")
+    if given.get("type") != "codes":
+        raise ValueError(
+            "model.autoencoder must name a directory or hub id, or be a mapping with type: codes, patch_size and "
+            f"code_size, got {given!r}."
+        )
+    if "patch_size" not in given:
+        raise ValueError("model.autoencoder lacks 'patch_size': K, the tokens per vector.")
+    for name in ("patch_size", "code_size"):
+        value = given.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"model.autoencoder.{name} must be a whole number, at least 1, got {value!r}.")
 
 
 def _check_part(part: str, given: Any) -> None:

@@ -1,6 +1,7 @@
 """What every head does: ``sample`` a latent from a hidden state, and say how wrong it is in ``loss``."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,7 +22,16 @@ class HeadLoss:
 
 
 class Head(nn.Module):
-    """Base of the heads. To the rest of the model a head is a black box that gives samples."""
+    """Base of the heads. To the rest of the model a head is a black box that gives samples.
+
+    Attributes:
+        has_log_prob: whether ``sample`` takes ``temperature`` and ``return_log_prob``.
+    """
+
+    has_log_prob = False
+
+    def attach(self, token_embeddings: nn.Embedding, autoencoder: nn.Module) -> None:
+        """Receive the modules of the model that a head may read; called once, when the model is made."""
 
     def sample(
         self,
@@ -58,6 +68,15 @@ class Head(nn.Module):
             generator: one, or a list of one per row of hidden (its first dimension).
         """
         raise NotImplementedError
+
+    def flops(self) -> tuple[float, float]:
+        """Return the FLOPs per patch of the forward pass of the loss, and of one sample.
+
+        Counted are two operations per parameter of the linear layers.
+        """
+        config: Any = self.config
+        one_pass = 2 * sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+        return one_pass * config.num_samples, one_pass * config.num_network_calls
 
     def init_weights(self) -> None:
         """What the head wants beyond the model's normal initialisation of linear layers."""
