@@ -15,6 +15,7 @@ import torch
 from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from calm.completions import SamplingSettings, continue_tokens
 from calm.data.blocks import TokenBlocks
 from calm.data.corpus import write_embedded_corpus
 from calm.data.documents import read_documents
@@ -22,7 +23,6 @@ from calm.data.prepare import prepare
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.count_models import evaluate_counts
-from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.files import write_json, write_whole
 from calm.models.loading import load_model
 from calm.models.modeling_calm import CalmForCausalLM
@@ -34,30 +34,27 @@ from calm.training.speed import seconds_per_step
 
 QUICKSTART = "quickstart.json"  # the settings of a run directory
 VOCAB_SIZE = 1024
-# The models in the order of their training: recipe, and share of the time budget. What is left over goes to the corpus,
-# evaluation and samples.
-MODELS = {
-    "autoencoder": ("autoencoder.yaml", 0.19),
-    "calm": ("calm.yaml", 0.42),
-    "finished": ("finish.yaml", 0.11),
-    "baseline": ("baseline.yaml", 0.11),
-}
-# What a recipe's model goes on from, and the recipe's name for it.
-STARTS = {"calm": ("model.autoencoder", "autoencoder"), "finished": ("model.pretrained", "calm")}
-# An autoencoder is good enough after 1500 steps; the time that leaves goes to CALM. With fewer than 500 (something else
-# may have kept the machine busy while a step was timed) everything behind it would be lost.
-AUTOENCODER_STEPS = (500, 1500)
-# What is scored, as `calm evaluate` calls it: a model, and what its draws come from.
+# The models in the order of their training. They get the same steps on the same blocks, as many as fit into this share
+# of the time budget; the rest is for the corpus, the evaluation and the samples.
+MODELS = {"calm": "calm.yaml", "baseline": "baseline.yaml"}
+TRAINING_SHARE = 0.8
+FEWEST_STEPS = 20
+# The scored rows: a model, and its sampler.
 ROWS = {
     "calm": ("calm", "batch"),
-    "finished": ("finished", "batch"),
-    "finished (token_prediction)": ("finished", "token_prediction"),
-    "baseline": ("baseline", "batch"),
+    "calm (token_prediction)": ("calm", "token_prediction"),
+    "baseline": ("baseline", None),
 }
 EVALUATION_BLOCKS = 240
 EVALUATION_SAMPLES = 8
-# The trained model with its head, and without: token prediction writes better where a head has had but minutes.
-SAMPLINGS = (("batch", 1.0), ("batch", 1 / 2), ("token_prediction", 1 / 2))
+# The models whose continuations stand side by side, with their samplers.
+SAMPLED = {
+    "CALM": ("calm", "direct"),
+    "CALM, token_prediction": ("calm", "token_prediction"),
+    "baseline": ("baseline", None),
+}
+SAMPLE_TEMPERATURE = 0.5
+SAMPLE_TOKENS = 64
 PROMPTS = ("def __init__(self, ", "import os\n", "    for i in range(")
 SPEED_TOKENS, SPEED_BATCH = 128, 8
 
@@ -78,11 +75,10 @@ def run_quickstart(run: Path, minutes: float, seed: int, device: str, progress: 
     stage("corpus", corpus / "validation.jsonl", lambda: write_embedded_corpus(corpus))
     stage("tokenizer", tokenizer_path, lambda: _train_tokenizer(corpus / "train.jsonl", tokenizer_path))
     stage("prepare", data / "train" / "manifest.json", lambda: _prepare(corpus, tokenizer_path, data, seed))
-    seconds = {name: 60 * minutes * share for name, (_, share) in MODELS.items()}
+    steps = _planned_steps(run, 60 * minutes * TRAINING_SHARE, seed, device)
     for name in MODELS:
-        recipe, unused = _planned_recipe(run, name, seconds[name], seed, device)
-        seconds["calm"] += unused
-        progress.update(overall, note=name)
+        recipe = _recipe(run, name, seed, device, steps)
+        progress.update(overall, note=f"train {name}")
         if not is_complete(recipe):
             train(recipe, progress)
         progress.advance(overall)
@@ -122,37 +118,31 @@ def _prepare(corpus: Path, tokenizer_path: Path, data: Path, seed: int) -> None:
         prepare([corpus / f"{split}.jsonl"], tokenizer, data / split, seed=seed)
 
 
-def _planned_recipe(run: Path, name: str, seconds: float, seed: int, device: str) -> tuple[Recipe, float]:
-    """The recipe of a stage with as many steps as fit, and the seconds it does not need.
+def _planned_steps(run: Path, seconds: float, seed: int, device: str) -> int:
+    """Return the steps that every model takes; decided once and kept, so that a resumed run ends as planned."""
+    path = run / "plan.json"
+    if not path.exists():
+        per_step = {name: seconds_per_step(_recipe(run, name, seed, device)) for name in MODELS}
+        steps = max(FEWEST_STEPS, int(seconds / sum(per_step.values())))
+        write_whole(path, json.dumps({"seconds_per_step": per_step, "max_steps": steps}))
+    return json.loads(path.read_text(encoding="utf-8"))["max_steps"]
 
-    Decided once and kept, so that a resumed run ends as planned.
-    """
+
+def _recipe(run: Path, name: str, seed: int, device: str, steps: int | None = None) -> Recipe:
+    """Return the recipe of a model with its place in the run directory."""
     paths = {
         "output_dir": run / name,
         "data.train": run / "data" / "train",
         "data.validation": run / "data" / "validation",
     }
-    if name in STARTS:
-        key, start = STARTS[name]
-        paths[key] = run / start
     # Quoted: to YAML, a path may look like something else.
     overrides = [f"seed={seed}", *(f"{key}={json.dumps(str(path))}" for key, path in paths.items())]
     if device == "cpu":
         overrides.append("training.use_cpu=true")
-    path = resources.files("calm") / "recipes" / "quickstart" / MODELS[name][0]
-    plan_path = run / f"plan_{name}.json"
-    with resources.as_file(path) as recipe_path:
-        if not plan_path.exists():
-            each = seconds_per_step(Recipe.load(recipe_path, overrides))
-            steps = max(20, round(seconds / each))
-            if name == "autoencoder":
-                steps = min(max(steps, AUTOENCODER_STEPS[0]), AUTOENCODER_STEPS[1])
-            plan = {"seconds_per_step": each, "max_steps": steps, "unused_seconds": max(0.0, seconds - steps * each)}
-            write_whole(plan_path, json.dumps(plan))
-        plan = json.loads(plan_path.read_text(encoding="utf-8"))
-        steps = plan["max_steps"]
-        overrides += [f"training.max_steps={steps}", f"training.save_steps={max(20, steps // 5)}"]
-        return Recipe.load(recipe_path, overrides), plan["unused_seconds"]
+    if steps is not None:
+        overrides += [f"training.max_steps={steps}", f"training.save_steps={max(FEWEST_STEPS, steps // 5)}"]
+    with resources.as_file(resources.files("calm") / "recipes" / "quickstart" / MODELS[name]) as recipe_path:
+        return Recipe.load(recipe_path, overrides)
 
 
 def _evaluate(run: Path, seed: int, device: str, progress: Progress) -> dict:
@@ -160,7 +150,7 @@ def _evaluate(run: Path, seed: int, device: str, progress: Progress) -> dict:
     models: dict[str, Any] = {name: load_model(run / name) for name in MODELS}
     for model in models.values():
         model.to(device)
-    stride = models["finished"].config.patch_size
+    stride = models["calm"].config.patch_size
     train_blocks = TokenBlocks(run / "data" / "train", block_size, stride)
     blocks = TokenBlocks(run / "data" / "validation", block_size, stride)
 
@@ -170,7 +160,7 @@ def _evaluate(run: Path, seed: int, device: str, progress: Progress) -> dict:
         advance = lambda done, task=task: progress.advance(task, done)  # noqa: E731
         scored = evaluate_brier(
             models[name], blocks, stride, num_blocks=EVALUATION_BLOCKS, num_samples=EVALUATION_SAMPLES, seed=seed,
-            advance=advance, sampler=sampler,
+            advance=advance, sampler=sampler or "batch",
         )  # fmt: skip
         brier[row] = scored.to_dict()
     for name, order in (("bigram counts", 2), ("unigram counts", 1)):
@@ -178,18 +168,13 @@ def _evaluate(run: Path, seed: int, device: str, progress: Progress) -> dict:
 
     tokenizer = load_tokenizer(run / "tokenizer")
     training = {name: _training_cost(run / name, model) for name, model in models.items()}
-    # The whole way to a model.
-    training["calm"]["training_flops"] += training["autoencoder"]["training_flops"]
-    training["finished"]["training_flops"] += training["calm"]["training_flops"]
-    training = {row: training[name] for row, (name, _) in ROWS.items()} | {"autoencoder": training["autoencoder"]}
     return {
-        "autoencoder": evaluate_reconstruction(models["autoencoder"], blocks, EVALUATION_BLOCKS).to_dict(),
         "brier": brier,
-        "training": training,
+        "training": {row: training[name] for row, (name, _) in ROWS.items()},
         "generation_tokens_per_second": {
             row: _generation_speed(models[name], blocks, sampler) for row, (name, sampler) in ROWS.items()
         },
-        "samples": _samples(models["finished"], tokenizer, seed),
+        "samples": _samples(models, tokenizer, seed),
     }
 
 
@@ -200,7 +185,7 @@ def _training_cost(run: Path, model: PreTrainedModel) -> dict:
     return recipe_cost(recipe, model, steps)
 
 
-def _generation_speed(model: Any, blocks: TokenBlocks, sampler: str) -> float:
+def _generation_speed(model: Any, blocks: TokenBlocks, sampler: str | None) -> float:
     """Tokens per second at temperature 1, a batch of prompts, the median of three runs."""
     prompts = torch.stack([blocks[index]["input_ids"][:64] for index in range(SPEED_BATCH)]).to(model.device)
     extra = (
@@ -220,13 +205,16 @@ def _generation_speed(model: Any, blocks: TokenBlocks, sampler: str) -> float:
     return sorted(rates[1:])[1]
 
 
-def _samples(model: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict]:
+def _samples(models: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict]:
+    """Return continuations of every prompt by every model, at one temperature."""
     samples = []
-    for sampler, temperature in SAMPLINGS:
-        for prompt in PROMPTS:
-            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
-            generator = torch.Generator(model.device).manual_seed(seed)
-            out = model.generate(ids, max_new_tokens=48, temperature=temperature, sampler=sampler, generator=generator)
-            text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-            samples.append({"sampler": sampler, "temperature": temperature, "prompt": prompt, "text": text})
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        for label, (name, sampler) in SAMPLED.items():
+            model = models[name]
+            settings = SamplingSettings(SAMPLE_TOKENS, SAMPLE_TEMPERATURE, sampler, seed=seed)
+            given = ids.to(model.device)
+            (new,), _ = continue_tokens(model, tokenizer, given, torch.ones_like(given), settings)
+            text = tokenizer.decode(new, skip_special_tokens=True)
+            samples.append({"model": label, "temperature": SAMPLE_TEMPERATURE, "prompt": prompt, "text": text})
     return samples

@@ -10,7 +10,7 @@ def quickstart(
     seed: Annotated[int, typer.Option(help="of initialisation, data order and draws")] = 0,
     device: Annotated[str, typer.Option(help="auto or cpu")] = "auto",
 ) -> None:
-    """The whole path on real text: tokenizer, autoencoder, CALM, baseline, scores, samples.
+    """The whole path on real text: tokenizer, CALM, baseline, scores, samples.
 
     The text is the source of Python's own standard library; nothing is downloaded. Killed and started again, it goes on
     where it was.
@@ -27,5 +27,5 @@ def quickstart(
         results = run_quickstart(run, minutes, seed, resolve_device(device).type, progress)
     report.show(results, Console())
     path = report.write(results, {name: read_metrics(run / name) for name in MODELS}, run)
-    settings = "--sampler token_prediction --temperature 0.5"
-    print(f"report: {path}\nnext: calm generate {run / 'finished'} --prompt 'def ' {settings}")
+    settings = "--sampler direct --temperature 0.5"
+    print(f"report: {path}\nnext: calm generate {run / 'calm'} --prompt 'def ' {settings}")

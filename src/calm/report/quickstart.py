@@ -13,13 +13,11 @@ from calm.report.tables import (
     difference_cell,
     difference_table,
     differences,
-    reconstruction_table,
 )
 
 CURVES = [
-    ("autoencoder", "accuracy", "autoencoder: accuracy in training (15% of inputs dropped)"),
-    ("calm", "energy_score", "CALM: energy score"),
-    ("finished", "decoded_brier", "CALM, finishing: Brier score of decoded draws"),
+    ("calm", "first_cross_entropy", "CALM: cross-entropy of the first pass"),
+    ("calm", "later_cross_entropy", "CALM: cross-entropy of later passes"),
     ("baseline", "loss", "baseline: cross-entropy"),
 ]
 
@@ -37,12 +35,11 @@ def _costs(results: dict) -> dict[str, dict[str, str]]:
 
 
 def _said(sample: dict) -> str:
-    return f"temperature {sample['temperature']:.3g}, sampler {sample['sampler']}"
+    return f"{sample['model']}, temperature {sample['temperature']:.3g}"
 
 
 def show(results: dict, console: Console) -> None:
     """Print the tables and samples."""
-    console.print(reconstruction_table({"autoencoder": results["autoencoder"]}))
     console.print(brier_table(results["brier"], _costs(results)))
     if (table := difference_table(results["brier"])) is not None:
         console.print(table)
@@ -58,16 +55,14 @@ def write(results: dict, curves: dict[str, list[dict]], run: Path) -> Path:
         plot_learning_curves(curves, CURVES, run / "learning_curves.png")
     except ImportError:
         picture = "(Learning curves need matplotlib: install `calm-lm[report]`.)"
-    rebuilt, costs = results["autoencoder"], _costs(results)
+    costs = _costs(results)
     lines = [
         "# CALM quickstart",
         "",
         f"Time budget {results['minutes']:g} minutes, seed {results['seed']}. Text: the source of Python's standard "
         "library.",
         "",
-        f"The autoencoder brings back {rebuilt['token_accuracy_mean']:.2%} of held-out tokens from the posterior mean "
-        f"and {rebuilt['token_accuracy_sample']:.2%} from a sample; {rebuilt['live_dimensions']} of "
-        f"{rebuilt['latent_size']} latent dimensions are live.",
+        f"All models were trained on the same tokens: {results['training']['calm']['tokens']:,} of them.",
         "",
         "| model | BrierLM | difference | Brier-1 | Brier-2 | Brier-3 | Brier-4 | training FLOPs | tokens/s |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -85,9 +80,8 @@ def write(results: dict, curves: dict[str, list[dict]], run: Path) -> Path:
         "difference (to the first model, block by block) is smaller. Measured at "
         f"{scored['num_positions']:,} positions in {scored['num_blocks']} held-out blocks of {scored['block_size']} "
         f"tokens, every {scored['stride']} tokens, with {scored['num_samples']} draws each. Tokens/s: "
-        "temperature 1, batch 8. `finished` is `calm` after its head alone went on, scored by what its draws decode to "
-        "as well; training FLOPs count the whole way to a model, its autoencoder "
-        "included. Token prediction writes in the place of its head.",
+        "temperature 1, batch 8. `calm` samples with its head, `calm (token_prediction)` with the multi-token "
+        "prediction that its backbone was trained with as well.",
         "",
         picture,
         "",

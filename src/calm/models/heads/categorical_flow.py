@@ -117,7 +117,9 @@ class CategoricalFlowHead(Head):
 
     def _vocabulary(self) -> _Vocabulary:
         embeddings, autoencoder = self._tables
-        features = self.token_features if len(self.passes) > 1 else autoencoder.codes.new_zeros(len(autoencoder.codes), 0)
+        features = (
+            self.token_features if len(self.passes) > 1 else autoencoder.codes.new_zeros(len(autoencoder.codes), 0)
+        )
         return _Vocabulary(embeddings.weight, autoencoder.codes.float(), features)
 
     # --- training -----------------------------------------------------------------------------------------------------
