@@ -52,7 +52,7 @@ HEAD_FIELDS = {
     "energy": {"noise_size": 6, "num_mlp_layers": 1, "num_samples": 4, "num_target_samples": 8},
     "diffusion": {"num_mlp_layers": 2, "num_samples": 4, "num_sampling_steps": 20, "clip_latent": 4.0},
     "flow": {"num_mlp_layers": 2, "num_samples": 4, "num_sampling_steps": 3},
-    "categorical_flow": {"num_mlp_layers": 1, "feature_size": 6},
+    "categorical_flow": {"num_mlp_layers": 1},
 }
 
 

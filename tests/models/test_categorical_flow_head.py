@@ -29,95 +29,79 @@ def all_patches(patch_size):
     return torch.tensor(list(itertools.product(range(SMALL), repeat=patch_size)))
 
 
-def log_probs(head, hidden, noise, temperature=1.0):
-    """Log-probabilities of all patches, given the noise: ``[patches, samples]``."""
+def log_probs(head, hidden, temperature=1.0):
+    """Log-probabilities of all patches after one state: ``[patches]``."""
     patches = all_patches(head.patch_size)
-    noise = noise[:, None].expand(-1, len(patches), -1)
-    return head.log_prob(hidden.expand(len(patches), -1), patches, noise, temperature).T
+    return head.log_prob(hidden, patches[:, None], temperature)[:, 0]
 
 
 @pytest.mark.parametrize("num_passes", [2, 3])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("shortlist", [None, 3])
-def test_probabilities_of_all_patches_add_up_to_one_given_the_noise(num_passes, temperature, shortlist):
+def test_probabilities_of_all_patches_add_up_to_one(num_passes, temperature, shortlist):
     head = small_model(3, num_passes=num_passes, shortlist_size=shortlist).head
-    noise = torch.randn(4, head.latent_size)
-    total = log_probs(head, torch.randn(1, 16), noise, temperature).exp().sum(0)
-    torch.testing.assert_close(total, torch.ones(4))
+    torch.testing.assert_close(log_probs(head, torch.randn(1, 16), temperature).exp().sum(), torch.tensor(1.0))
 
 
-def test_samples_have_the_law_that_log_prob_gives():
-    model = small_model(2)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("shortlist", [None, 3])
+def test_samples_have_the_law_that_log_prob_gives(temperature, shortlist):
+    model = small_model(2, shortlist_size=shortlist)
     head, hidden, count = model.head, torch.randn(1, 16), 20_000
-    normal = torch.randn(head.latent_size).expand(count, 1, -1)
-    noise = torch.cat([normal, torch.rand(count, 1, 2, generator=torch.Generator().manual_seed(0))], dim=-1)
-    latents, log_prob = head.sample(hidden, noise, return_log_prob=True)
+    generator = torch.Generator().manual_seed(0)
+    latents, log_prob = head.sample(
+        hidden, num_samples=count, generator=generator, temperature=temperature, return_log_prob=True
+    )
     tokens = model.autoencoder.decode_tokens(latents)[:, 0]
-    expected = log_probs(head, hidden, normal[0])[:, 0]
+    expected = log_probs(head, hidden, temperature)
     index = (tokens * torch.tensor([SMALL, 1])).sum(-1)
     torch.testing.assert_close(log_prob[:, 0], expected[index])
     observed, expected = torch.bincount(index, minlength=SMALL**2), expected.exp() * count
     chi_square = ((observed - expected).square() / expected.clamp(min=1e-9))[expected > 5].sum()
-    assert chi_square < 60  # 24 degrees of freedom: exceeded with probability below 1e-4
+    assert chi_square < 60  # at most 24 degrees of freedom: exceeded with probability below 1e-4
 
 
 def test_an_untrained_network_leaves_multi_token_prediction():
-    """The network's last layer starts at zero, and codes without information add nothing."""
-    head = small_model(2, last_time=0.0).head
+    """The network's last layer starts at zero: both tokens have the law of the first pass."""
+    head = small_model(2).head
     torch.nn.init.zeros_(head.network.output_layer.weight)
     hidden = torch.randn(1, 16)
     logits = F.linear(head.base_proj(hidden).view(2, 16), head._tables[0].weight)
     first, second = logits.log_softmax(-1)
-    expected = (first[:, None] + second).flatten()
-    golden.close(log_probs(head, hidden, torch.randn(1, head.latent_size))[:, 0], expected)
+    golden.close(log_probs(head, hidden), (first[:, None] + second).flatten())
 
 
 def test_passes_choose_growing_parts_of_a_patch():
     schedules = {(1, None): [0], (2, None): [0, 1], (4, None): [0, 1, 2], (8, None): [0, 1, 2, 4], (8, 3): [0, 2, 4],
                  (4, 4): [0, 1, 2, 3], (4, 2): [0, 2], (2, 5): [0, 1]}  # fmt: skip
     for (patch_size, num_passes), expected in schedules.items():
-        config = CategoricalFlowHeadConfig(num_passes=num_passes, last_time=0.3)
-        passes = config.schedule(patch_size)
-        assert [num_chosen for _, num_chosen in passes] == expected
-        assert passes[0][0] == 0
-        assert passes[-1][0] == (0.3 if len(passes) > 1 else 0)
+        assert CategoricalFlowHeadConfig(num_passes=num_passes).schedule(patch_size) == expected
 
 
 def test_greedy_decoding_takes_the_most_likely_token_of_every_pass():
     model = small_model(2)
     head, hidden = model.head, torch.randn(6, 16)
-    noise = torch.cat([torch.randn(6, head.latent_size), torch.rand(6, 2)], dim=-1)
-    tokens = model.autoencoder.decode_tokens(head.sample(hidden, noise, temperature=0.0))
+    tokens = model.autoencoder.decode_tokens(head.sample(hidden, temperature=0.0))
     for row in range(6):
-        law = log_probs(head, hidden[row : row + 1], noise[row : row + 1, : head.latent_size])[:, 0].view(SMALL, SMALL)
+        law = log_probs(head, hidden[row : row + 1]).view(SMALL, SMALL)
         first = law.logsumexp(1).argmax()
         assert tokens[row].tolist() == [first, law[first].argmax()]
 
 
-def test_a_low_temperature_tends_to_greedy_decoding():
-    model = small_model(3)
-    noise = torch.cat([torch.randn(4, model.head.latent_size), torch.rand(4, 3)], dim=-1)
-    hidden = torch.randn(4, 16)
-    golden.close(model.head.sample(hidden, noise, temperature=1e-4), model.head.sample(hidden, noise, temperature=0.0))
-
-
 def test_a_shortlist_of_the_whole_vocabulary_changes_nothing():
     whole, listed = small_model(3), small_model(3, shortlist_size=SMALL)
-    listed.config.head_config.shortlist_size = SMALL
-    assert listed.load_state_dict(whole.state_dict()).missing_keys == []
-    hidden = torch.randn(2, 16)
-    noise = torch.cat([torch.randn(5, 2, whole.head.latent_size), torch.rand(5, 2, 3)], dim=-1)
+    listed.load_state_dict(whole.state_dict())
+    hidden, noise = torch.randn(2, 16), torch.rand(5, 2, 3)
     golden.close(whole.head.sample(hidden, noise), listed.head.sample(hidden, noise))
 
 
 def test_a_sample_does_not_depend_on_how_positions_are_tiled(monkeypatch):
     from calm.models.heads import categorical_flow as module
 
-    head, hidden = small_model(3).head, torch.randn(9, 16)
-    noise = torch.cat([torch.randn(9, head.latent_size), torch.rand(9, 3)], dim=-1)
-    expected = head.sample(hidden, noise)
+    head, hidden, noise = small_model(3, shortlist_size=3).head, torch.randn(9, 16), torch.rand(2, 9, 3)
+    expected = head.sample(hidden, noise, return_log_prob=True)
     monkeypatch.setattr(module, "_SAMPLING_ELEMENTS", 2 * 3 * SMALL)
-    torch.testing.assert_close(head.sample(hidden, noise), expected)
+    torch.testing.assert_close(head.sample(hidden, noise, return_log_prob=True), expected)
 
 
 def test_loss_and_gradients_do_not_depend_on_tiles(monkeypatch):
@@ -135,25 +119,22 @@ def test_loss_and_gradients_do_not_depend_on_tiles(monkeypatch):
     torch.testing.assert_close(found, expected)
 
 
-def test_the_loss_is_the_cross_entropy_of_the_tokens_that_a_pass_has_to_choose():
-    """Against the definition at every position: logits of the first pass plus what a later pass adds."""
+def test_the_loss_is_that_of_the_probabilities_that_sampling_uses():
+    """Passes that follow each other: their log-probabilities add up to that of the patch."""
     model = small_model(4)
-    head, hidden = model.head, torch.randn(1, 3, 16)
-    posterior = model.autoencoder.encode(torch.randint(SMALL, (1, 12)))
-    noise, uniforms = torch.randn(1, 3, head.latent_size), torch.tensor([[0.1, 0.6, 0.9]])
-    loss = head.loss(hidden, posterior, noise, uniforms=uniforms)
-    for place, (time, num_chosen) in enumerate([head.passes[1], head.passes[2], head.passes[2]]):
-        state, labels = hidden[0, place : place + 1], posterior.token_ids[0, place]
-        times = torch.tensor([1.0] * num_chosen + [time] * (4 - num_chosen))
-        codes = posterior.mean[0, place].view(4, -1)
-        points = times[:, None] * codes + (1 - times[:, None]) * noise[0, place].view(4, -1)
-        table = head._vocabulary()
-        prior = F.linear(head.prior_proj(state).view(1, 4, -1), table.features)
-        added = head._context_scores(state, points[None, None], labels[None, None], prior, table, (time, num_chosen))
-        base = F.linear(head.base_proj(state).view(4, -1), table.embeddings)
-        later = F.cross_entropy((base[num_chosen:] + added[0, 0]), labels[num_chosen:])
-        golden.close(loss.metrics["first_cross_entropy"][0, place], F.cross_entropy(base, labels))
-        golden.close(loss.metrics["later_cross_entropy"][0, place], later)
+    head, hidden = model.head, torch.randn(1, 1, 16)
+    posterior = model.autoencoder.encode(torch.randint(SMALL, (1, 4)))
+    second, third = (
+        head.loss(hidden, posterior, torch.tensor([[noise]])).metrics["later_cross_entropy"] for noise in (0.1, 0.9)
+    )
+    labels = posterior.token_ids[0, 0]
+    base = F.linear(head.base_proj(hidden[0, 0]).view(4, -1), head._tables[0].weight).log_softmax(-1)
+    # The second pass predicts three tokens, of which it chooses the first; the third pass predicts and chooses two.
+    states = head.base_proj(hidden[0]).view(4, -1) + head._later_states(hidden[0], labels[None, None, :1])[0, 0]
+    of_second = F.linear(states, head._tables[0].weight).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    golden.close(second[0, 0], -of_second[1:].mean())
+    total = base[0, labels[0]] + of_second[1] - 2 * third[0, 0]
+    golden.close(head.log_prob(hidden[0, 0][None], labels[None])[0], total)
 
 
 def test_later_passes_do_not_train_the_backbone():
@@ -204,7 +185,6 @@ def test_codes_that_are_too_close_are_refused():
         ({"shortlist_size": 0}, "shortlist_size must be at least 1"),
         ({"shortlist_size": 49}, "shortlist_size must be at most the vocabulary's 48 tokens, got 49"),
         ({"code_size": 9}, "code_size is 9, but the autoencoder's is 2"),
-        ({"last_time": 1.0}, r"last_time must be in \[0, 1\)"),
     ],
 )
 def test_settings_that_make_no_head_are_refused(fields, message):

@@ -155,19 +155,16 @@ class FlowHeadConfig(HeadConfig):
 @strict
 class CategoricalFlowHeadConfig(HeadConfig):
     r"""
-    The head that carries noise to token codes in a few passes, each of which predicts the clean tokens by
-    cross-entropy. It needs the autoencoder of token codes ([`TokenCodesConfig`]).
+    The head that chooses the tokens of a patch in a few passes, trained by cross-entropy. It needs the autoencoder of
+    token codes ([`TokenCodesConfig`]).
 
     Args:
         type: ``"categorical_flow"``.
-        num_mlp_layers: residual blocks of the network.
+        num_mlp_layers: residual blocks of the network of the later passes.
         hidden_size: width of the blocks; default the backbone's.
-        code_size: d, dimensions of a token's code; default, and required to be, the autoencoder's.
-        feature_size: entries per token of the table in which the network reads what a noisy code may stand for.
-        num_passes: passes of a sample, at least 2, by default log2(K) + 1. The first pass is multi-token prediction and
-            needs no network. Every pass chooses the next tokens of the patch, about as many as all passes before it;
-            later passes see the tokens that are chosen and the codes of the others with less noise.
-        last_time: t of the codes that are not chosen yet, in the last pass; it rises evenly from 0.
+        code_size: dimensions of a token's code; default, and required to be, the autoencoder's.
+        num_passes: passes of a sample, at least 2, by default log2(K) + 1. The first pass is multi-token prediction.
+            Every pass chooses the next tokens of the patch, and later passes see them.
         shortlist_size: M, the most likely tokens of the first pass that later passes choose from; default all tokens.
     """
 
@@ -177,31 +174,26 @@ class CategoricalFlowHeadConfig(HeadConfig):
     num_mlp_layers: int = 3
     hidden_size: int | None = None
     code_size: int | None = None
-    feature_size: int = 32
     num_passes: int | None = None
-    last_time: float | int = 0.35
     shortlist_size: int | None = None
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self._check_at_least(1, "num_mlp_layers", "hidden_size", "code_size", "feature_size", "shortlist_size")
+        self._check_at_least(1, "num_mlp_layers", "hidden_size", "code_size", "shortlist_size")
         self._check_at_least(2, "num_passes", because=" (the first pass predicts the tokens independently)")
-        if not 0 <= self.last_time < 1:
-            raise ValueError(f"head_config.last_time must be in [0, 1), got {self.last_time}.")
 
-    def schedule(self, patch_size: int) -> list[tuple[float, int]]:
-        """Return the time and the number of tokens chosen before it, for every pass over a patch of K tokens.
+    def schedule(self, patch_size: int) -> list[int]:
+        """Return how many tokens of a patch of K are chosen before each pass.
 
-        The number of chosen tokens grows by equal factors: 0, 1, 2, 4 for K = 8 in four passes.
+        The number grows by equal factors: 0, 1, 2, 4 for K = 8 in four passes.
         """
         num_passes = min(self.num_passes or math.ceil(math.log2(patch_size)) + 1, patch_size)
-        passes = [(0.0, 0)]
+        counts = [0]
         for index in range(1, num_passes):
-            # A small summand, so that 8 ** (1 / 3) is not below 2.
-            num_chosen = max(passes[-1][1] + 1, int(patch_size ** (index / num_passes) + 1e-9))
-            passes.append((self.last_time * index / (num_passes - 1), num_chosen))
-        return passes
+            # The small summand keeps 8 ** (1 / 3) from falling below 2.
+            counts.append(max(counts[-1] + 1, int(patch_size ** (index / num_passes) + 1e-9)))
+        return counts
 
 
 HEAD_CONFIGS: dict[str, type[HeadConfig]] = {

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calm.functional.categorical_flow import smallest_distance, token_codes
+from calm.functional.token_codes import smallest_distance, token_codes
 from calm.models.best_token import best_token
 from calm.models.configuration_codes import TokenCodesConfig
 from calm.models.modeling_autoencoder import Posterior, split_patches
 
 # Smallest distance of two codes relative to their length. Rounding to bfloat16 moves a code by 0.004 of its length.
 _SMALLEST_DISTANCE = 0.05
+_MOST_ROWS = 16_384  # codes that are compared with all others; a large vocabulary is sampled
 
 
 class CodeDecoder(nn.Module):
@@ -60,7 +61,9 @@ class TokenCodes(PreTrainedModel):
 
     def check_codes(self) -> None:
         """Raise ValueError when two codes are so close that rounding could exchange their tokens."""
-        closest = smallest_distance(self.codes.float())
+        codes = self.codes.float()
+        rows = torch.arange(0, len(codes), max(1, len(codes) // _MOST_ROWS), device=codes.device)
+        closest = smallest_distance(codes, rows)
         needed = _SMALLEST_DISTANCE * math.sqrt(self.config.code_size)
         if not closest >= needed:
             raise ValueError(

@@ -1,126 +1,120 @@
-"""The categorical flow head: a few passes carry noise to token codes, each pass predicts the clean tokens.
+"""The categorical flow head: a few passes choose the tokens of a patch, each from those chosen before it.
 
-The latent vector is the K token codes of a patch (:class:`~calm.models.modeling_codes.TokenCodes`). At time 0 the head
-is independent multi-token prediction. Later passes see the noisy codes and the tokens that are already chosen.
+It is a discrete flow from masked to clean tokens (Gat et al. 2024, arXiv 2407.15595; MaskGIT, Chang et al. 2022, arXiv
+2202.04200) with a fixed order. The first pass is independent multi-token prediction and chooses the first token. Every
+later pass sees the tokens that are chosen and predicts all others; it chooses about as many as all passes before it. A
+patch of K tokens takes log2(K) + 1 passes by default. The latent vector is the codes of the chosen tokens
+(:class:`~calm.models.modeling_codes.TokenCodes`).
 
-Shapes: P positions, S samples of a position, K tokens of a patch, d code size, Z = K * d latent, D hidden, W width of
-the network, R size of the token features, V vocabulary, M shortlist, ... any leading dimensions.
+Shapes: P positions, S samples of a position, K tokens of a patch, Z latent, D hidden, W width of the network, V
+vocabulary, M shortlist, ... any leading dimensions.
 """
 
-import dataclasses
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from calm.functional.categorical_flow import code_logit_scale, euler_step
-from calm.functional.noise import Generator, normal, pick, uniform
+from calm.functional.noise import Generator, pick, uniform
 from calm.functional.temperature import sharpened
 from calm.functional.tiles import checkpointed_rows, rows_at_once
-from calm.models.best_token import best_token
 from calm.models.configuration_heads import CategoricalFlowHeadConfig
 from calm.models.heads.base import Head, HeadLoss, leading_shape
-from calm.models.heads.clean_token_network import CleanTokenNetwork, NetworkInputs
 from calm.models.modeling_autoencoder import Posterior
 
 _SAMPLING_ELEMENTS = 2**22  # of the logits that exist at once on a CPU
-_CHOSEN = 1.0  # time of a token that is chosen: its code is free of noise
-_MOST_SCALE = 0.85  # code_logit_scale is evaluated at this time at most, where a code is readable without doubt
 
 
-@dataclass
-class _Vocabulary:
-    """Tables with one row per token that can be chosen: all V tokens, or the M tokens of a shortlist.
+class ModulatedBlock(nn.Module):
+    """Residual MLP block, shifted, scaled and gated by a condition: ``[..., W], [..., W] -> [..., W]``."""
 
-    Output embeddings ``[V, D]``, codes ``[V, d]`` and features ``[V, R]``; those of a shortlist begin with
-    ``[P, K, M, ...]`` and broadcast over samples.
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=eps, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        self.modulation = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
+        return x + (1 + gate) * self.mlp(self.norm(x) * (1 + scale) + shift)
+
+
+class MaskedTokenNetwork(nn.Module):
+    """Predict what the chosen tokens of a patch add to the states of its tokens: ``[..., K, D]``.
+
+    The last layer starts at zero, so that an untrained network leaves independent multi-token prediction.
     """
 
-    embeddings: Tensor
-    codes: Tensor
-    features: Tensor
+    gradient_checkpointing = False  # transformers sets it, and the function beside it
+    _gradient_checkpointing_func: Callable[..., Tensor]
 
-    def shortlist(self, token_ids: Tensor) -> "_Vocabulary":
-        """Return the rows of some tokens of every position: ids ``[P, K, M]``."""
-        return _Vocabulary(*(F.embedding(token_ids, table) for table in (self.embeddings, self.codes, self.features)))
+    def __init__(self, config: CategoricalFlowHeadConfig, patch_size: int, hidden_size: int):
+        super().__init__()
+        self.output_shape = (patch_size, hidden_size)
+        width, eps = config.hidden_size or hidden_size, config.layer_norm_eps
+        self.chosen_norm = nn.LayerNorm(hidden_size, eps=eps, elementwise_affine=False)
+        self.chosen_proj = nn.Linear(patch_size * hidden_size, width)
+        self.mask_proj = nn.Linear(patch_size, width)
+        self.hidden_proj = nn.Linear(hidden_size, width)
+        self.condition_proj = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(ModulatedBlock(width, eps) for _ in range(config.num_mlp_layers))
+        self.output_layer = nn.Linear(width, patch_size * hidden_size)
 
-    def before(self, stop: int) -> "_Vocabulary":
-        """Return the tables of the first tokens of a patch."""
-        return self._part(slice(stop))
+    def forward(self, embeddings: Tensor, is_chosen: Tensor, hidden: Tensor) -> Tensor:
+        """
+        Args:
+            embeddings: of the tokens, ``[..., K, D]``; those of tokens that are not chosen do not matter.
+            is_chosen: ``[..., K]``, bool.
+            hidden: ``[..., D]``; mask and hidden states broadcast against the embeddings.
+        """
+        is_chosen = is_chosen.to(hidden.dtype)
+        context = self.hidden_proj(hidden) + self.mask_proj(is_chosen)
+        condition = F.silu(self.condition_proj(F.silu(context)))
+        # Embeddings of a small model are small: without the norm the network would hardly see the chosen tokens.
+        chosen = self.chosen_norm(embeddings.to(hidden.dtype)) * is_chosen[..., None]
+        x = self.chosen_proj(chosen.flatten(-2)) + context
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(block.__call__, x, condition)
+            else:
+                x = block(x, condition)
+        return self.output_layer(x).unflatten(-1, self.output_shape)
 
-    def after(self, start: int) -> "_Vocabulary":
-        """Return the tables of the tokens of a patch from ``start`` on."""
-        return self._part(slice(start, None))
-
-    def _part(self, part: slice) -> "_Vocabulary":
-        if self.codes.dim() == 2:
-            return self
-        return _Vocabulary(self.embeddings[:, part], self.codes[:, part], self.features[:, part])
-
-
-def _scores(states: Tensor, table: Tensor) -> Tensor:
-    """Return products of states ``[..., K, X]`` with the rows of a table: ``[..., K, V or M]``, in float32."""
-    states = states.to(table.dtype)
-    return (F.linear(states, table) if table.dim() == 2 else (table @ states[..., None])[..., 0]).float()
-
-
-def _code_scores(scaled: Tensor, codes: Tensor) -> Tensor:
-    """Return the log-likelihoods of noisy codes up to a constant, as :func:`_scores`, without autocast.
-
-    They reach some tens of nats, where half precision is off by tenths.
-    """
-    with torch.autocast(scaled.device.type, enabled=False):
-        return _scores(scaled, codes)
-
-
-def _expectation(probs: Tensor, table: Tensor) -> Tensor:
-    """Return the mean of a table's rows: ``[..., K, V or M] -> [..., K, X]``."""
-    probs = probs.to(table.dtype)
-    return probs @ table if table.dim() == 2 else (probs[..., None, :] @ table)[..., 0, :]
-
-
-def _rows(index: Tensor, table: Tensor) -> Tensor:
-    """Return one row of a table per token: ``[S, P, K] -> [S, P, K, X]``."""
-    if table.dim() == 2:
-        return F.embedding(index, table)
-    place = index[..., None, None].expand(*index.shape, 1, table.shape[-1])
-    return table.expand(len(index), *table.shape).gather(3, place)[..., 0, :]
+    def init_weights(self) -> None:
+        """Initialise the modulation and the last layer with zeros, other layers for inputs of unit scale."""
+        zero = {self.output_layer, *(block.modulation for block in self.blocks)}
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                if module in zero:
+                    init.zeros_(module.weight)
+                else:
+                    init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+                init.zeros_(module.bias)
 
 
 class CategoricalFlowHead(Head):
-    """Few-pass flow over token codes; see :class:`~calm.models.configuration_heads.CategoricalFlowHeadConfig`."""
+    """Few-pass choice of tokens; see :class:`~calm.models.configuration_heads.CategoricalFlowHeadConfig`."""
 
     has_log_prob = True
 
     def __init__(self, config: CategoricalFlowHeadConfig, hidden_size: int, latent_size: int):
         super().__init__()
         self.config = config
-        self.latent_size, self.patch_size = latent_size, latent_size // config.code_size
-        width = config.hidden_size or hidden_size
+        assert config.code_size is not None
+        self.patch_size = latent_size // config.code_size
+        self.schedule = config.schedule(self.patch_size)
         self.base_proj = nn.Linear(hidden_size, self.patch_size * hidden_size, bias=False)
-        self.passes = config.schedule(self.patch_size)
-        if len(self.passes) > 1:
-            self.prior_proj = nn.Linear(hidden_size, self.patch_size * config.feature_size)
-            self.network = CleanTokenNetwork(config, self.patch_size, hidden_size, width)
+        if len(self.schedule) > 1:
+            self.network = MaskedTokenNetwork(config, self.patch_size, hidden_size)
 
     def attach(self, token_embeddings: nn.Embedding, autoencoder: nn.Module) -> None:
         """Take the backbone's token embeddings as output layer and the codes of the autoencoder."""
         # In a tuple, so that they are not registered as parts of the head: the model saves and moves them.
         self._tables = (token_embeddings, autoencoder)
-        if len(self.passes) > 1:
-            vocab_size = token_embeddings.num_embeddings
-            self.token_features = nn.Parameter(torch.empty(vocab_size, self.config.feature_size))
-
-    def _vocabulary(self) -> _Vocabulary:
-        embeddings, autoencoder = self._tables
-        features = (
-            self.token_features if len(self.passes) > 1 else autoencoder.codes.new_zeros(len(autoencoder.codes), 0)
-        )
-        return _Vocabulary(embeddings.weight, autoencoder.codes.float(), features)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -131,68 +125,30 @@ class CategoricalFlowHead(Head):
         noise: Tensor | None = None,
         target_noise: Tensor | None = None,
         generator: Generator = None,
-        uniforms: Tensor | None = None,
     ) -> HeadLoss:
-        """Return the cross-entropy of the clean tokens in the first pass, plus that in a random later pass.
+        """Return the cross-entropy per token of the first pass, plus that of a random later pass, in nats.
 
-        The later passes do not train the backbone: their gradient made every way to read its hidden states worse.
+        The later passes do not train the backbone: with their gradient, all ways to read its hidden states are worse.
 
         Args:
-            noise: standard normal ``[..., Z]``.
+            noise: uniform in [0, 1), ``[...]``; it chooses the later pass of every position.
             target_noise: not used, the targets have no variance.
-            uniforms: uniform in [0, 1), ``[...]``; the pass.
         """
-        table = self._vocabulary()
-        codes = posterior.mean.unflatten(-1, (self.patch_size, -1)).float()
-        token_ids = posterior.token_ids
+        embeddings, token_ids = self._tables[0].weight, posterior.token_ids
         if token_ids is None:
-            token_ids = best_token(codes.flatten(0, -2), table.codes).view(codes.shape[:-1])
-        if noise is None:
-            noise = normal(posterior.mean.shape, generator, hidden.device, row_dim=0)
-        if uniforms is None:
-            uniforms = uniform(hidden.shape[:-1], generator, hidden.device, row_dim=0)
+            token_ids = self._tables[1].decode_tokens(posterior.mean)
         base = self.base_proj(hidden).unflatten(-1, (self.patch_size, -1))
-        first = self._cross_entropy(base, token_ids, table)
-        if len(self.passes) == 1:
+        first = _cross_entropy(base, token_ids, embeddings)
+        if len(self.schedule) == 1:
             return HeadLoss(first, {"first_cross_entropy": first})
-        time = self._training_times(uniforms)
-        noise = noise.unflatten(-1, (self.patch_size, -1)).float()
-        points = time[..., None] * codes + (1 - time[..., None]) * noise
-        hidden, table = hidden.detach(), dataclasses.replace(table, embeddings=table.embeddings.detach())
-        prior = self.prior_proj(hidden).unflatten(-1, (self.patch_size, -1))
-        rows = (_scaled(points, time).flatten(0, -2), prior.flatten(0, -2))
-        expected = checkpointed_rows(_expected_features, len(table.codes), rows, table.codes, table.features)
-        is_chosen = (time == _CHOSEN)[..., None]
-        chosen = F.embedding(token_ids, table.embeddings) * is_chosen
-        inputs = NetworkInputs(_estimated(points, time), expected.view(*token_ids.shape, -1), chosen, time)
-        states = base.detach() + self.network(inputs, hidden)
-        labels = token_ids.masked_fill(is_chosen[..., 0], -100)
-        later = self._cross_entropy(states, labels, table, _scaled(points, time))
+        if noise is None:
+            noise = uniform(hidden.shape[:-1], generator, hidden.device, row_dim=0)
+        counts = torch.tensor(self.schedule[1:], device=hidden.device)[(noise * (len(self.schedule) - 1)).long()]
+        is_chosen = torch.arange(self.patch_size, device=hidden.device) < counts[..., None]
+        hidden, embeddings = hidden.detach(), embeddings.detach()
+        states = base.detach() + self.network(F.embedding(token_ids, embeddings), is_chosen, hidden)
+        later = _cross_entropy(states, token_ids.masked_fill(is_chosen, -100), embeddings)
         return HeadLoss(first + later, {"first_cross_entropy": first, "later_cross_entropy": later})
-
-    def _training_times(self, uniforms: Tensor) -> Tensor:
-        """Return the time of every token in a random pass after the first, 1 for chosen tokens: ``[..., K]``."""
-        later = torch.stack([self._times(*each, uniforms.device) for each in self.passes[1:]])
-        return later[(uniforms * len(later)).long()]
-
-    def _times(self, time: float, num_chosen: int, device: torch.device) -> Tensor:
-        """Return the time of every token in a pass: ``[K]``."""
-        times = torch.full((self.patch_size,), time, device=device)
-        times[:num_chosen] = _CHOSEN
-        return times
-
-    def _cross_entropy(
-        self, states: Tensor, labels: Tensor, table: _Vocabulary, scaled: Tensor | None = None
-    ) -> Tensor:
-        """Return the mean cross-entropy in nats of the tokens of each patch whose label is not -100: ``[...]``."""
-        rows = (states.flatten(0, -2), labels.flatten())
-        others = (table.embeddings,)
-        if scaled is not None:
-            rows, others = (*rows, scaled.flatten(0, -2)), (*others, table.codes)  # type: ignore[assignment]
-        function = _token_loss if scaled is None else _noisy_token_loss
-        losses = checkpointed_rows(function, len(table.codes), rows, *others)
-        counted = labels.ne(-100)
-        return losses.view(labels.shape).sum(-1) / counted.sum(-1).clamp(min=1)
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
@@ -208,176 +164,129 @@ class CategoricalFlowHead(Head):
         """Return one latent per hidden state, or ``num_samples``, as :meth:`Head.sample`.
 
         Args:
-            noise: ``[..., Z + K]``: standard normal for the points at time 0, then uniform in [0, 1), one for the
-                choice of every token.
-            temperature: at least 0. The probabilities of every pass are raised to the power 1 / temperature; 0 chooses
+            noise: uniform in [0, 1), ``[..., K]``, one number for the choice of every token.
+            temperature: at least 0. The probabilities of every token are raised to the power 1 / temperature; 0 chooses
                 the most likely token.
-            return_log_prob: also return the log-probability in nats, ``[...]``, with which the tokens are chosen given
-                the normal part of the noise. It is the probability of the patch with the noise as auxiliary variable.
+            return_log_prob: also return the log-probability of the patch in nats, ``[...]``.
         """
         if noise is None:
-            shape = leading_shape(hidden, num_samples)
-            parts = [
-                normal((*shape, self.latent_size), generator, hidden.device),
-                uniform((*shape, self.patch_size), generator, hidden.device),
-            ]
-            noise = torch.cat(parts, dim=-1)
-        tokens, log_prob = self._tiled(hidden, noise, temperature)
-        latents = F.embedding(tokens, self._vocabulary().codes).flatten(-2).to(hidden.dtype)
+            shape = (*leading_shape(hidden, num_samples), self.patch_size)
+            noise = uniform(shape, generator, hidden.device)
+        tokens, log_prob = self._tiled(hidden, noise, None, temperature)
+        latents = F.embedding(tokens, self._tables[1].codes).flatten(-2).to(hidden.dtype)
         return (latents, log_prob) if return_log_prob else latents
 
-    def log_prob(self, hidden: Tensor, token_ids: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return the log-probability in nats of given tokens, given the noise of the points.
+    def log_prob(self, hidden: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
+        """Return the log-probability of given patches in nats: ``[..., D], [..., K] -> [...]``.
 
-        Its mean over noise is a lower bound of the log-likelihood; the log of the mean probability is a closer one.
-
-        Args:
-            hidden: ``[..., D]``.
-            token_ids: ``[..., K]``. A token outside the shortlist has probability 0.
-            noise: standard normal ``[..., Z]``; extra leading dimensions give several values per state.
+        Extra leading dimensions of ``token_ids`` give several patches per state. A patch with a token outside the
+        shortlist has probability 0.
         """
-        return self._tiled(hidden, noise, temperature, token_ids)[1]
+        return self._tiled(hidden, None, token_ids, temperature)[1]
 
     def _tiled(
-        self, hidden: Tensor, noise: Tensor, temperature: float, token_ids: Tensor | None = None
+        self, hidden: Tensor, noise: Tensor | None, token_ids: Tensor | None, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Return tokens ``[..., K]``, chosen or given, and their log-probabilities ``[...]``."""
+        """Return tokens ``[..., K]``, chosen by the noise or given, and their log-probabilities ``[...]``."""
+        each = token_ids if noise is None else noise
+        assert each is not None
         states = hidden.flatten(0, -2)
-        samples = noise.reshape(-1, len(states), noise.shape[-1])  # [S, P, X]
-        table = self._vocabulary()
-        size = rows_at_once(len(samples) * self.patch_size * len(table.codes), hidden.device, _SAMPLING_ELEMENTS)
-        given = [None] * len(states) if token_ids is None else token_ids.flatten(0, -2).split(size)
-        tiles = zip(states.split(size), samples.split(size, dim=1), given, strict=False)
-        tokens, log_prob = zip(*(self._sample(*tile, table, temperature) for tile in tiles), strict=True)
-        return (
-            torch.cat(tokens, dim=1).view(*noise.shape[:-1], self.patch_size),
-            torch.cat(log_prob, dim=1).view(noise.shape[:-1]),
-        )
+        several = each.reshape(-1, len(states), self.patch_size)  # [S, P, K]
+        elements = len(several) * self.patch_size * self._tables[0].num_embeddings
+        size = rows_at_once(elements, hidden.device, _SAMPLING_ELEMENTS)
+        tiles = zip(states.split(size), several.split(size, dim=1), strict=True)
+        results = [
+            self._sample(state, None, tile, temperature) if noise is None else
+            self._sample(state, tile, None, temperature)
+            for state, tile in tiles
+        ]  # fmt: skip
+        tokens, log_prob = (torch.cat(parts, dim=1) for parts in zip(*results, strict=True))
+        return tokens.view(each.shape), log_prob.view(each.shape[:-1])
 
     def _sample(
-        self, hidden: Tensor, noise: Tensor, given: Tensor | None, table: _Vocabulary, temperature: float
+        self, hidden: Tensor, noise: Tensor | None, given: Tensor | None, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Return tokens and their log-probabilities: ``[P, D], [S, P, Z (+ K)], [P, K] -> [S, P, K], [S, P]``."""
-        patch_size = self.patch_size
-        points, uniforms = noise[..., : self.latent_size].float(), noise[..., self.latent_size :].float()
-        points = points.unflatten(-1, (patch_size, -1))
-        base = _scores(self.base_proj(hidden).unflatten(-1, (patch_size, -1)), table.embeddings)  # [P, K, V]
-        token_ids: Tensor | None = None
-        if self.config.shortlist_size is not None and self.config.shortlist_size < len(table.codes):
-            base, token_ids = base.topk(self.config.shortlist_size)
-            table = table.shortlist(token_ids)
-        prior = base[..., :0]
-        if len(self.passes) > 1:
-            prior = _scores(self.prior_proj(hidden).unflatten(-1, (patch_size, -1)), table.features)
-        log_prob = torch.zeros_like(points[..., 0, 0])
-        if given is not None:
-            given, is_listed = _in_shortlist(given, token_ids)
-            log_prob = log_prob.masked_fill(~is_listed, -math.inf)
-        tokens = torch.zeros((*points.shape[:2], patch_size), dtype=torch.long, device=points.device)
-        for (time, start), (next_time, stop) in itertools.pairwise((*self.passes, (_CHOSEN, patch_size))):
-            logits = base[:, start:]
+        """Return tokens and their log-probabilities: ``[P, D], [S, P, K] -> [S, P, K], [S, P]``."""
+        table = self._tables[0].weight
+        base = _scores(self.base_proj(hidden).unflatten(-1, (self.patch_size, -1)), table)  # [P, K, V]
+        shortlist: Tensor | None = None
+        if self.config.shortlist_size is not None and self.config.shortlist_size < len(table):
+            base, shortlist = base.topk(self.config.shortlist_size)  # [P, K, M]
+            table = F.embedding(shortlist, table)  # [P, K, M, D]
+        tokens: list[Tensor] = []
+        log_prob = torch.zeros((), device=hidden.device)
+        for start, stop in itertools.pairwise((*self.schedule, self.patch_size)):
+            logits = base[:, start:stop]
             if start:
-                logits = logits + self._context_scores(hidden, points, tokens, prior, table, (time, start))
-            probs = sharpened(logits, temperature).expand(len(points), -1, -1, -1)  # [S, P, K - start, V]
-            now, later = probs.split([stop - start, patch_size - stop], dim=2)
-            chosen = pick(now, uniforms[..., start:stop, None])[..., 0] if given is None else given[:, start:stop]
-            tokens[..., start:stop] = chosen
-            log_prob = log_prob + now.gather(-1, tokens[..., start:stop, None]).log().sum((-1, -2))
-            codes = _rows(tokens[..., :stop], table.before(stop).codes)
-            others = points[..., stop:, :]
-            if stop < patch_size:
-                clean = _expectation(later, table.after(stop).codes)
-                others = euler_step(others, clean, points.new_tensor(time), points.new_tensor(next_time))
-            points = torch.cat([codes, others], dim=-2)
-        if token_ids is not None:
-            tokens = token_ids.expand(len(tokens), -1, -1, -1).gather(-1, tokens[..., None])[..., 0]
-        return tokens, log_prob
+                states = self._later_states(hidden, torch.cat(tokens, dim=-1))
+                logits = logits + _scores(
+                    states[..., start:stop, :], table if shortlist is None else table[:, start:stop]
+                )
+            probs = sharpened(logits, temperature)  # [(S,) P, stop - start, V or M]
+            listed = None if shortlist is None else shortlist[:, start:stop]
+            if given is None:
+                assert noise is not None
+                index = pick(probs.expand(len(noise), -1, -1, -1), noise[..., start:stop, None])
+            else:
+                index, log_prob = _place_in(listed, given[..., start:stop, None], log_prob)
+            probability = probs.expand(len(index), -1, -1, -1).gather(-1, index)[..., 0]
+            log_prob = log_prob + probability.log().sum(-1)
+            ids = index if listed is None else listed.expand(len(index), -1, -1, -1).gather(-1, index)
+            tokens.append(ids[..., 0] if given is None else given[..., start:stop])
+        return torch.cat(tokens, dim=-1), log_prob
 
-    def _context_scores(
-        self,
-        hidden: Tensor,
-        points: Tensor,
-        tokens: Tensor,
-        prior: Tensor,
-        table: _Vocabulary,
-        at: tuple[float, int],
-    ) -> Tensor:
-        """Return what noisy codes and chosen tokens add to the logits of the others: ``[S, P, K - chosen, V]``."""
-        time, num_chosen = at
-        some, others = table.after(num_chosen), (..., slice(num_chosen, None), slice(None))
-        times = self._times(time, num_chosen, points.device)
-        codes = _code_scores(_scaled(points, times)[others], some.codes)
-        expected = _expectation((prior[:, num_chosen:] + codes).softmax(-1), some.features)
-        # A chosen token is its own expectation.
-        listed = table.before(num_chosen)
-        known = _rows(tokens[..., :num_chosen], listed.features)
-        chosen = _rows(tokens[..., :num_chosen], listed.embeddings)
-        chosen = F.pad(chosen, (0, 0, 0, self.patch_size - num_chosen))
-        inputs = NetworkInputs(_estimated(points, times), torch.cat([known, expected], dim=-2), chosen, times)
-        return codes + _scores(self.network(inputs, hidden)[others], some.embeddings)
+    def _later_states(self, hidden: Tensor, chosen: Tensor) -> Tensor:
+        """Return what chosen tokens add to the states: ``[P, D], [S, P, chosen] -> [S, P, K, D]``."""
+        masked = self.patch_size - chosen.shape[-1]
+        embeddings = F.pad(F.embedding(chosen, self._tables[0].weight), (0, 0, 0, masked))
+        is_chosen = torch.arange(self.patch_size, device=hidden.device) < chosen.shape[-1]
+        return self.network(embeddings, is_chosen, hidden)
 
     def flops(self) -> tuple[float, float]:
         """As :meth:`Head.flops`, with the products with the vocabulary or the shortlist."""
-        config, patch_size = self.config, self.patch_size
         vocab_size, hidden_size = self._tables[0].weight.shape
-        shortlist = min(config.shortlist_size or vocab_size, vocab_size)
-        table = config.code_size + config.feature_size  # entries per token that later passes read beside its embedding
-        first = _linear_size(self.base_proj) + patch_size * vocab_size * hidden_size
-        if len(self.passes) == 1:
+        shortlist = min(self.config.shortlist_size or vocab_size, vocab_size)
+        first = self.base_proj.weight.numel() + self.patch_size * vocab_size * hidden_size
+        if len(self.schedule) == 1:
             return 2 * first, 2 * first
-        prior, network = (_linear_size(part) for part in (self.prior_proj, self.network))
-        training = first + prior + network + patch_size * vocab_size * (hidden_size + 2 * table)
-        sample = first + prior + patch_size * shortlist * config.feature_size
-        for _, num_chosen in self.passes[1:]:
-            sample += network + (patch_size - num_chosen) * shortlist * (hidden_size + table + config.code_size)
-        return 2 * training, 2 * sample
+        network = sum(part.weight.numel() for part in self.network.modules() if isinstance(part, nn.Linear))
+        sample = first + (len(self.schedule) - 1) * network
+        sample += (self.patch_size - self.schedule[1]) * shortlist * hidden_size  # every token is chosen in one pass
+        return 2 * (first + network + self.patch_size * vocab_size * hidden_size), 2 * sample
 
     def init_weights(self) -> None:
         init.kaiming_uniform_(self.base_proj.weight, a=math.sqrt(5))
-        if len(self.passes) > 1:
-            init.kaiming_uniform_(self.prior_proj.weight, a=math.sqrt(5))
-            init.zeros_(self.prior_proj.bias)
-            init.normal_(self.token_features, std=0.3)
+        if len(self.schedule) > 1:
             self.network.init_weights()
 
 
-def _linear_size(module: nn.Module) -> int:
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+def _scores(states: Tensor, table: Tensor) -> Tensor:
+    """Return products with embeddings of all tokens or of a shortlist, in float32.
+
+    ``[..., K, D], [V, D] or [P, K, M, D] -> [..., K, V or M]``.
+    """
+    states = states.to(table.dtype)
+    return (F.linear(states, table) if table.dim() == 2 else (table @ states[..., None])[..., 0]).float()
 
 
-def _in_shortlist(given: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the place of tokens in their shortlist, and whether all of a patch are in it: ``[P, K]``, ``[P]``."""
-    if token_ids is None:
-        return given, torch.ones(len(given), dtype=torch.bool, device=given.device)
-    is_token = token_ids == given[..., None]
-    return is_token.long().argmax(-1), is_token.any(-1).all(-1)
+def _place_in(shortlist: Tensor | None, token_ids: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the places of tokens in their shortlist, and log-probabilities with -inf for patches outside it.
+
+    ``[P, k, M], [S, P, k, 1], [S, P] -> [S, P, k, 1], [S, P]``.
+    """
+    if shortlist is None:
+        return token_ids, log_prob
+    is_token = shortlist == token_ids
+    is_listed = is_token.any(-1).all(-1)
+    return is_token.long().argmax(-1, keepdim=True), torch.where(is_listed, log_prob, -math.inf)
 
 
-def _readable(time: Tensor) -> Tensor:
-    """Return times at which the scale of the code scores stays finite, ``[..., K] -> [..., K, 1]``."""
-    return time.clamp(max=_MOST_SCALE)[..., None]
-
-
-def _scaled(points: Tensor, time: Tensor) -> Tensor:
-    """Return a(t) z_t, whose products with the codes are log-likelihoods: ``[..., K, d], [..., K] -> [..., K, d]``."""
-    return code_logit_scale(_readable(time)) * points
-
-
-def _estimated(points: Tensor, time: Tensor) -> Tensor:
-    """Return the linear estimate of the codes, 0 at time 0: ``[..., K, d], [..., K] -> [..., K, d]``."""
-    time = _readable(time)
-    return time / (time.square() + (1 - time).square()) * points
-
-
-def _expected_features(scaled: Tensor, prior: Tensor, codes: Tensor, features: Tensor) -> Tensor:
-    """``[rows, d], [rows, R] -> [rows, R]``: the mean feature under prior and noisy code."""
-    return (_code_scores(scaled, codes) + F.linear(prior, features).float()).softmax(-1).to(features.dtype) @ features
+def _cross_entropy(states: Tensor, labels: Tensor, embeddings: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the tokens of each patch whose label is not -100: ``[..., K, D] -> [...]``."""
+    rows = (states.flatten(0, -2), labels.flatten())
+    losses = checkpointed_rows(_token_loss, len(embeddings), rows, embeddings)
+    return losses.view(labels.shape).sum(-1) / labels.ne(-100).sum(-1).clamp(min=1)
 
 
 def _token_loss(states: Tensor, labels: Tensor, embeddings: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(states.to(embeddings.dtype), embeddings).float(), labels, reduction="none")
-
-
-def _noisy_token_loss(states: Tensor, labels: Tensor, scaled: Tensor, embeddings: Tensor, codes: Tensor) -> Tensor:
-    logits = F.linear(states.to(embeddings.dtype), embeddings).float() + _code_scores(scaled, codes)
-    return F.cross_entropy(logits, labels, reduction="none")
