@@ -5,12 +5,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
+import tiny
 import yaml
-from safetensors.torch import load_file
 
 import calm.quickstart
 from calm.cli import main as cli
+from calm.data.tokenizer import load_tokenizer
 from calm.evaluation import brier_lm
 from calm.report.quickstart import write
 from calm.training.metrics import read_metrics
@@ -31,7 +31,6 @@ def quickstart(tmp_path_factory):
     """A real quickstart of a few steps per stage."""
     directory = tmp_path_factory.mktemp("quickstart") / "run"
     patch = pytest.MonkeyPatch()
-    patch.setattr(calm.quickstart, "AUTOENCODER_STEPS", (20, 1500))
     patch.setattr(calm.quickstart, "EVALUATION_BLOCKS", 6)
     patch.setattr(calm.quickstart, "SPEED_TOKENS", 8)
     with make_progress() as progress:
@@ -43,27 +42,19 @@ def quickstart(tmp_path_factory):
 
 def test_quickstart_leaves_models_scores_samples_and_a_report(quickstart):
     results = json.loads((quickstart / "results.json").read_text())
-    models = ["calm", "finished", "finished (token_prediction)", "baseline"]
+    models = ["calm", "calm (token_prediction)", "baseline"]
     assert list(results["brier"]) == [*models, "bigram counts", "unigram counts"]
     assert results["brier"]["bigram counts"]["brier"][0] > 0
     for name in models:
         assert results["brier"][name]["brier_lm"] >= 0
         assert results["training"][name]["training_flops"] > 1e9
         assert results["generation_tokens_per_second"][name] > 0
-    assert results["training"]["finished"]["training_flops"] > results["training"]["calm"]["training_flops"]
-    samplings = {(sample["sampler"], sample["temperature"]) for sample in results["samples"]}
-    assert samplings == {("batch", 1.0), ("batch", 1 / 2), ("token_prediction", 1 / 2)}
+    assert results["training"]["calm"]["tokens"] == results["training"]["baseline"]["tokens"]
+    assert {sample["model"] for sample in results["samples"]} == {"CALM", "CALM, token_prediction", "baseline"}
     report = (quickstart / "report.md").read_text()
     assert "BrierLM" in report
     assert "| bigram counts |" in report
     assert (quickstart / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_quickstart_finishes_the_head_of_its_model_alone(quickstart):
-    before, after = (load_file(quickstart / name / "model.safetensors") for name in ("calm", "finished"))
-    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert before.keys() == after.keys()
-    assert changed == {"head"}
 
 
 def test_quickstart_started_again_does_nothing_twice(quickstart):
@@ -92,7 +83,7 @@ def test_generate_continues_a_prompt(quickstart, monkeypatch, capsys):
         assert "context" in error
         assert "shorten the prompt or ask for at most" in error
     code, _, _ = run(
-        monkeypatch, capsys, "generate", quickstart / "calm", "--sampler", "exact", "--temperature", "0.9",
+        monkeypatch, capsys, "generate", quickstart / "calm", "--sampler", "direct", "--temperature", "0",
         "--max-new-tokens", "3",
     )  # fmt: skip
     assert code == 0
@@ -103,7 +94,7 @@ def test_generate_continues_a_file_of_prompts_and_resumes(quickstart, monkeypatc
     lines = [{"prompt": "import os\n", "id": 7}, {"prompt": ""}, {"prompt": "def f(x):"}]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = ("generate", quickstart / "calm", "--prompts", prompts, "--max-new-tokens", "9")
-    arguments = (*arguments, "--temperature", "0.5", "--num-candidates", "30", "--seed", "5")
+    arguments = (*arguments, "--temperature", "0.5", "--sampler", "batch", "--num-candidates", "30", "--seed", "5")
     assert run(monkeypatch, capsys, *arguments, "-o", output, "--batch-size", "2")[0] == 0
     texts = [json.loads(line) for line in output.read_text().splitlines()]
     assert [text["prompt"] for text in texts] == [line["prompt"] for line in lines]
@@ -146,7 +137,7 @@ def test_generate_continues_a_file_of_prompts_and_resumes(quickstart, monkeypatc
         ('{"prompt": "a"}\n\n{"prompt": "b", "id": "\\ud800"}\n', (), "line 3 holds half of a surrogate pair"),
         ('{"prompt": "a"}\n' + '{"prompt": "%s"}\n' % ("ab " * 9000), (), "line 2: a prompt of"),
         ('{"prompt": "a"}\n', ("--prompt", "b"), "takes the place of --prompt"),
-        ('{"prompt": "a"}\n', ("--temperature", "nan"), "temperature must lie in (0, 1], got nan"),
+        ('{"prompt": "a"}\n', ("--temperature", "nan"), "temperature must be at least 0"),
     ],
 )
 def test_generate_refuses_files_it_cannot_read(quickstart, monkeypatch, capsys, tmp_path, content, arguments, message):
@@ -160,8 +151,11 @@ def test_generate_refuses_files_it_cannot_read(quickstart, monkeypatch, capsys, 
 
 
 def test_evaluate_scores_models_side_by_side(quickstart, monkeypatch, capsys, tmp_path):
+    autoencoder = tmp_path / "autoencoder"
+    tiny.autoencoder(2, vocab_size=1024).save_pretrained(autoencoder)
+    load_tokenizer(quickstart / "tokenizer").save_pretrained(autoencoder)
     code, out, _ = run(
-        monkeypatch, capsys, "evaluate", quickstart / "calm", quickstart / "baseline", quickstart / "autoencoder",
+        monkeypatch, capsys, "evaluate", quickstart / "calm", quickstart / "baseline", autoencoder,
         "--data", quickstart / "data" / "validation", "--block-size", "64", "--blocks", "4", "--samples", "2",
         "--output", tmp_path / "scores" / "scores.json",
     )  # fmt: skip
@@ -211,20 +205,20 @@ def test_evaluate_draws_models_at_their_temperatures(quickstart, monkeypatch, ca
 
 def test_evaluate_scores_heads_and_what_takes_their_place(quickstart, monkeypatch, capsys, tmp_path):
     arguments = (
-        "evaluate", quickstart / "baseline", quickstart / "finished", "--data", quickstart / "data" / "validation",
+        "evaluate", quickstart / "baseline", quickstart / "calm", "--data", quickstart / "data" / "validation",
         "--block-size", "64", "--blocks", "2", "--samples", "2", "--output", tmp_path / "scores.json",
     )  # fmt: skip
     code, _, error = run(monkeypatch, capsys, *arguments, "--sampler", "batch", "--sampler", "bogus")
     assert code == 2
-    assert "sampler must be one of batch, exact, token_prediction, got 'bogus'" in error
+    assert "sampler must be one of batch, exact, direct, token_prediction, got 'bogus'" in error
     assert "score" not in error  # before anything is scored
     how = ("--sampler", "batch", "--sampler", "token_prediction", "--plot", tmp_path / "p.png")
     assert run(monkeypatch, capsys, *arguments, *how)[0] == 0
     scores = json.loads((tmp_path / "scores.json").read_text())["models"]
-    finished = str(quickstart / "finished")
-    assert list(scores) == [str(quickstart / "baseline"), finished, f"{finished} (token_prediction)"]
+    model = str(quickstart / "calm")
+    assert list(scores) == [str(quickstart / "baseline"), model, f"{model} (token_prediction)"]
     assert [score["sampler"] for score in scores.values()] == [None, "batch", "token_prediction"]
-    assert scores[finished]["num_positions"] == scores[f"{finished} (token_prediction)"]["num_positions"]
+    assert scores[model]["num_positions"] == scores[f"{model} (token_prediction)"]["num_positions"]
 
 
 def test_the_papers_protocol_is_chosen_by_name(quickstart, monkeypatch, capsys, tmp_path):
@@ -288,7 +282,8 @@ def test_mistakes_end_in_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path,
 
 
 def test_temperature_outside_the_range_is_refused(quickstart, monkeypatch, capsys):
-    code, _, error = run(monkeypatch, capsys, "generate", quickstart / "calm", "--temperature", "0")
+    arguments = ("generate", quickstart / "calm", "--sampler", "batch", "--temperature", "0")
+    code, _, error = run(monkeypatch, capsys, *arguments)
     assert code == 2
     assert "temperature must lie in (0, 1], got 0.0" in error
 

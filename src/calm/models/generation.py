@@ -232,7 +232,7 @@ class CalmGenerationMixin:
         check_sampler(sampler, temperature, num_candidates)
         if sampler not in self.samplers and sampler == "direct":
             raise ValueError(
-                f"sampler direct needs a head with token probabilities (categorical_flow), and this model has a "
+                "sampler direct needs a head with token probabilities (categorical_flow), and this model has a "
                 f"{self.config.head_config.type} head: use {' or '.join(self.samplers)}."
             )
         if sampler not in self.samplers:

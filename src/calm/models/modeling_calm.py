@@ -124,8 +124,9 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         if config.token_prediction_weight:
             self.token_predictor = self._new_token_predictor()
         self.post_init()
+        sampler = {"sampler": "direct"} if self.head.has_log_prob else {}
         self.generation_config = GenerationConfig(
-            **GENERATION_DEFAULTS,
+            **GENERATION_DEFAULTS | sampler,
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
             bos_token_id=config.bos_token_id,
