@@ -1,14 +1,18 @@
 """BrierLM against exact enumeration, on models so small that every continuation can be listed."""
 
 import hashlib
+import json
 from itertools import product
 
 import golden
+import numpy as np
 import pytest
 import tiny
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from calm.data.blocks import TokenBlocks
+from calm.data.blocks import shuffled as shuffled_order
 from calm.evaluation import branches
 from calm.evaluation.brier_lm import _drawer, evaluate_brier
 from calm.evaluation.brier_scores import NGRAM, score_calm, score_token_model
@@ -195,22 +199,25 @@ def test_calm_scores_equal_those_of_continuations_drawn_one_by_one(patch_size, h
 
 @torch.no_grad()
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
-def test_tokens_left_out_beside_the_text_change_no_score(patch_size):
+def test_tokens_left_out_beside_the_text_change_no_score(patch_size, monkeypatch):
     """The same latents, decoded in full and only while they agree: equal hits and collisions, fewer tokens decoded."""
     model = tiny.calm(patch_size)
     torch.nn.init.normal_(model.head.output_layer.weight, std=0.05)
     model.generation_config.eos_token_id = None
     ids = model.generate(tiny.tokens(3, patch_size), max_new_tokens=3 * max(4, patch_size), generator=seeded(1))
     starts = torch.arange(patch_size, ids.shape[1] - NGRAM + 1, patch_size)
-    decoded = []
+    sources = []
     draws = model.draws
-    model.draws = lambda *arguments: decoded.append(draws(*arguments)) or decoded[-1]
+    model.draws = lambda *arguments: sources.append(draws(*arguments)) or sources[-1]
+    monkeypatch.setattr("calm.functional.draws._FEW_TOKENS", 0)
+    full = []
 
-    def in_full(hidden, count, _):
+    def in_full(hidden, count, text):
         source = draws(hidden, generator)
         source.draw(count)
         for position in range(patch_size):
             source.decode(torch.ones(source.tokens.shape[:2], dtype=torch.bool), position)
+        full.append((source.tokens, text))
         return source.tokens.movedim(1, 0)
 
     generator = seeded(3)
@@ -218,7 +225,14 @@ def test_tokens_left_out_beside_the_text_change_no_score(patch_size):
     lazy = score_calm(model, ids, starts[:1], 6, _drawer(model, 1.0, "batch", 200, seeded(3)))
     torch.testing.assert_close(whole[0][..., :patch_size], lazy[0][..., :patch_size])
     torch.testing.assert_close(whole[1][..., :patch_size], lazy[1][..., :patch_size])
-    assert decoded
+    # Beside the text, the first token of every draw is decoded, and a further one behind tokens that agree.
+    (tokens, text), expected = full[0], 0
+    for row, own in zip(text.tolist(), tokens.tolist(), strict=True):
+        for number, place in product(range(6), range(min(patch_size, NGRAM))):
+            others = [row, *own[:number], *own[number + 1 :]]
+            expected += any(other[:place] == own[number][:place] for other in others)
+    assert int(sources[0].num_decoded.sum()) == expected
+    assert expected < tokens.numel() or patch_size == 1
 
 
 @torch.no_grad()
@@ -318,11 +332,19 @@ def test_a_score_of_zero_is_not_taken_for_a_sure_one():
     assert result.num_blocks == 64
 
 
-def test_scores_at_a_temperature_are_those_of_the_sharpened_model():
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_scores_at_a_temperature_are_those_of_the_sharpened_model(temperature):
     model, blocks = token_model(), Blocks(torch.randint(2, 5, (4, 12)), 5)
-    cold = evaluate_brier(model, blocks, stride=2, temperature=0.5)
-    model.lm_head.weight.data *= 2
-    assert cold.accuracy == pytest.approx(evaluate_brier(model, blocks, stride=2).accuracy, rel=1e-5)
+    at_temperature = evaluate_brier(model, blocks, stride=2, temperature=temperature)
+    plain = evaluate_brier(model, blocks, stride=2)
+    model.lm_head.weight.data /= temperature
+    scaled = evaluate_brier(model, blocks, stride=2)
+    assert at_temperature.accuracy == pytest.approx(scaled.accuracy, rel=1e-5)
+    assert at_temperature.collision == pytest.approx(scaled.collision, rel=1e-5)
+    assert (at_temperature.collision[0] > plain.collision[0]) == (temperature < 1)
+
+
+def test_a_calm_at_low_temperature_agrees_with_itself_more_often():
     calm = tiny.calm(2)
     torch.nn.init.normal_(calm.head.output_layer.weight, std=0.1)
     blocks = Blocks(tiny.tokens(4, 12), tiny.VOCAB_SIZE)
@@ -331,27 +353,44 @@ def test_scores_at_a_temperature_are_those_of_the_sharpened_model():
 
 
 def test_result_states_its_protocol_and_errors():
-    blocks = Blocks(torch.randint(2, 5, (8, 12)), 5)
+    blocks = Blocks(torch.randint(2, 5, (32, 12)), 5)
     result = evaluate_brier(token_model(), blocks, stride=2, num_samples=2, batch_size=4, seed=3)
-    assert (result.num_blocks, result.num_positions, result.block_size) == (8, 8 * 4, 12)
+    assert (result.num_blocks, result.num_positions, result.block_size) == (32, 32 * 4, 12)
     assert result.brier_error[0] > 0
     again = evaluate_brier(token_model(), blocks, stride=2, num_samples=2, batch_size=4, seed=3)
     assert result.brier == again.brier
     assert result.data_sha256 == hashlib.sha256(blocks.ids.numpy().tobytes()).hexdigest()
 
 
-def test_too_few_blocks_tell_no_error():
-    result = evaluate_brier(token_model(), Blocks(torch.randint(2, 5, (7, 12)), 5), stride=2, num_samples=2)
+def test_too_few_blocks_have_no_error():
+    result = evaluate_brier(token_model(), Blocks(torch.randint(2, 5, (31, 12)), 5), stride=2, num_samples=2)
     assert (result.brier_lm_error, result.brier_error) == (None, None)
-    assert brier_cell(result.to_dict()) == f"{result.brier_lm:.2f} ± ?"
+    assert brier_cell(result.to_dict()) == f"{result.brier_lm:.2f}"
     with pytest.raises(ValueError, match="num_blocks must be at least 1, or None for all, got 0"):
         evaluate_brier(token_model(), Blocks(torch.randint(2, 5, (7, 12)), 5), stride=2, num_blocks=0)
 
 
 def test_standard_error_shrinks_with_the_number_of_blocks():
-    few = evaluate_brier(token_model(), Blocks(torch.randint(2, 5, (8, 12)), 5), stride=2, num_samples=2)
-    many = evaluate_brier(token_model(), Blocks(torch.randint(2, 5, (128, 12)), 5), stride=2, num_samples=2)
+    few = evaluate_brier(token_model(), Blocks(torch.randint(2, 5, (32, 12)), 5), stride=2, num_samples=2)
+    many = evaluate_brier(token_model(), Blocks(torch.randint(2, 5, (512, 12)), 5), stride=2, num_samples=2)
     assert many.brier_error[0] < 0.6 * few.brier_error[0]
+
+
+def test_blocks_of_a_result_are_in_the_order_of_the_text(tmp_path):
+    """A target error takes them in random order; which blocks are neighbours decides the standard error."""
+    (np.arange(40 * 12) ** 2 // 7 % 5).astype(np.uint16).tofile(tmp_path / "tokens.bin")
+    manifest = {"files": [{"name": "tokens.bin", "num_tokens": 480}], "token_bytes": 2, "vocab_size": 5}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"num_tokens": 480}))
+    blocks, model = TokenBlocks(tmp_path, 12), token_model()
+    plain = evaluate_brier(model, blocks, stride=2, batch_size=3)
+    for target_error, count in ((1e-9, 40), (1e9, 33)):
+        shuffled = evaluate_brier(model, blocks, stride=2, batch_size=3, target_error=target_error)
+        assert shuffled.num_blocks == count
+        assert shuffled.data_sha256 != plain.data_sha256
+        # Brier-1 of a token model takes no samples.
+        chosen = sorted(shuffled_order(range(40), 0)[:count])
+        expected = [plain.block_brier[index][0] for index in chosen]
+        assert [block[0] for block in shuffled.block_brier] == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("order", [1, 2])

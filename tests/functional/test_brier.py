@@ -52,11 +52,15 @@ def test_two_negative_scores_do_not_make_a_positive_one():
     assert brier_lm(torch.tensor([0.5, 0.2, -0.1, -0.1])) == 0
 
 
-def test_greedy_draws_score_zero_at_best():
-    target = torch.randint(5, (100, 4))
-    greedy = torch.randint(5, (100, 4))
-    # Both draws equal: 2 * 1{a = y} - 1 is -1 for a miss, 1 for a hit; it is the mean that says nothing of spread.
-    assert brier_estimate(greedy, greedy, target).mean() <= 0
+def test_greedy_draws_score_twice_their_accuracy_minus_one():
+    """One text decoded twice always agrees with itself: above 0 where it is right in more than half of the places."""
+    target = torch.randint(5, (400, 4))
+    for share, wrong in ((0.9, 1), (0.3, 2)):
+        greedy = torch.where(torch.rand(400, 4) < share, target, target + wrong)
+        score = brier_estimate(greedy, greedy, target).mean(0)
+        accuracy = torch.stack([(greedy[:, :n] == target[:, :n]).all(1).float().mean() for n in range(1, 5)])
+        torch.testing.assert_close(score, 2 * accuracy - 1)
+        assert (score[0] > 0) == (share > 0.5)
 
 
 def test_shapes_that_do_not_fit_are_named():

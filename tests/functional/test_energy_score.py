@@ -54,10 +54,24 @@ def test_gradient_is_finite_where_samples_coincide(alpha):
     assert torch.equal(samples.grad, torch.zeros_like(samples))
 
 
-def test_terms_add_up():
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_terms_are_the_mean_distances_between_samples_and_to_targets(alpha):
     samples, targets = torch.randn(3, 6, 2), torch.randn(4, 6, 2)
-    diversity, fidelity = energy_score_terms(samples, targets)
-    torch.testing.assert_close(diversity - 2 * fidelity, energy_score(samples, targets))
+    diversity, fidelity = energy_score_terms(samples, targets, alpha)
+    for item in range(6):
+        torch.testing.assert_close(diversity[item], torch.pdist(samples[:, item]).pow(alpha).mean())
+        torch.testing.assert_close(fidelity[item], torch.cdist(samples[:, item], targets[:, item]).pow(alpha).mean())
+
+
+def test_distances_and_gradients_of_equal_points_are_zero_however_far_from_the_origin():
+    """Samples on one of two targets c and -c: half of the distances are 0, the others |2c|; their gradient is c/|c|."""
+    place = 100 * torch.randn(50, 64)
+    samples = place.expand(4, -1, -1).clone().requires_grad_()
+    score = energy_score(samples, torch.stack([place, -place]))
+    size = place.norm(dim=-1)
+    torch.testing.assert_close(score, -2 * size)
+    score.sum().backward()
+    torch.testing.assert_close(samples.grad, (-place / size[:, None] / 4).expand_as(samples), rtol=1e-4, atol=1e-6)
 
 
 def test_accumulates_in_float32():

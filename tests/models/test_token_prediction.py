@@ -61,7 +61,7 @@ def test_the_loss_is_the_cross_entropy_of_the_next_patch(patch_size, kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("temperature", [1.0, 0.4])
+@pytest.mark.parametrize("temperature", [1.0, 0.4, 2.5])
 def test_draws_follow_the_law_of_every_token(temperature, kind, monkeypatch):
     vocab_size, count = 6, 20000
     model = tiny.calm(3, vocab_size=vocab_size, token_prediction=kind)

@@ -32,7 +32,8 @@ def evaluate(
         int | None, typer.Option(min=1, help="tokens between scored n-grams; default fits all models")
     ] = None,
     target_error: Annotated[
-        float | None, typer.Option(help="stop a model when the standard error of its BrierLM is this low")
+        float | None,
+        typer.Option(help="stop a model when the standard error of its BrierLM is this low, after 32 blocks at least"),
     ] = None,
     temperature: Annotated[
         list[float] | None,
@@ -68,6 +69,7 @@ def evaluate(
     from calm.data.blocks import TokenBlocks, read_manifest
     from calm.data.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
     from calm.device import resolve_device, resolve_dtype
+    from calm.evaluation.bootstrap import MIN_BLOCKS
     from calm.evaluation.brier_lm import evaluate_brier
     from calm.evaluation.protocol import protocols
     from calm.evaluation.reconstruction import evaluate_reconstruction
@@ -146,7 +148,8 @@ def evaluate(
                 keep()
                 error = scored.brier_lm_error
                 if target_error is not None and (error is None or error > target_error):
-                    progress.console.print(f"{label}: the text ended before the error was {target_error:g}.")
+                    few = f" No error is reported below {MIN_BLOCKS} blocks." if error is None else ""
+                    progress.console.print(f"{label}: the text ended before the error was {target_error:g}.{few}")
     console = Console()
     if not console.is_terminal:  # a pipe or a file has no width; numbers must not be cut off
         console = Console(width=max(console.width, 160))

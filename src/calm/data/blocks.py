@@ -6,7 +6,7 @@ Map-style, because only then an interrupted run finds its place again exactly, a
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -44,6 +44,14 @@ def check_block_size(block_size: int, patch_size: int) -> None:
             f"block_size must be a multiple of the patch size {patch_size}, got {block_size}; "
             f"nearest: {max(1, round(block_size / patch_size)) * patch_size}."
         )
+
+
+def shuffled(indices: Iterable[int], seed: int | None) -> list[int]:
+    """Return indices in a random order that depends on the seed and their number alone; unchanged for None."""
+    order = list(indices)
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(order)
+    return order
 
 
 class TokenBlocks(Dataset):
@@ -98,9 +106,7 @@ class TokenBlocks(Dataset):
         self, num_blocks: int | None, batch_size: int, shuffle_seed: int | None = None
     ) -> Iterator[torch.Tensor]:
         """Token ids ``[<= batch_size, block_size]`` of evenly spread blocks, in order or shuffled."""
-        indices = self.spread(num_blocks)
-        if shuffle_seed is not None:
-            np.random.default_rng(shuffle_seed).shuffle(indices)
+        indices = shuffled(self.spread(num_blocks), shuffle_seed)
         for first in range(0, len(indices), batch_size):
             yield torch.stack([self[index]["input_ids"] for index in indices[first : first + batch_size]])
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from calm.data.blocks import TokenBlocks
-from calm.evaluation.bootstrap import error_to_stop_at, resampled_means
+from calm.data.blocks import TokenBlocks, shuffled
+from calm.evaluation.bootstrap import brier_errors, error_to_stop_at
 from calm.evaluation.brier_scores import Draw, score_calm, score_token_model, scored_positions
 from calm.functional.brier import NGRAM, brier_lm
 from calm.functional.temperature import check_known_temperature
@@ -36,12 +36,12 @@ class BrierResult:
     """A BrierLM score and what it was measured on. Brier scores, accuracies and collisions are times 100."""
 
     brier_lm: float
-    brier_lm_error: float | None  # standard error, by bootstrap over blocks; None for fewer than 8
+    brier_lm_error: float | None  # standard error, by bootstrap over runs of blocks; None for fewer than 32 blocks
     brier: list[float]  # Brier-1 to Brier-4, not floored
     brier_error: list[float] | None
     accuracy: list[float]  # probability that a draw agrees with the text on the first 1..4 tokens
     collision: list[float]  # probability that two draws agree with each other
-    block_brier: list[list[float]]  # Brier-1 to Brier-4 of every block, for comparisons with other models
+    block_brier: list[list[float]]  # Brier-1 to Brier-4 of every block in the order of the text, to compare models
     num_positions: int
     num_blocks: int
     block_size: int  # tokens, the longest context
@@ -85,7 +85,8 @@ def evaluate_brier(
         advance: called with the number of blocks after every batch.
         temperature: of the draws. The scores of the paper are those of temperature 1.
         num_candidates: of CALM's batch sampler below temperature 1.
-        target_error: stop when the standard error of BrierLM is this low.
+        target_error: stop when the standard error of BrierLM is this low, after 32 blocks at the earliest. The blocks
+            are scored in random order then.
         sampler: of CALM's draws, as :meth:`~calm.models.generation.CalmGenerationMixin.generate` has it.
             ``"token_prediction"`` scores what the hidden states say of the next patch, whatever the head makes of it:
             far above the head's own score, it is the head that limits the model.
@@ -105,7 +106,9 @@ def evaluate_brier(
     hits, collisions = [], []
     data_hash = hashlib.sha256()
     starts = scored_positions(blocks.block_size, stride).to(model.device)
-    for ids in blocks.batches(num_blocks, batch_size, None if target_error is None else seed):
+    shuffle_seed = None if target_error is None else seed
+    order = torch.tensor(shuffled(range(min(num_blocks or len(blocks), len(blocks))), shuffle_seed))
+    for ids in blocks.batches(num_blocks, batch_size, shuffle_seed):
         data_hash.update(ids.numpy().tobytes())
         ids = ids.to(model.device)
         if is_calm:
@@ -118,10 +121,14 @@ def evaluate_brier(
         collisions.append(collision.mean(1).cpu().double())
         if advance is not None:
             advance(len(ids))
-        if target_error is not None and error_to_stop_at(2 * torch.cat(hits) - torch.cat(collisions)) <= target_error:
-            break
+        if target_error is not None:
+            in_order = order[: sum(map(len, hits))].argsort()
+            brier = (2 * torch.cat(hits) - torch.cat(collisions))[in_order]
+            if error_to_stop_at(brier) <= target_error:
+                break
     model.train(was_training)
-    hit, collision = torch.cat(hits), torch.cat(collisions)
+    in_order = order[: sum(map(len, hits))].argsort()  # errors depend on which blocks are neighbours
+    hit, collision = torch.cat(hits)[in_order], torch.cat(collisions)[in_order]
     return summarise(
         hit,
         collision,
@@ -141,20 +148,20 @@ def summarise(hit: Tensor, collision: Tensor, **protocol: Any) -> BrierResult:
     """Means over blocks and their standard errors by bootstrap.
 
     Args:
-        hit, collision: mean of each block ``[blocks, n]``.
+        hit, collision: mean of each block ``[blocks, n]``, in the order of the text.
         protocol: the other fields of the result.
     """
     brier = 2 * hit - collision
-    resampled = resampled_means(brier)
+    errors = brier_errors(brier)
 
     def percent(values: Tensor) -> list[float]:
         return [100 * value for value in values.tolist()]
 
     return BrierResult(
         brier_lm=brier_lm(brier.mean(0)).item(),
-        brier_lm_error=None if resampled is None else brier_lm(resampled).std().item(),
+        brier_lm_error=None if errors is None else errors[0],
         brier=percent(brier.mean(0)),
-        brier_error=None if resampled is None else percent(resampled.std(0)),
+        brier_error=None if errors is None else [100 * error for error in errors[1]],
         accuracy=percent(hit.mean(0)),
         collision=percent(collision.mean(0)),
         block_brier=[[round(value, 4) for value in percent(block)] for block in brier],

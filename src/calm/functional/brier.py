@@ -14,7 +14,8 @@ def brier_estimate(first: Tensor, second: Tensor, target: Tensor) -> Tensor:
 
     For draws a, b of the model and the truth y: ``1{a = y} + 1{b = y} - 1{a = b}``, where equality is that of the
     whole prefix. Its expectation is ``2 P(y) - sum_x P(x)^2``: 1 for a certain and right model, at most. The draws
-    must be independent: with ``a`` and ``b`` both decoded greedily the estimate is 0 or below by construction.
+    must be independent. If ``a`` and ``b`` are the same greedy text, the mean estimate is 2 * accuracy - 1: the score
+    of a model that is certain of that text, not of the model that was decoded.
 
     Args:
         first, second, target: token ids ``[..., n]``.

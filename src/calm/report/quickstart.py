@@ -13,6 +13,7 @@ from calm.report.tables import (
     difference_cell,
     difference_table,
     differences,
+    score_cell,
 )
 
 CURVES = [
@@ -69,15 +70,15 @@ def write(results: dict, curves: dict[str, list[dict]], run: Path) -> Path:
     ]
     apart = differences(results["brier"])
     for name, result in results["brier"].items():
-        brier = " | ".join(f"{value:.2f}" for value in result["brier"])
+        brier = " | ".join(map(score_cell, result["brier"]))
         cells = " | ".join(costs[name].values())
         difference = difference_cell(apart[name]) if name in apart else ""
         lines.append(f"| {name} | {brier_cell(result)} | {difference} | {brier} | {cells} |")
     scored = results["brier"]["calm"]
     lines += [
         "",
-        f"BrierLM is the geometric mean of Brier-1 to Brier-4, times 100; ± is one standard error, and that of a "
-        "difference (to the first model, block by block) is smaller. Measured at "
+        "BrierLM is the geometric mean of Brier-1 to Brier-4, times 100; ± is one standard error (from 32 blocks on), "
+        "and that of a difference (to the first model, block by block) is smaller. Measured at "
         f"{scored['num_positions']:,} positions in {scored['num_blocks']} held-out blocks of {scored['block_size']} "
         f"tokens, every {scored['stride']} tokens, with {scored['num_samples']} draws each. Tokens/s: "
         "temperature 1, batch 8. `calm` samples with its head, `calm (token_prediction)` with the multi-token "

@@ -11,7 +11,7 @@ import yaml
 
 from calm.report.rows import plot_rows
 from calm.report.scatter import Panel, plot_panels
-from calm.report.tables import brier_cell, difference_cell, differences
+from calm.report.tables import brier_cell, difference_cell, differences, score_cell
 
 PLAN, SCORE, REPORT = "plan.yaml", "score.json", "report.md"
 WITHOUT_HEAD = ":token_prediction"  # behind a model's name in a plan: what its token prediction gives, without its head
@@ -79,9 +79,9 @@ def _protocol(scores: dict[str, dict], labels: dict[str, str]) -> str:
         each = "; ".join(f"{', '.join(names)}: {protocol}" for protocol, names in scored.items())
         on = f"**Not all language models are scored alike, and scores compare within a group only.** {each}."
     return (
-        f"{on} ± is one standard error over blocks. A difference, where one is told, is that to the first model of the "
-        "table; its error is smaller, because a block that is hard for one model is hard for all. FLOPs count the "
-        "whole way to a model: its autoencoder, its teacher, what its backbone was taken from. Token prediction: "
+        f"{on} ± is one standard error, from 32 blocks on. A difference, where there is one, is to the first model of "
+        "the table; its error is smaller, because a block that is hard for one model is hard for all. FLOPs count "
+        "the whole way to a model: its autoencoder, its teacher, what its backbone was taken from. Token prediction: "
         "BrierLM, and Brier-1, of texts that it draws in the place of the head, where it was trained."
     )
 
@@ -111,7 +111,8 @@ def _points(scores: dict[str, dict], labels: dict[str, str]) -> tuple[list[tuple
     what, apart = "BrierLM", differences(scores)
     if len(apart) == len(scores) - 1:
         errors = dict.fromkeys(scores) | {name: error for name, (_, error) in apart.items()}
-        what = "BrierLM; bars: one standard error of the difference to the first"
+        if any(errors.values()):
+            what = "BrierLM; bars: one standard error of the difference to the first"
     return [(labels[name], score["brier_lm"], errors[name]) for name, score in scores.items()], what
 
 
@@ -149,8 +150,8 @@ def _tables(scores: dict[str, dict], labels: dict[str, str]) -> list[str]:
             [
                 (
                     labels[name], brier_cell(score), difference_cell(apart[name]) if name in apart else "",
-                    *(f"{value:.2f}" for value in score["brier"]), f"{score['accuracy'][0]:.2f}",
-                    f"{score['collision'][0]:.2f}", *_token_prediction(score), f"{score['total_flops']:.2g}",
+                    *map(score_cell, score["brier"]), score_cell(score["accuracy"][0]),
+                    score_cell(score["collision"][0]), *_token_prediction(score), f"{score['total_flops']:.2g}",
                     f"{score['inference_flops_per_token']:.2g}", f"{score['parameters']:,}", f"{score['tokens']:,}",
                 )
                 for name, score in language_models.items()
@@ -162,7 +163,7 @@ def _tables(scores: dict[str, dict], labels: dict[str, str]) -> list[str]:
 def _token_prediction(score: dict[str, Any]) -> tuple[str, str]:
     """BrierLM and Brier-1 without the head, where that is not what the row shows anyway."""
     of_tokens = score.get("token_prediction")
-    return (brier_cell(of_tokens), f"{of_tokens['brier'][0]:.2f}") if of_tokens else ("", "")
+    return (brier_cell(of_tokens), score_cell(of_tokens["brier"][0])) if of_tokens else ("", "")
 
 
 def fluency_path(run: Path, name: str) -> Path:

@@ -24,7 +24,9 @@ def brier_table(results: dict[str, dict], costs: dict[str, dict[str, str]] | Non
         )
         protocols.setdefault(protocol, []).append(name)
     several = [f"{', '.join(names)}: {protocol}" for protocol, names in protocols.items()]
-    caption = "; ".join(several if len(protocols) > 1 else protocols) + "; ± is a standard error"
+    caption = "; ".join(several if len(protocols) > 1 else protocols)
+    if any(result["brier_lm_error"] is not None for result in results.values()):
+        caption += "; ± is a standard error"
     temperatures = {result["temperature"] for result in results.values()}
     title = "BrierLM (100 is best) and Brier-1 to Brier-4"
     if temperatures != {1} and len(temperatures) == 1:
@@ -36,11 +38,11 @@ def brier_table(results: dict[str, dict], costs: dict[str, dict[str, str]] | Non
         table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
         cells = [brier_cell(result)]
-        cells += [f"{value:.2f}" for value in result["brier"]]
+        cells += [score_cell(value) for value in result["brier"]]
         if costs:
             cells += [costs[name][heading] for heading in more]
         else:
-            cells += [f"{result['accuracy'][0]:.2f}", f"{result['collision'][0]:.2f}"]
+            cells += [score_cell(result["accuracy"][0]), score_cell(result["collision"][0])]
         table.add_row(name, *cells)
     return table
 
@@ -61,9 +63,9 @@ def differences(results: dict[str, dict]) -> dict[str, tuple[float, float | None
 
 
 def difference_cell(difference: tuple[float, float | None]) -> str:
-    """A difference of two scores and its standard error."""
+    """A difference of two scores and its standard error, where one is known."""
     value, error = difference
-    return f"{value:+.2f} ± {'?' if error is None else f'{error:.2f}'}"
+    return f"{value:+z.2f}{_error_cell(error)}"
 
 
 def difference_table(results: dict[str, dict]) -> Table | None:
@@ -80,9 +82,17 @@ def difference_table(results: dict[str, dict]) -> Table | None:
 
 
 def brier_cell(result: dict) -> str:
-    """BrierLM and its standard error, where there were blocks enough to tell it."""
-    error = result["brier_lm_error"]
-    return f"{result['brier_lm']:.2f} ± {'?' if error is None else f'{error:.2f}'}"
+    """BrierLM and its standard error, where there were enough blocks for one."""
+    return score_cell(result["brier_lm"]) + _error_cell(result["brier_lm_error"])
+
+
+def score_cell(value: float) -> str:
+    """A score with two decimals; what rounds to zero has no sign."""
+    return f"{value:z.2f}"
+
+
+def _error_cell(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.2f}"
 
 
 def reconstruction_table(results: dict[str, dict]) -> Table:

@@ -1,0 +1,52 @@
+"""How often does one standard error around a BrierLM score hold the true value? A simulation; 68% are due.
+
+    python benchmarks/error_coverage.py [--texts 600]
+
+Blocks are lognormal and as unequal as those of real text; blocks of one document are equal.
+"""
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from calm.evaluation.bootstrap import brier_errors
+from calm.functional.brier import brier_lm
+
+MEAN = torch.tensor([0.10, 0.03, 0.012, 0.006], dtype=torch.float64)
+SPREAD = torch.tensor([0.3, 0.6, 0.9, 1.2], dtype=torch.float64)
+DOCUMENTS = ("1 block", "4 blocks", "3 blocks", "4 blocks on average")
+
+
+def blocks_of_text(num_blocks: int, documents: str) -> Tensor:
+    """Brier scores of the blocks of one text, ``[blocks, 4]``."""
+    length = int(documents[0])
+    document = torch.arange(num_blocks) // length
+    if documents.endswith("average"):
+        document = (torch.rand(num_blocks) < 1 / length).cumsum(0)
+    shared = torch.randn(num_blocks + 1, 1, dtype=torch.float64)[document]
+    own = torch.randn(num_blocks + 1, 4, dtype=torch.float64)[document]
+    return MEAN * torch.exp(SPREAD * (0.8 * shared + 0.6 * own) - SPREAD**2 / 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", type=int, default=600)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"| blocks | {' | '.join(DOCUMENTS)} |\n|{'---:|' * (1 + len(DOCUMENTS))}")
+    for num_blocks in (32, 64, 128, 512):
+        cells = []
+        for documents in DOCUMENTS:
+            inside = 0
+            for _ in range(arguments.texts):
+                brier = blocks_of_text(num_blocks, documents)
+                errors = brier_errors(brier)
+                assert errors is not None
+                inside += abs(brier_lm(brier.mean(0)) - brier_lm(MEAN)).item() < errors[0]
+            cells.append(f"{inside / arguments.texts:.0%}")
+        print(f"| {num_blocks} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
