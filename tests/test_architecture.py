@@ -8,10 +8,10 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "calm"
 MAY_IMPORT = {
     "functional": {"functional"},
-    "models": {"functional", "models"},
-    "data": {"data", "files"},
+    "models": {"functional", "models", "paths"},
+    "data": {"data", "files", "paths"},
     "evaluation": {"functional", "models", "data", "evaluation", "completions", "device"},
-    "training": {"functional", "models", "data", "evaluation", "training", "files"},
+    "training": {"functional", "models", "data", "evaluation", "training", "files", "paths"},
     "report": {"evaluation", "report"},
     "serving": {"functional", "models", "data", "serving", "device"},
 }
