@@ -123,7 +123,11 @@ def newest(output: Path) -> int:
 
 
 def unsealed(output: Path) -> list[Path]:
-    return [path for path in (output / "checkpoints").glob("checkpoint-*") if not (path / "checkpoint_manifest.json").exists()]
+    return [
+        path
+        for path in (output / "checkpoints").glob("checkpoint-*")
+        if not (path / "checkpoint_manifest.json").exists()
+    ]
 
 
 def compare(whole: Path, other: Path) -> list[str]:

@@ -38,6 +38,6 @@ def nearest_existing(path: str | os.PathLike) -> str | None:
 
 
 def did_you_mean(path: str | os.PathLike) -> str:
-    """Return the end of an error message about a path that does not exist: the nearest existing path, or a full stop."""
+    """Return the end of an error message about a path that does not exist: the nearest existing path, or a period."""
     near = nearest_existing(path)
     return "." if near is None else f"; did you mean {near}?"

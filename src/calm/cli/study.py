@@ -5,7 +5,9 @@ import typer
 
 
 def study(
-    plan: Annotated[Path, typer.Argument(help="YAML: models, scoring, report; recipes/study/... are found from anywhere")],
+    plan: Annotated[
+        Path, typer.Argument(help="YAML: models, scoring, report; recipes/study/... are found from anywhere")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="directory of models, scores and report")],
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ..., for all recipes")] = None,
     only: Annotated[

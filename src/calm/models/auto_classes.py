@@ -1,7 +1,7 @@
 """Registration of the CALM classes with the Auto classes of transformers, without importing transformers.
 
-After ``import calm``, ``AutoModelForCausalLM.from_pretrained`` loads a CALM, and ``import calm`` itself does not spend the
-seconds that importing transformers and torch takes. It happens in two steps:
+After ``import calm``, ``AutoModelForCausalLM.from_pretrained`` loads a CALM, and ``import calm`` itself does not spend
+the seconds that importing transformers and torch takes. Registration has two steps:
 
 1. The configurations register with ``AutoConfig`` when transformers imports ``AutoConfig`` (an import hook), or at once
    if it is imported already. Their modules may import nothing else of transformers than ``AutoConfig`` and

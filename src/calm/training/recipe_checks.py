@@ -34,7 +34,10 @@ _SIZES = (
 
 
 def check_keys(
-    given: Any, allowed: Collection[str], where: str, elsewhere: Callable[[], Mapping[str, Collection[str]]] | None = None
+    given: Any,
+    allowed: Collection[str],
+    where: str,
+    elsewhere: Callable[[], Mapping[str, Collection[str]]] | None = None,
 ) -> None:
     """ValueError that names a key which is not allowed, and the nearest one that is.
 
