@@ -1,7 +1,7 @@
 # `calm serve` in a container.
 #
 #   docker build -t calm .                                                    # CPU
-#   docker build -t calm --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .     # CUDA; docker run --gpus all
+#   docker build -t calm --build-arg TORCH_INDEX=https://pypi.org/simple .   # torch with CUDA; run with --gpus all
 #   printf '%s\n' "$(openssl rand -hex 32)" > keys
 #   docker run --rm -p 8000:8000 -v "$PWD/runs/calm:/model:ro" -v "$PWD/keys:/keys:ro" calm
 #

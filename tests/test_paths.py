@@ -9,6 +9,7 @@ from calm.data.tokenizer import load_tokenizer
 from calm.models.loading import load_model
 from calm.paths import did_you_mean, looks_local, nearest_existing
 from calm.study import Plan
+from calm.training.models import outline_model
 from calm.training.recipe import Recipe, find_recipe
 
 
@@ -71,6 +72,14 @@ def test_recipes_plans_and_families_are_found_by_name_and_mistyped_ones_name_the
         with pytest.raises(ValueError) as error:
             find_recipe(name, kind)
         assert str(error.value) == f"no {kind} at {name}; did you mean {near}?"
+
+
+def test_a_model_that_a_recipe_names_and_that_is_missing_is_named_by_its_key():
+    sizes = ["model.backbone.vocab_size=100"]
+    with pytest.raises(ValueError, match=r"^model\.autoencoder: there is no model in nowhere yet"):
+        outline_model(Recipe.load("recipes/paper/calm_m.yaml", ["model.autoencoder=nowhere", *sizes]))
+    with pytest.raises(ValueError, match=r"^model\.pretrained: there is no model in nowhere yet"):
+        outline_model(Recipe.load("recipes/paper/calm_m.yaml", ["model={pretrained: nowhere}"]))
 
 
 def test_a_key_of_another_section_is_suggested_with_its_section():
