@@ -4,15 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/quickstart
 MINUTES ?= 8
+PIP_OPTIONS := --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check lint format types env clean
+.PHONY: demo test test-slow check lint format types env clean
 
 env: $(VENV)/.ready
 
 $(VENV)/.ready: constraints.txt pyproject.toml
+	@echo "make env: creating $(VENV)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "make env: [1/2] torch: about 0.2 GB of downloads in its CPU build, 3 GB with CUDA (the default on Linux)"
+	@echo "make env:       CPU build: make env PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
+	$(BIN)/python -m pip install $(PIP_OPTIONS) torch
+	@echo "make env: [2/2] the package, its extras and the tools of development: about 0.5 GB of downloads"
+	$(BIN)/python -m pip install $(PIP_OPTIONS) -e '.[dev]'
+	@echo "make env: done, $$(du -sh $(VENV) | cut -f1) in $(VENV)"
 	touch $@
 
 demo: env
@@ -20,6 +26,9 @@ demo: env
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+
+test-slow: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 check: lint types
 

@@ -118,12 +118,16 @@ def kill_once(recipe: Path, output: Path, chance: random.Random, seconds: float,
 
 def newest(output: Path) -> int:
     """The last step with a whole checkpoint."""
-    sealed = (output / "checkpoints").glob("checkpoint-*/complete.json")
+    sealed = (output / "checkpoints").glob("checkpoint-*/checkpoint_manifest.json")
     return max([int(path.parent.name.split("-")[1]) for path in sealed], default=0)
 
 
 def unsealed(output: Path) -> list[Path]:
-    return [path for path in (output / "checkpoints").glob("checkpoint-*") if not (path / "complete.json").exists()]
+    return [
+        path
+        for path in (output / "checkpoints").glob("checkpoint-*")
+        if not (path / "checkpoint_manifest.json").exists()
+    ]
 
 
 def compare(whole: Path, other: Path) -> list[str]:

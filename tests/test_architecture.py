@@ -8,10 +8,10 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "calm"
 MAY_IMPORT = {
     "functional": {"functional"},
-    "models": {"functional", "models"},
-    "data": {"data", "files"},
+    "models": {"functional", "models", "paths"},
+    "data": {"data", "files", "paths"},
     "evaluation": {"functional", "models", "data", "evaluation", "completions", "device"},
-    "training": {"functional", "models", "data", "evaluation", "training", "files"},
+    "training": {"functional", "models", "data", "evaluation", "training", "files", "paths"},
     "report": {"evaluation", "report"},
     "serving": {"functional", "models", "data", "serving", "device"},
 }
@@ -41,7 +41,7 @@ def test_functional_imports_torch_alone():
 
 def test_nothing_imports_the_command_line():
     for path in SOURCE.rglob("*.py"):
-        if "cli" not in path.parts:
+        if "cli" not in path.parts and path != SOURCE / "__main__.py":
             assert not any(module.startswith("calm.cli") for module in imported_modules(path)), path
 
 

@@ -1,34 +1,84 @@
 """CALM: continuous autoregressive language models (arXiv 2510.27688).
 
 An autoencoder turns K tokens into one vector and back; a transformer predicts the next vector.
+
+The names below are imported when they are first used, so that ``import calm`` needs neither torch nor transformers.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from calm.models.auto_classes import register_configurations
 
-from calm.models.configuration_autoencoder import CalmAutoencoderConfig
-from calm.models.configuration_calm import CalmConfig
-from calm.models.configuration_heads import DiffusionHeadConfig, EnergyHeadConfig, FlowHeadConfig
-from calm.models.modeling_autoencoder import CalmAutoencoder
-from calm.models.modeling_calm import CalmForCausalLM
+if TYPE_CHECKING:
+    from calm.models.configuration_autoencoder import CalmAutoencoderConfig
+    from calm.models.configuration_calm import CalmConfig
+    from calm.models.configuration_codes import TokenCodesConfig
+    from calm.models.configuration_heads import (
+        CategoricalFlowHeadConfig,
+        DiffusionHeadConfig,
+        EnergyHeadConfig,
+        FlowHeadConfig,
+    )
+    from calm.models.modeling_autoencoder import CalmAutoencoder
+    from calm.models.modeling_calm import CalmForCausalLM
+    from calm.models.modeling_codes import TokenCodes
 
-try:
-    __version__ = version("calm-lm")
-except PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0.0.0"
-
-AutoConfig.register("calm_autoencoder", CalmAutoencoderConfig, exist_ok=True)
-AutoConfig.register("calm", CalmConfig, exist_ok=True)
-AutoModel.register(CalmAutoencoderConfig, CalmAutoencoder, exist_ok=True)
-AutoModelForCausalLM.register(CalmConfig, CalmForCausalLM, exist_ok=True)
+    __version__: str
 
 __all__ = [
     "CalmAutoencoder",
     "CalmAutoencoderConfig",
     "CalmConfig",
     "CalmForCausalLM",
+    "CategoricalFlowHeadConfig",
     "DiffusionHeadConfig",
     "EnergyHeadConfig",
     "FlowHeadConfig",
+    "TokenCodes",
+    "TokenCodesConfig",
+    "__version__",
 ]
+
+# The module of every public name.
+_MODULES = {
+    "CalmAutoencoder": "calm.models.modeling_autoencoder",
+    "CalmAutoencoderConfig": "calm.models.configuration_autoencoder",
+    "CalmConfig": "calm.models.configuration_calm",
+    "CalmForCausalLM": "calm.models.modeling_calm",
+    "CategoricalFlowHeadConfig": "calm.models.configuration_heads",
+    "DiffusionHeadConfig": "calm.models.configuration_heads",
+    "EnergyHeadConfig": "calm.models.configuration_heads",
+    "FlowHeadConfig": "calm.models.configuration_heads",
+    "TokenCodes": "calm.models.modeling_codes",
+    "TokenCodesConfig": "calm.models.configuration_codes",
+}
+_PACKAGES = ("data", "evaluation", "functional", "models", "report", "serving", "study", "training")
+
+register_configurations()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = getattr(import_module(_MODULES[name]), name)
+    elif name in _PACKAGES:
+        value = import_module(f"calm.{name}")
+    elif name == "__version__":
+        value = _version()
+    else:
+        raise AttributeError(f"module 'calm' has no attribute {name!r}")
+    globals()[name] = value  # the next access does not pass here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PACKAGES})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("calm-lm")
+    except PackageNotFoundError:  # a source tree that is not installed
+        return "0.0.0"

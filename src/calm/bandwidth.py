@@ -6,9 +6,9 @@ It is a study whose plan follows from the family and the K.
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from calm.study import Evaluation, Plan
+from calm.training.recipe import FAMILY, find_recipe
 
 RECIPES = ("autoencoder", "calm", "baseline")
 
@@ -23,12 +23,13 @@ def bandwidth_plan(
     """The plan that trains and scores a family for every K; all on the n-grams that start where patches of every K do.
 
     Args:
-        family: directory with ``autoencoder.yaml``, ``calm.yaml`` and ``baseline.yaml``.
+        family: directory with ``autoencoder.yaml``, ``calm.yaml`` and ``baseline.yaml``; ``recipes/...`` is one of
+            this package where the working directory has none of that name.
         patch_sizes: the K; each has an autoencoder of its own.
         num_blocks, num_samples: of :class:`~calm.study.plan.Evaluation`.
         seed: of training and draws.
     """
-    family, patch_sizes = Path(family), sorted(set(patch_sizes))
+    family, patch_sizes = find_recipe(family, FAMILY), sorted(set(patch_sizes))
     for name in RECIPES:
         if not (family / f"{name}.yaml").is_file():
             raise ValueError(f"no {name}.yaml in {family}: a family of recipes has {', '.join(RECIPES)}.")

@@ -125,7 +125,7 @@ def test_info_counts_the_teacher(workspace, monkeypatch, capsys):  # noqa: F811
     ("change", "message"),
     [
         ("distillation.num_continuations=3", r"multiple of num_continuations \(3\).*This head: energy with 4"),
-        ("distillation.teacher=/no/such/model", r"no model at /no/such/model"),
+        ("distillation.teacher=/no/such/model", r"^distillation\.teacher: no model at /no/such/model"),
         ("distillation.teacher={workspace}/autoencoder", r"holds an autoencoder; a language model is needed"),
         ("distillation.num_continuations=0", r"num_continuations must be at least 1, got 0"),
         ("distillation.temperature=1", r"unknown key 'temperature' in distillation"),

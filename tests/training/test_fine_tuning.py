@@ -363,6 +363,6 @@ def test_what_does_not_fit_is_refused(workspace, chats):  # noqa: F811
         train(fine_tune(workspace, "refused", autoencoder, chats, "autoencoder"))
     with pytest.raises(ValueError, match="says all there is to say about the model; leave out backbone"):
         recipe(workspace, "calm", "refused", {"pretrained": "x", "backbone": BACKBONE})
-    with pytest.raises(ValueError, match="no model at nowhere/at/all"):
+    with pytest.raises(ValueError, match=r"^model\.pretrained: no model at nowhere/at/all"):
         train(fine_tune(workspace, "refused", "nowhere/at/all", chats))
     assert not (workspace / "refused").exists()

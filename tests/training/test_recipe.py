@@ -116,7 +116,7 @@ def test_the_packages_recipes_are_found_from_anywhere(tmp_path, monkeypatch):
 
 
 def test_shipped_recipes_load():
-    paths = sorted(Path("recipes").rglob("*.yaml"))
+    paths = sorted(path for path in Path("recipes").rglob("*.yaml") if path.parent.name != "study")  # its are plans
     assert len(paths) >= 3
     for path in paths:
         Recipe.load(path)

@@ -6,7 +6,10 @@ import typer
 
 def bandwidth(
     family: Annotated[
-        Path, typer.Argument(help="directory with autoencoder.yaml, calm.yaml, baseline.yaml, as recipes/quickstart")
+        Path,
+        typer.Argument(
+            help="directory with autoencoder.yaml, calm.yaml, baseline.yaml; recipes/quickstart is found from anywhere"
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="directory of models, scores and report")],
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ..., for all recipes")] = None,

@@ -45,6 +45,7 @@ def generate(
     from calm.data.tokenizer import load_tokenizer
     from calm.device import resolve_device, resolve_dtype
     from calm.models.loading import load_language_model
+    from calm.paths import did_you_mean
     from calm.training.progress import make_progress
 
     if prompts is not None and (output is None or prompt is not None):
@@ -52,7 +53,7 @@ def generate(
     if output is not None and prompts is None:
         raise ValueError("--output is for the texts of --prompts; the text of one --prompt is printed.")
     if prompts is not None and not prompts.is_file():
-        raise ValueError(f"no such file: {prompts}.")
+        raise ValueError(f"no such file: {prompts}{did_you_mean(prompts)}")
     target = resolve_device(device)
     language_model = load_language_model(model, resolve_dtype(dtype, target))
     language_model.to(target)  # type: ignore[arg-type]

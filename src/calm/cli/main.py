@@ -1,16 +1,17 @@
-"""The `calm` command."""
+"""The `calm` command. It imports the command line alone; a command imports what it needs when it runs."""
 
 import os
 import signal
 import sys
 import threading
-import warnings
+from typing import Annotated
 
 import typer
 
 from calm.cli.bandwidth import bandwidth
 from calm.cli.convert import convert
 from calm.cli.corpus import corpus
+from calm.cli.environment import quieten_libraries, wait_passively
 from calm.cli.evaluate import evaluate
 from calm.cli.generate import generate
 from calm.cli.harness import HARNESS_ARGUMENTS, harness
@@ -28,6 +29,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from calm import __version__
+
+        print(f"calm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(quickstart)
 app.command()(corpus)
 app.add_typer(tokenizer_app, name="tokenizer")
@@ -51,8 +71,9 @@ def main() -> None:
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminate) if is_main else None
     try:
+        wait_passively()
         quieten_libraries()
-        app()
+        app(prog_name="calm")
     except KeyboardInterrupt:
         _say_interrupted()
         sys.exit(_CTRL_C)
@@ -85,27 +106,12 @@ def _say_interrupted() -> None:
     )
 
 
-def quieten_libraries() -> None:
-    """Keep other libraries' notices and progress bars out of our output; CALM_DEBUG=1 shows them again."""
-    if os.environ.get("CALM_DEBUG"):
-        return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    warnings.filterwarnings("ignore", module="torch")
-    warnings.filterwarnings("ignore", module="transformers")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def is_user_error(error: Exception) -> bool:
     """Whether an error is about what the user gave, so that its message says all there is to say."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    return isinstance(error, ValueError | OSError | StrictDataclassError)
+    kinds: tuple[type[Exception], ...] = (ValueError, OSError)
+    if (hub := sys.modules.get("huggingface_hub.errors")) is not None:
+        kinds += (hub.StrictDataclassError,)
+    return isinstance(error, kinds)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def serve(
 
 def _read_keys(path: Path) -> list[str]:
     if not path.is_file():
-        raise ValueError(f"no file of API keys at {path}.")
+        from calm.paths import did_you_mean
+
+        raise ValueError(f"no file of API keys at {path}{did_you_mean(path)}")
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:

@@ -5,7 +5,9 @@ import typer
 
 
 def study(
-    plan: Annotated[Path, typer.Argument(help="YAML: models, how they are scored, what is reported")],
+    plan: Annotated[
+        Path, typer.Argument(help="YAML: models, scoring, report; recipes/study/... are found from anywhere")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="directory of models, scores and report")],
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ..., for all recipes")] = None,
     only: Annotated[
@@ -22,7 +24,7 @@ def study(
     after a kill. `timeout --signal TERM 9m calm study ...` does as much as fits into nine minutes. Started several
     times, on several devices or machines with one file system, the processes share the work.
 
-    Example: `calm study examples/study/cpu.yaml -o runs/study data.train=data/train data.validation=data/validation`
+    Example: `calm study recipes/study/cpu.yaml -o runs/study data.train=data/train data.validation=data/validation`
     """
     from calm.study import Plan, run_study, study_cost
     from calm.training.progress import make_progress

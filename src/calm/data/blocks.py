@@ -15,12 +15,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from calm.paths import did_you_mean
+
 MANIFEST = "manifest.json"
 
 
 def read_manifest(path: str | os.PathLike) -> dict:
     """The manifest of prepared data; ValueError when the directory holds none or a file is missing or cut short."""
     path = Path(path)
+    if not path.exists():
+        raise ValueError(f"no prepared data at {path}: there is no such directory{did_you_mean(path)}")
     if not (path / MANIFEST).is_file():
         raise ValueError(f"no prepared data in {path}: {MANIFEST} is missing; `calm prepare` makes it.")
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import fsspec
 
 from calm.data.documents import SUFFIXES
+from calm.paths import did_you_mean, looks_local
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -48,7 +49,7 @@ def find_sources(
 def _is_dataset(source: str, asked_for: str | None) -> bool:
     if Path(source).exists():
         return asked_for is not None and Path(source).is_dir()
-    return bool(_HUB_ID.fullmatch(source)) and not source.endswith(SUFFIXES)
+    return bool(_HUB_ID.fullmatch(source)) and not looks_local(source) and not source.endswith(SUFFIXES)
 
 
 def _local_files(source: Path) -> list[SourceFile]:
@@ -57,7 +58,7 @@ def _local_files(source: Path) -> list[SourceFile]:
         if not paths:
             raise ValueError(f"no documents in {source}: looked for {', '.join(SUFFIXES)}.")
     elif not source.exists():
-        raise ValueError(f"no such file or folder: {source}.")
+        raise ValueError(f"no such file or folder: {source}{did_you_mean(source)}")
     else:
         _check_suffix(str(source))
         paths = [source]

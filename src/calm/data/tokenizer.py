@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from calm.data.llama3 import llama3_special_tokens, llama3_tokenizer
+from calm.paths import did_you_mean, looks_local
 
 PAD_TOKEN = "<|pad|>"  # id 0, which also stands in for dropped tokens while an autoencoder trains
 END_TOKEN = "<|end_of_text|>"  # id 1, between documents
@@ -68,9 +69,10 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
 
     Raises ValueError when it is missing, or does not know an end-of-text token.
     """
-    path = Path(path)
-    if not path.exists() and not _HUB_ID.fullmatch(str(path)):
-        raise ValueError(f"no tokenizer at {path}: there is no such file or directory.")
+    given, path = path, Path(path)
+    # `Path` takes a leading ./ away, which tells a path from an id of the hub.
+    if not path.exists() and (looks_local(given) or not _HUB_ID.fullmatch(str(path))):
+        raise ValueError(f"no tokenizer at {path}: there is no such file or directory{did_you_mean(path)}")
     if (path / "tokenizer").is_dir():
         path = path / "tokenizer"
     if path.is_dir() and not has_tokenizer(path):

@@ -1,7 +1,9 @@
 """Configuration of the autoencoder."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+
+from calm.models.auto_classes import register_models
 
 
 @strict
@@ -52,6 +54,7 @@ class CalmAutoencoderConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False  # one parameter serves as input and output embedding: there is nothing to tie
 
     def __post_init__(self, **kwargs):
+        register_models()
         super().__post_init__(**kwargs)
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
@@ -75,3 +78,6 @@ class CalmAutoencoderConfig(PreTrainedConfig):
             raise ValueError(
                 f"token_dropout_id must be a token id, 0 to {self.vocab_size - 1}, got {self.token_dropout_id}."
             )
+
+
+AutoConfig.register("calm_autoencoder", CalmAutoencoderConfig, exist_ok=True)

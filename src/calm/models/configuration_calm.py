@@ -3,8 +3,9 @@
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
+from calm.models.auto_classes import register_models
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.configuration_codes import TokenCodesConfig
 from calm.models.configuration_heads import HEAD_CONFIGS
@@ -54,6 +55,7 @@ class CalmConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        register_models()
         patch_size = kwargs.pop("patch_size", None)
         for name in ("vocab_size", "hidden_size"):
             if name in kwargs:
@@ -179,6 +181,8 @@ def _check_looks_back_only(backbone: PreTrainedConfig) -> None:
 
 
 def _calm_m_backbone() -> dict:
+    from transformers import LlamaConfig
+
     return LlamaConfig(
         hidden_size=1024,
         intermediate_size=2752,
@@ -187,3 +191,6 @@ def _calm_m_backbone() -> dict:
         max_position_embeddings=2048,
         rms_norm_eps=1e-6,
     ).to_diff_dict() | {"vocab_size": 128257}
+
+
+AutoConfig.register("calm", CalmConfig, exist_ok=True)

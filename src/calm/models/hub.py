@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
+from calm.paths import did_you_mean, looks_local
+
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -29,8 +31,8 @@ def read_config(path: str | os.PathLike, **hub: Any) -> dict:
     """
     if os.path.isdir(path) and not (Path(path) / hub.get("subfolder", "") / "config.json").is_file():
         raise OSError(f"no model in {path}: config.json is missing.")
-    if not os.path.exists(path) and not _HUB_ID.fullmatch(os.fspath(path)):
-        raise OSError(f"no model at {path}: there is no such directory.")
+    if not os.path.exists(path) and (looks_local(path) or not _HUB_ID.fullmatch(os.fspath(path))):
+        raise OSError(f"no model at {path}: there is no such directory{did_you_mean(path)}")
     try:
         check_json(Path(path) / hub.get("subfolder", "") / "config.json")
     except ValueError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils import ModelOutput
 
@@ -226,3 +226,6 @@ class CalmAutoencoder(PreTrainedModel):
             # Summed over the patch, so that the weight of the KL does not depend on K.
             output.loss = config.patch_size * output.reconstruction_loss + config.kl_weight * output.kl
         return output
+
+
+AutoModel.register(CalmAutoencoderConfig, CalmAutoencoder, exist_ok=True)

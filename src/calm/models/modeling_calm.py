@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -337,3 +337,6 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         text = ids.view(-1, *states.shape[1:-1])
         brier = decoded_brier(states.flatten(1, 2), self.autoencoder.embed_tokens.weight, text.flatten(1, 2))
         return brier.view(samples.shape[1:-1])
+
+
+AutoModelForCausalLM.register(CalmConfig, CalmForCausalLM, exist_ok=True)

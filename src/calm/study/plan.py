@@ -4,7 +4,7 @@
 evaluation: {stride: 8, num_blocks: 500, num_samples: 8, seed: 0}   # of all language models; blocks default to all
 set: {data.train: data/train, data.validation: data/validation}    # for every recipe
 models:
-  autoencoder: {recipe: autoencoder.yaml}                           # beside the plan
+  autoencoder: {recipe: autoencoder.yaml}                           # beside the plan, or recipes/... of this package
   calm:
     label: CALM, K = 4                                              # in tables; default the name
     recipe: calm.yaml
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from calm.report.study import WITHOUT_HEAD
-from calm.training.recipe import Recipe, read_yaml
+from calm.training.recipe import Recipe, find_recipe, read_yaml
 from calm.training.recipe_checks import check_keys
 
 
@@ -86,10 +86,8 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Plan":
-        """Read and check a plan; ValueError names what is unknown or missing."""
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"no plan at {path}.")
+        """Read and check a plan, found as recipes are; ValueError names what is unknown or missing."""
+        path = find_recipe(path, "plan")
         values = read_yaml(path)
         check_keys(values, {"models", "evaluation", "set", "fluency", "report"}, "the plan")
         if not values.get("models"):
@@ -117,7 +115,8 @@ class Plan:
         settings = {key: str(run / value[1:]) if _is_reference(value) else value for key, value in settings.items()}
         # JSON is YAML: what was a text stays one.
         given = [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *overrides]
-        return Recipe.load(self.folder / model["recipe"], given)
+        beside = self.folder / model["recipe"]
+        return Recipe.load(beside if beside.is_file() else find_recipe(model["recipe"]), given)
 
     def recipes(self, run: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> dict[str, Recipe]:
         """The recipes of some models (default all) and of what they are made from, in the plan's order."""

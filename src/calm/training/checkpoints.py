@@ -8,7 +8,9 @@ from typing import Any
 
 from calm.files import write_whole
 
-SEAL = "complete.json"
+SEAL = "checkpoint_manifest.json"
+# What checkpoints called it before: `complete.json` is now only the file that marks a finished run.
+_OLD_SEAL = "complete.json"
 
 
 def seal(checkpoint: Path, about: dict[str, Any]) -> None:
@@ -22,12 +24,18 @@ def seal(checkpoint: Path, about: dict[str, Any]) -> None:
 
 
 def read_seal(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+    return json.loads(_find_seal(checkpoint).read_text(encoding="utf-8"))
+
+
+def _find_seal(checkpoint: Path) -> Path:
+    """Return the path of a checkpoint's manifest, under its present name or the old one."""
+    old = checkpoint / _OLD_SEAL
+    return old if old.is_file() and not (checkpoint / SEAL).exists() else checkpoint / SEAL
 
 
 def sealed_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run that were written to their end, oldest first."""
-    return sorted((path.parent for path in folder.glob(f"checkpoint-*/{SEAL}")), key=_step_of)
+    return sorted((path for path in folder.glob("checkpoint-*") if _find_seal(path).exists()), key=_step_of)
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -51,7 +59,7 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 def remove_unsealed(folder: Path) -> None:
     """Clear away what a kill left of checkpoints that were being written."""
     for checkpoint in folder.glob("checkpoint-*"):
-        if not (checkpoint / SEAL).exists():
+        if not _find_seal(checkpoint).exists():
             shutil.rmtree(checkpoint)
 
 
@@ -62,7 +70,7 @@ def rotate(folder: Path, keep: int | None, best: str | None = None) -> None:
     for checkpoint in sealed_checkpoints(folder)[:-keep]:
         if best is not None and checkpoint == Path(best):
             continue
-        (checkpoint / SEAL).unlink()  # first: half a checkpoint must not pass for a whole one
+        _find_seal(checkpoint).unlink()  # first: half a checkpoint must not pass for a whole one
         shutil.rmtree(checkpoint)
 
 
@@ -70,7 +78,7 @@ def _damage(checkpoint: Path) -> str | None:
     try:
         files = read_seal(checkpoint)["files"]
     except (ValueError, KeyError, TypeError):
-        return f"{SEAL} cannot be read"
+        return f"{_find_seal(checkpoint).name} cannot be read"
     for name, (size, checksum) in files.items():
         path = checkpoint / name
         if not path.exists():

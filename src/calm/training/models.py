@@ -41,14 +41,16 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
         autoencoder: Any = TokenCodes(_codes_config(recipe, tokens))
         autoencoder.check_codes()
     else:
-        autoencoder = load_autoencoder(recipe.model["autoencoder"])
+        with _named("model.autoencoder"):
+            autoencoder = load_autoencoder(recipe.model["autoencoder"])
         _check_same_tokenizer(recipe.model["autoencoder"], recipe.data.train)
     backbone = _backbone(recipe, autoencoder.config.patch_size, tokens)
     with _settings_may_not_fit():
         model = CalmForCausalLM.from_autoencoder(autoencoder, backbone, _head(recipe), **_auxiliary(recipe))
     if "backbone_weights" in recipe.model:
-        _check_same_tokenizer(recipe.model["backbone_weights"], recipe.data.train)
-        taken = _load_backbone(model, recipe.model["backbone_weights"])
+        with _named("model.backbone_weights"):
+            _check_same_tokenizer(recipe.model["backbone_weights"], recipe.data.train)
+            taken = _load_backbone(model, recipe.model["backbone_weights"])
         if recipe.model.get("freeze_backbone"):
             if "patch_embedding" not in taken:
                 raise ValueError(
@@ -59,6 +61,16 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     if read_manifest(recipe.data.train).get("separator") == "bos":
         model.config.document_separator_id = tokens["bos_token_id"]
     return model
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Put the recipe's key before the message of a ValueError or OSError about the model that the key names."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        message = str(error)
+        raise ValueError(message if message.startswith(key) else f"{key}: {message}") from error
 
 
 @contextmanager
@@ -74,7 +86,10 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
     """A trained model of the recipe's stage, in float32."""
     path = recipe.model["pretrained"]
     separate = recipe.model.get("autoencoder")  # of a released model that comes without its own
-    model = load_model(path, torch.float32, load_autoencoder(separate) if separate else None)
+    with _named("model.autoencoder"):
+        autoencoder = load_autoencoder(separate) if separate else None
+    with _named("model.pretrained"):
+        model = load_model(path, torch.float32, autoencoder)
     stage = {CalmAutoencoder: "autoencoder", CalmForCausalLM: "calm"}.get(type(model), "baseline")
     if stage != recipe.stage:
         raise ValueError(f"model.pretrained: {path} holds a {type(model).__name__}, which is of stage {stage}.")
@@ -115,7 +130,8 @@ def load_teacher(recipe: Recipe, model: Any, arguments: TrainingArguments) -> tu
             f"({count}): every continuation gives as many targets. This head: {head.type}"
             + (f" with {head.num_target_samples}." if head.type == "energy" else ".")
         )
-    teacher = load_language_model(path, torch.bfloat16 if arguments.bf16 else torch.float32)
+    with _named("distillation.teacher"):
+        teacher = load_language_model(path, torch.bfloat16 if arguments.bf16 else torch.float32)
     if isinstance(teacher, CalmForCausalLM):
         raise ValueError(f"distillation.teacher: {path} holds a CALM; a token model is needed.")
     check_full_attention(teacher.config, "a teacher")
@@ -198,7 +214,8 @@ def outline_model(recipe: Recipe, others: Iterable[Recipe] = ()) -> PreTrainedMo
     """
     tokens = _token_ids(recipe.data.train) if (Path(recipe.data.train) / MANIFEST).is_file() else {}
     if "pretrained" in recipe.model:
-        model: Any = outline_at(recipe.model["pretrained"], others)
+        with _named("model.pretrained"):
+            model: Any = outline_at(recipe.model["pretrained"], others)
         if isinstance(model, CalmForCausalLM):
             _set_losses(model, recipe)
         return model
@@ -217,7 +234,8 @@ def outline_model(recipe: Recipe, others: Iterable[Recipe] = ()) -> PreTrainedMo
     if is_codes(recipe.model):
         autoencoder: Any = _codes_config(recipe, {"vocab_size": recipe.model["backbone"].get("vocab_size")} | tokens)
     else:
-        config: Any = outline_at(recipe.model["autoencoder"], others).config
+        with _named("model.autoencoder"):
+            config: Any = outline_at(recipe.model["autoencoder"], others).config
         autoencoder = getattr(config, "autoencoder_config", config)
     with _settings_may_not_fit():
         return outline(

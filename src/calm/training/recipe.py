@@ -32,6 +32,7 @@ training:                            # fields of transformers.TrainingArguments
 """
 
 import dataclasses
+import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -42,8 +43,18 @@ from typing import Any
 
 import yaml
 
-from calm.training.recipe_checks import check_keys, check_model, check_smallest, check_training, check_types
+from calm.paths import nearest_existing
+from calm.training.recipe_checks import (
+    check_keys,
+    check_model,
+    check_smallest,
+    check_training,
+    check_types,
+    model_fields,
+    training_fields,
+)
 
+FAMILY = "family of recipes"
 STAGES = ("autoencoder", "calm", "baseline")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 # The paper's optimiser, and habits that suit language models; a recipe may change every one of them.
@@ -131,7 +142,16 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """Build and check a recipe; ValueError names an unknown or missing key."""
-        check_keys(values, {each.name for each in dataclasses.fields(cls)}, "the recipe")
+        check_keys(
+            values,
+            {each.name for each in dataclasses.fields(cls)},
+            "the recipe",
+            lambda: {
+                "training": training_fields(),
+                "data": {each.name for each in dataclasses.fields(DataRecipe)},
+                "model": model_fields(str(values.get("stage"))),
+            },
+        )
         for name in ("stage", "output_dir", "data"):
             if name not in values:
                 raise ValueError(f"the recipe lacks {name!r}.")
@@ -179,16 +199,25 @@ class Recipe:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
-def find_recipe(path: str | os.PathLike) -> Path:
-    """A recipe's file; ``recipes/...`` is one of this package where the working directory has none of that name."""
+def find_recipe(path: str | os.PathLike, kind: str = "recipe") -> Path:
+    """Return a recipe's file; ``recipes/...`` is one of this package where the working directory has none of that name.
+
+    Args:
+        kind: what the file or directory is called in the error: recipe, plan, or family of recipes (a directory).
+
+    Raises ValueError that names the nearest recipe or path when there is none.
+    """
     path = Path(path)
-    places = [path]
-    if path.parts[:1] == ("recipes",):
-        places.append(Path(str(resources.files("calm"))) / path)
+    package = Path(str(resources.files("calm")))
+    places = [path, package / path] if path.parts[:1] == ("recipes",) else [path]
+    is_directory = kind == FAMILY
     for place in places:
-        if place.is_file():
+        if place.is_dir() if is_directory else place.is_file():
             return place
-    raise ValueError(f"no recipe at {path}.")
+    found = (package / "recipes").rglob("*" if is_directory else "*.yaml")
+    names = [each.relative_to(package).as_posix() for each in found if each.is_dir() == is_directory]
+    near = nearest_existing(path) or next(iter(difflib.get_close_matches(path.as_posix(), names, n=1)), None)
+    raise ValueError(f"no {kind} at {path}" + ("." if near is None else f"; did you mean {near}?"))
 
 
 def read_yaml(path: str | os.PathLike) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_args
 
 # Set by the run itself, at odds with going on where it was, or without effect on how these models are trained.
@@ -33,13 +33,24 @@ _SIZES = (
 )  # fmt: skip
 
 
-def check_keys(given: Any, allowed: Collection[str], where: str) -> None:
-    """Names a key which is none of those allowed."""
+def check_keys(
+    given: Any,
+    allowed: Collection[str],
+    where: str,
+    elsewhere: Callable[[], Mapping[str, Collection[str]]] | None = None,
+) -> None:
+    """ValueError that names a key which is not allowed, and the nearest one that is.
+
+    Args:
+        elsewhere: returns the keys of other sections by section; one that has the key is suggested.
+    """
     if not isinstance(given, dict):
         raise ValueError(f"{where} must be a mapping of keys, got {given!r}.")
     for key in given:
         if key not in allowed:
-            near = difflib.get_close_matches(str(key), allowed, n=1)
+            sections = () if elsewhere is None else elsewhere().items()
+            near = [f"{section}.{key}" for section, keys in sections if key in keys][:1]
+            near = near or difflib.get_close_matches(str(key), allowed, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}."
             raise ValueError(f"unknown key {key!r} in {where}: {hint}")
 
@@ -58,13 +69,11 @@ def check_smallest(name: str, value: Any, smallest: float) -> None:
 
 def check_training(training: Any) -> None:
     """Fields of transformers' TrainingArguments, of the types these have."""
-    from transformers import TrainingArguments
-
-    known = {each.name: each.type for each in dataclasses.fields(TrainingArguments) if each.init}
+    known = _training_types()
     given = training if isinstance(training, dict) else {}
     if reserved := [name for name in _RESERVED_TRAINING if name in given]:
         raise ValueError(f"training.{reserved[0]} has no place in a recipe: a run decides it, or would not heed it.")
-    check_keys(training, known.keys() - set(_RESERVED_TRAINING), "training")
+    check_keys(training, training_fields(), "training")
     for name, value in training.items():
         _check_setting(f"training.{name}", value, known[name])
     for name, smallest in _SMALLEST_TRAINING.items():
@@ -74,6 +83,17 @@ def check_training(training: Any) -> None:
             raise ValueError(f"training.{name} must be above 0, got {training[name]!r}.")
     if training.get("max_steps") == 0:
         raise ValueError("training.max_steps must be at least 1, or -1 for as many as training.num_train_epochs takes.")
+
+
+def _training_types() -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    return {each.name: each.type for each in dataclasses.fields(TrainingArguments) if each.init}
+
+
+def training_fields() -> Collection[str]:
+    """The keys that ``training`` may have."""
+    return _training_types().keys() - set(_RESERVED_TRAINING)
 
 
 def _check_setting(name: str, value: Any, kind: Any) -> None:
@@ -92,7 +112,7 @@ def _check_setting(name: str, value: Any, kind: Any) -> None:
 
 def check_model(stage: str, model: Any) -> None:
     """The keys of a stage, and what the parts of a model are."""
-    check_keys(model, _model_fields(stage), "model")
+    check_keys(model, model_fields(stage), "model")
     if isinstance(model.get("autoencoder"), dict):
         _check_codes(model["autoencoder"])
     for name in ("autoencoder", "backbone_weights", "pretrained"):
@@ -180,7 +200,8 @@ def _auxiliary() -> Collection[str]:
     return AUXILIARY
 
 
-def _model_fields(stage: str) -> Collection[str]:
+def model_fields(stage: str) -> Collection[str]:
+    """The keys that ``model`` may have in a recipe of this stage."""
     from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 
     if stage == "autoencoder":
