@@ -10,17 +10,20 @@ from calm import CalmConfig, CalmForCausalLM
 from calm.evaluation.likelihood import log_likelihoods
 
 
-@pytest.mark.parametrize("kind", ["independent", "autoregressive"])
+@pytest.mark.parametrize("kind", ["independent", "autoregressive", "direct"])
 @pytest.mark.parametrize("patch_size", [1, 2, 3])
 def test_probabilities_of_all_continuations_add_up_to_one(patch_size, kind):
-    model = tiny.calm(patch_size, vocab_size=4, token_prediction=kind)
+    if kind == "direct":
+        model, sampler = tiny.calm(patch_size, "categorical_flow", vocab_size=4), "direct"
+    else:
+        model, sampler = tiny.calm(patch_size, vocab_size=4, token_prediction=kind), "token_prediction"
     every = list(product(range(4), repeat=4))  # not whole patches of three
-    found = log_likelihoods(model, [[1, 2, 3, 0, 1]] * len(every), every)
+    found = log_likelihoods(model, [[1, 2, 3, 0, 1]] * len(every), every, sampler)
     probability = torch.tensor([value for value, _ in found]).exp()
     assert probability.sum().item() == pytest.approx(1, rel=1e-4)
     # The likeliest in every place: what the lowest temperature writes.
     greedy = model.generate(
-        torch.tensor([[1, 2, 3, 0, 1]]), max_new_tokens=4, temperature=1e-9, sampler="token_prediction",
+        torch.tensor([[1, 2, 3, 0, 1]]), max_new_tokens=4, temperature=0, sampler=sampler,
         eos_token_id=[],
     )[0, 5:]  # fmt: skip
     assert [text for text, (_, likeliest) in zip(every, found, strict=True) if likeliest] == [tuple(greedy.tolist())]

@@ -32,7 +32,7 @@ def all_patches(patch_size):
 def log_probs(head, hidden, temperature=1.0):
     """Log-probabilities of all patches after one state: ``[patches]``."""
     patches = all_patches(head.patch_size)
-    return head.log_prob(hidden, patches[:, None], temperature)[:, 0]
+    return head.log_probabilities(hidden, patches[:, None], temperature)[0].sum(-1)[:, 0]
 
 
 @pytest.mark.parametrize("num_passes", [2, 3])
@@ -55,7 +55,7 @@ def test_samples_have_the_law_that_log_prob_gives(temperature, shortlist):
     tokens = model.autoencoder.decode_tokens(latents)[:, 0]
     expected = log_probs(head, hidden, temperature)
     index = (tokens * torch.tensor([SMALL, 1])).sum(-1)
-    torch.testing.assert_close(log_prob[:, 0], expected[index])
+    torch.testing.assert_close(log_prob[:, 0].sum(-1), expected[index])
     observed, expected = torch.bincount(index, minlength=SMALL**2), expected.exp() * count
     chi_square = ((observed - expected).square() / expected.clamp(min=1e-9))[expected > 5].sum()
     assert chi_square < 60  # at most 24 degrees of freedom: exceeded with probability below 1e-4
@@ -86,6 +86,8 @@ def test_greedy_decoding_takes_the_most_likely_token_of_every_pass():
         law = log_probs(head, hidden[row : row + 1]).view(SMALL, SMALL)
         first = law.logsumexp(1).argmax()
         assert tokens[row].tolist() == [first, law[first].argmax()]
+    assert head.log_probabilities(hidden, tokens)[1].all()
+    assert not head.log_probabilities(hidden, (tokens + 1) % SMALL)[1][:, 0].any()
 
 
 def test_a_shortlist_of_the_whole_vocabulary_changes_nothing():
@@ -134,7 +136,7 @@ def test_the_loss_is_that_of_the_probabilities_that_sampling_uses():
     of_second = F.linear(states, head._tables[0].weight).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
     golden.close(second[0, 0], -of_second[1:].mean())
     total = base[0, labels[0]] + of_second[1] - 2 * third[0, 0]
-    golden.close(head.log_prob(hidden[0, 0][None], labels[None])[0], total)
+    golden.close(head.log_probabilities(hidden[0, 0][None], labels[None])[0].sum(), total)
 
 
 def test_later_passes_do_not_train_the_backbone():

@@ -22,14 +22,15 @@ from calm.data.tokenizer import load_tokenizer
 from calm.device import resolve_device, resolve_dtype
 from calm.evaluation.likelihood import log_likelihoods
 from calm.models.context import context_of, room_for_prompt
+from calm.models.generation_settings import WITH_PROBABILITIES
 from calm.models.loading import load_language_model
 from calm.models.modeling_calm import CalmForCausalLM
 
 _NO_LIKELIHOODS = (
     "the head of a CALM gives samples, not token probabilities, so log-likelihood tasks cannot be scored: choose tasks "
     "of output type generate_until (multiple-choice benchmarks often have a generative variant, such as "
-    "mmlu_generative), BrierLM (`calm evaluate`) in the place of perplexity, or, with a model that was trained with "
-    "token prediction, sampler=token_prediction, whose probabilities are known."
+    "mmlu_generative), BrierLM (`calm evaluate`) in the place of perplexity, or a model that was trained with a "
+    "categorical flow head (sampler=direct) or token prediction (sampler=token_prediction), whose probabilities are known."
 )
 
 _LONGEST_WINDOW = 8192  # tokens of a text that is scored as a whole
@@ -43,7 +44,7 @@ class CalmHarness(TemplateLM):
 
     Args:
         pretrained: directory of a trained model, or a hub id.
-        sampler: ``"token_prediction"`` leaves the head out, in generation too, and scores likelihoods.
+        sampler: ``"direct"`` (a categorical flow head) and ``"token_prediction"`` score likelihoods as well.
         temperature: of all generation. Tasks that ask for greedy text (temperature 0) get this as well: the nearest a
             model without probabilities comes to it is a low temperature.
         max_gen_toks: new tokens where a task does not say.
@@ -135,8 +136,12 @@ class CalmHarness(TemplateLM):
         found = iter(self._loglikelihood_tokens([window for text in texts for window in text], disable_tqdm))
         return [sum(next(found)[0] for _ in text) for text in texts]
 
+    @property
+    def _sampler(self) -> str:
+        return self.settings.sampler or self.model.generation_config.sampler
+
     def _check_likelihoods(self) -> None:
-        if (self.settings.sampler or self.model.generation_config.sampler) != "token_prediction":
+        if self._sampler not in WITH_PROBABILITIES:
             raise ValueError(_NO_LIKELIHOODS)
 
     def _loglikelihood_tokens(
@@ -153,7 +158,7 @@ class CalmHarness(TemplateLM):
                 context[max(0, len(context) - self._room(len(continuation))) :]
                 for (_, context, continuation) in (requests[index] for index in batch)
             ]
-            results |= zip(batch, log_likelihoods(self.model, contexts, continuations), strict=True)
+            results |= zip(batch, log_likelihoods(self.model, contexts, continuations, self._sampler), strict=True)
         return [results[index] for index in range(len(requests))]
 
     def _groups(self, requests: list[Instance]) -> list[list[Instance]]:

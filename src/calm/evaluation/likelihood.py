@@ -1,8 +1,7 @@
-"""How likely a CALM finds a text: the probabilities that its token prediction draws from.
+"""The log-likelihood of texts under a CALM, from a head with probabilities or from its token prediction.
 
-A head gives samples alone; token prediction says of every token how likely it is, given the patches before it and,
-where it is autoregressive, the tokens before it in its patch. Their product is the probability with which
-``sampler="token_prediction"`` draws a text.
+A categorical flow head gives the probability with which ``sampler="direct"`` samples a text. Other heads only give
+samples; there the probabilities are those of ``sampler="token_prediction"``.
 
 Shapes: B texts, L patches of the longest context, M of the longest continuation, K tokens of a patch.
 """
@@ -17,14 +16,18 @@ from calm.models.prompts import left_padded
 
 @torch.no_grad()
 def log_likelihoods(
-    model: Any, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+    model: Any,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    sampler: str = "token_prediction",
 ) -> list[tuple[float, bool]]:
     """Of every continuation its log-probability in nats, and whether each of its tokens is the likeliest one.
 
     Args:
-        model: a CALM with token prediction.
+        model: a CALM with a categorical flow head or with token prediction.
         contexts: token ids; aligned to patches as prompts of ``generate`` are. None is the beginning of a document.
         continuations: token ids.
+        sampler: ``"direct"`` or ``"token_prediction"``, whose probabilities are meant.
     """
     patch_size, device = model.config.patch_size, model.device
     aligned, patch_mask = model.align_prompt(*left_padded(contexts, model.config.separator_id))
@@ -41,7 +44,11 @@ def log_likelihoods(
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
     ).last_hidden_state[:, -num_patches - 1 : -1]  # [B, M, D]
     patches = following.view(-1, patch_size).to(device)
-    found = model.token_predictor.log_probabilities(hidden.flatten(0, 1), patches, model.get_input_embeddings().weight)
+    states = hidden.flatten(0, 1)
+    if sampler == "direct":
+        found = model.head.log_probabilities(states, patches)
+    else:
+        found = model.token_predictor.log_probabilities(states, patches, model.get_input_embeddings().weight)
     log_probability, likeliest = (each.cpu().view(counts.shape) for each in found)
     sums = log_probability.double().masked_fill(~counts, 0).sum(1)
     return list(zip(sums.tolist(), (likeliest | ~counts).all(1).tolist(), strict=True))

@@ -167,46 +167,46 @@ class CategoricalFlowHead(Head):
             noise: uniform in [0, 1), ``[..., K]``, one number for the choice of every token.
             temperature: at least 0. The probabilities of every token are raised to the power 1 / temperature; 0 chooses
                 the most likely token.
-            return_log_prob: also return the log-probability of the patch in nats, ``[...]``.
+            return_log_prob: also return the log-probability of every token in nats, given the tokens chosen before it,
+                ``[..., K]``. Their sum is that of the patch.
         """
         if noise is None:
             shape = (*leading_shape(hidden, num_samples), self.patch_size)
             noise = uniform(shape, generator, hidden.device)
-        tokens, log_prob = self._tiled(hidden, noise, None, temperature)
+        tokens, log_prob, _ = self._tiled(hidden, noise, None, temperature)
         latents = F.embedding(tokens, self._tables[1].codes).flatten(-2).to(hidden.dtype)
         return (latents, log_prob) if return_log_prob else latents
 
-    def log_prob(self, hidden: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return the log-probability of given patches in nats: ``[..., D], [..., K] -> [...]``.
+    def log_probabilities(self, hidden: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return the log-probabilities in nats of the tokens of given patches, and whether each is the most likely one.
 
-        Extra leading dimensions of ``token_ids`` give several patches per state. A patch with a token outside the
-        shortlist has probability 0.
+        ``[..., D], [..., K] -> [..., K], [..., K]`` bool. The sum over the first n tokens is the log-probability of
+        these n. Extra leading dimensions of ``token_ids`` give several patches per state. Tokens outside the shortlist
+        have probability 0.
         """
-        return self._tiled(hidden, None, token_ids, temperature)[1]
+        return self._tiled(hidden, None, token_ids, temperature)[1:]
 
     def _tiled(
         self, hidden: Tensor, noise: Tensor | None, token_ids: Tensor | None, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """Return tokens ``[..., K]``, chosen by the noise or given, and their log-probabilities ``[...]``."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens, chosen by the noise or given, their log-probabilities, and whether each is the most likely."""
         each = token_ids if noise is None else noise
         assert each is not None
         states = hidden.flatten(0, -2)
         several = each.reshape(-1, len(states), self.patch_size)  # [S, P, K]
         elements = len(several) * self.patch_size * self._tables[0].num_embeddings
         size = rows_at_once(elements, hidden.device, _SAMPLING_ELEMENTS)
-        tiles = zip(states.split(size), several.split(size, dim=1), strict=True)
         results = [
-            self._sample(state, None, tile, temperature) if noise is None else
-            self._sample(state, tile, None, temperature)
-            for state, tile in tiles
-        ]  # fmt: skip
-        tokens, log_prob = (torch.cat(parts, dim=1) for parts in zip(*results, strict=True))
-        return tokens.view(each.shape), log_prob.view(each.shape[:-1])
+            self._passes(state, None if noise is None else tile, tile if noise is None else None, temperature)
+            for state, tile in zip(states.split(size), several.split(size, dim=1), strict=True)
+        ]
+        tokens, log_prob, is_best = (torch.cat(parts, dim=1).view(each.shape) for parts in zip(*results, strict=True))
+        return tokens, log_prob, is_best
 
-    def _sample(
+    def _passes(
         self, hidden: Tensor, noise: Tensor | None, given: Tensor | None, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """Return tokens and their log-probabilities: ``[P, D], [S, P, K] -> [S, P, K], [S, P]``."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`_tiled`: ``[P, D], [S, P, K] -> [S, P, K]`` each."""
         table = self._tables[0].weight
         base = _scores(self.base_proj(hidden).unflatten(-1, (self.patch_size, -1)), table)  # [P, K, V]
         shortlist: Tensor | None = None
@@ -214,26 +214,29 @@ class CategoricalFlowHead(Head):
             base, shortlist = base.topk(self.config.shortlist_size)  # [P, K, M]
             table = F.embedding(shortlist, table)  # [P, K, M, D]
         tokens: list[Tensor] = []
-        log_prob = torch.zeros((), device=hidden.device)
+        found: list[tuple[Tensor, Tensor]] = []
         for start, stop in itertools.pairwise((*self.schedule, self.patch_size)):
-            logits = base[:, start:stop]
+            now = slice(start, stop)
+            logits = base[:, now]
             if start:
                 states = self._later_states(hidden, torch.cat(tokens, dim=-1))
-                logits = logits + _scores(
-                    states[..., start:stop, :], table if shortlist is None else table[:, start:stop]
-                )
+                logits = logits + _scores(states[..., now, :], table if shortlist is None else table[:, now])
             probs = sharpened(logits, temperature)  # [(S,) P, stop - start, V or M]
-            listed = None if shortlist is None else shortlist[:, start:stop]
+            listed = None if shortlist is None else shortlist[:, now]
             if given is None:
                 assert noise is not None
-                index = pick(probs.expand(len(noise), -1, -1, -1), noise[..., start:stop, None])
+                index = pick(probs.expand(len(noise), -1, -1, -1), noise[..., now, None])
+                is_listed = torch.ones_like(index, dtype=torch.bool)
             else:
-                index, log_prob = _place_in(listed, given[..., start:stop, None], log_prob)
-            probability = probs.expand(len(index), -1, -1, -1).gather(-1, index)[..., 0]
-            log_prob = log_prob + probability.log().sum(-1)
+                index, is_listed = _place_in(listed, given[..., now, None])
+            probs = probs.expand(len(index), -1, -1, -1)
+            log_prob = torch.where(is_listed, probs.gather(-1, index).log(), -math.inf)
+            is_best = (index == probs.argmax(-1, keepdim=True)) & is_listed
+            found.append((log_prob[..., 0], is_best[..., 0]))
             ids = index if listed is None else listed.expand(len(index), -1, -1, -1).gather(-1, index)
-            tokens.append(ids[..., 0] if given is None else given[..., start:stop])
-        return torch.cat(tokens, dim=-1), log_prob
+            tokens.append(ids[..., 0] if given is None else given[..., now])
+        log_probs, are_best = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+        return torch.cat(tokens, dim=-1), log_probs, are_best
 
     def _later_states(self, hidden: Tensor, chosen: Tensor) -> Tensor:
         """Return what chosen tokens add to the states: ``[P, D], [S, P, chosen] -> [S, P, K, D]``."""
@@ -269,16 +272,15 @@ def _scores(states: Tensor, table: Tensor) -> Tensor:
     return (F.linear(states, table) if table.dim() == 2 else (table @ states[..., None])[..., 0]).float()
 
 
-def _place_in(shortlist: Tensor | None, token_ids: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the places of tokens in their shortlist, and log-probabilities with -inf for patches outside it.
+def _place_in(shortlist: Tensor | None, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the places of tokens in their shortlist, and whether they are in it.
 
-    ``[P, k, M], [S, P, k, 1], [S, P] -> [S, P, k, 1], [S, P]``.
+    ``[P, k, M], [S, P, k, 1] -> [S, P, k, 1]`` each.
     """
     if shortlist is None:
-        return token_ids, log_prob
+        return token_ids, torch.ones_like(token_ids, dtype=torch.bool)
     is_token = shortlist == token_ids
-    is_listed = is_token.any(-1).all(-1)
-    return is_token.long().argmax(-1, keepdim=True), torch.where(is_listed, log_prob, -math.inf)
+    return is_token.long().argmax(-1, keepdim=True), is_token.any(-1, keepdim=True)
 
 
 def _cross_entropy(states: Tensor, labels: Tensor, embeddings: Tensor) -> Tensor:
