@@ -174,6 +174,12 @@ def test_token_codes_reconstruct_a_large_vocabulary_exactly():
     assert torch.equal(codes.decode_tokens(half).flatten(1), ids)
 
 
+def test_token_codes_have_a_device_and_a_type_without_parameters():
+    codes = TokenCodes(TokenCodesConfig(vocab_size=9, patch_size=2, code_size=4))
+    assert (codes.device, codes.dtype) == (torch.device("cpu"), torch.float32)
+    assert codes.to(torch.bfloat16).dtype == torch.bfloat16
+
+
 def test_codes_that_are_too_close_are_refused():
     with pytest.raises(ValueError, match=r"code_size 2 is too small for 5000 tokens.*Use a larger code_size"):
         TokenCodes(TokenCodesConfig(vocab_size=5000, patch_size=2, code_size=2)).check_codes()

@@ -30,7 +30,7 @@ _NO_LIKELIHOODS = (
     "the head of a CALM gives samples, not token probabilities, so log-likelihood tasks cannot be scored: choose tasks "
     "of output type generate_until (multiple-choice benchmarks often have a generative variant, such as "
     "mmlu_generative), BrierLM (`calm evaluate`) in the place of perplexity, or a model that was trained with a "
-    "categorical flow head (sampler=direct) or token prediction (sampler=token_prediction), whose probabilities are known."
+    "categorical flow head (sampler=direct) or token prediction (sampler=token_prediction), which have probabilities."
 )
 
 _LONGEST_WINDOW = 8192  # tokens of a text that is scored as a whole

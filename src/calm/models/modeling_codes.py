@@ -59,6 +59,16 @@ class TokenCodes(PreTrainedModel):
         self.decoder = CodeDecoder(config.patch_size)
         self.post_init()
 
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the codes; transformers looks at parameters, and there are none."""
+        return self.codes.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of the codes."""
+        return self.codes.dtype
+
     def check_codes(self) -> None:
         """Raise ValueError when two codes are so close that rounding could exchange their tokens."""
         codes = self.codes.float()
