@@ -81,6 +81,11 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     try:
         tokenizer = _load(path)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"the tokenizer in {path} needs code of its own to be loaded (auto_map in tokenizer_config.json), and "
+                "calm runs no code of a checkpoint: take a tokenizer of a type that transformers has."
+            ) from error
         raise ValueError(f"cannot load a tokenizer from {path}: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -98,12 +103,12 @@ def _load(path: Path) -> PreTrainedTokenizerBase:
         # A model of the paper's code has a configuration that says no model_type, and AutoTokenizer asks for one.
         config = path / "config.json"
         known = not config.is_file() or "model_type" in json.loads(config.read_text(encoding="utf-8"))
-        return (AutoTokenizer if known else PreTrainedTokenizerFast).from_pretrained(path)
+        return (AutoTokenizer if known else PreTrainedTokenizerFast).from_pretrained(path, trust_remote_code=False)
     if file.is_file() and file.suffix == ".model":
         return llama3_tokenizer(file)
     if file.is_file():
         return llama3_special_tokens(PreTrainedTokenizerFast(tokenizer_file=str(file)))
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

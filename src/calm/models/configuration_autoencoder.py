@@ -3,6 +3,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from calm.models.limits import check_sizes
+
 
 @strict
 class CalmAutoencoderConfig(PreTrainedConfig):
@@ -53,6 +55,7 @@ class CalmAutoencoderConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        check_sizes(vars(self))
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
         for name in ("vocab_size", "patch_size", "hidden_size", "embedding_size", "intermediate_size", "latent_size"):

@@ -17,7 +17,7 @@ from calm.functional.noise import Generator, uniform
 from calm.models.best_token import best_token
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.linear_cross_entropy import linear_cross_entropy
-from calm.models.released import from_pretrained
+from calm.models.released import load_pretrained
 
 # While it trains, its accuracy is measured on so many tokens of a batch: on all of them it would take as long as a
 # third of the loss.
@@ -148,7 +148,7 @@ class CalmAutoencoder(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "CalmAutoencoder":
         """Load a directory or hub id, in our layout or in the reference implementation's."""
-        return from_pretrained(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        return load_pretrained(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens

@@ -19,7 +19,7 @@ from calm.models.generation import CalmGenerationMixin
 from calm.models.generation_settings import GENERATION_DEFAULTS
 from calm.models.heads import HEADS
 from calm.models.modeling_autoencoder import CalmAutoencoder
-from calm.models.released import from_pretrained
+from calm.models.released import load_pretrained
 from calm.models.token_prediction import TokenPredictor
 
 
@@ -102,7 +102,9 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
     def __init__(self, config: CalmConfig):
         super().__init__(config)
         # Not of the type that its configuration was once saved with: the rest would have another.
-        self.backbone = AutoModel.from_config(config.backbone_config, dtype=torch.get_default_dtype())
+        self.backbone = AutoModel.from_config(
+            config.backbone_config, dtype=torch.get_default_dtype(), trust_remote_code=False
+        )
         if getattr(self.backbone, "_is_stateful", False):
             raise ValueError(
                 f"backbone_config: a {config.backbone_config.model_type} has layers with a state in place of a "
@@ -164,7 +166,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             autoencoder: for a checkpoint of the reference that comes without one.
             kwargs: as transformers takes them: ``dtype``, ``device_map``, ``revision``, ...
         """
-        return from_pretrained(
+        return load_pretrained(
             cls, super().from_pretrained, pretrained_model_name_or_path, *args, autoencoder=autoencoder, **kwargs
         )
 

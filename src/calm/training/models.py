@@ -1,7 +1,6 @@
 """The model of a recipe: built with weights for a run, or as an outline without."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,16 @@ from calm.data.blocks import MANIFEST, read_manifest
 from calm.data.tokenizer import load_tokenizer, tokenizer_hash
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.configuration_calm import AUXILIARY, CalmConfig
+from calm.models.limits import check_sizes
 from calm.models.loading import load_autoencoder, load_language_model, load_model
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
-from calm.models.outline import outline
+from calm.models.outline import outline, settings_may_not_fit
 from calm.models.requirements import check_full_attention, check_plain_logits
 from calm.training.recipe import Recipe
 from calm.training.token_loss import use_linear_cross_entropy
+
+_BACKBONE = "the settings in model.backbone"
 
 
 def build_model(recipe: Recipe) -> PreTrainedModel:
@@ -30,14 +32,16 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     if recipe.stage == "autoencoder":
         return CalmAutoencoder(CalmAutoencoderConfig(**tokens | recipe.model))
     if recipe.stage == "baseline":
-        with _settings_may_not_fit():
-            model = AutoModelForCausalLM.from_config(_baseline_config(recipe, tokens), dtype=torch.float32)
+        with settings_may_not_fit(_BACKBONE):
+            model = AutoModelForCausalLM.from_config(
+                _baseline_config(recipe, tokens), dtype=torch.float32, trust_remote_code=False
+            )
         use_linear_cross_entropy(model)
         return model
     autoencoder = load_autoencoder(recipe.model["autoencoder"])
     _check_same_tokenizer(recipe.model["autoencoder"], recipe.data.train)
     backbone = _backbone(recipe, autoencoder.config.patch_size, tokens)
-    with _settings_may_not_fit():
+    with settings_may_not_fit(_BACKBONE):
         model = CalmForCausalLM.from_autoencoder(autoencoder, backbone, _head(recipe), **_auxiliary(recipe))
     if "backbone_weights" in recipe.model:
         _check_same_tokenizer(recipe.model["backbone_weights"], recipe.data.train)
@@ -52,15 +56,6 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     if read_manifest(recipe.data.train).get("separator") == "bos":
         model.config.document_separator_id = tokens["bos_token_id"]
     return model
-
-
-@contextmanager
-def _settings_may_not_fit() -> Iterator[None]:
-    """What transformers raises for a backbone's settings that make no model, and that differs, as ValueError."""
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"the settings in model.backbone make no model: {type(error).__name__}: {error}") from error
 
 
 def _pretrained(recipe: Recipe) -> PreTrainedModel:
@@ -205,11 +200,11 @@ def outline_model(recipe: Recipe, others: Iterable[Recipe] = ()) -> PreTrainedMo
     if recipe.stage == "autoencoder":
         return outline(CalmAutoencoderConfig(**tokens | recipe.model))
     if recipe.stage == "baseline":
-        with _settings_may_not_fit():
+        with settings_may_not_fit(_BACKBONE):
             return outline(_baseline_config(recipe, tokens))
     config: Any = outline_at(recipe.model["autoencoder"], others).config
     autoencoder = config if isinstance(config, CalmAutoencoderConfig) else config.autoencoder_config
-    with _settings_may_not_fit():
+    with settings_may_not_fit(_BACKBONE):
         return outline(
             CalmConfig(
                 backbone_config=_backbone(recipe, autoencoder.patch_size, tokens),
@@ -232,6 +227,7 @@ def outline_at(place: str, recipes: Iterable[Recipe]) -> PreTrainedModel:
 
 def _baseline_config(recipe: Recipe, tokens: dict) -> Any:
     fields = _backbone(recipe, 1, tokens)
+    check_sizes(fields, "model.backbone.")
     return AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
 
 
