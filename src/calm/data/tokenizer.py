@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from calm.data.llama3 import llama3_special_tokens, llama3_tokenizer
+from calm.files import write_json
 
 PAD_TOKEN = "<|pad|>"  # id 0, which also stands in for dropped tokens while an autoencoder trains
 END_TOKEN = "<|end_of_text|>"  # id 1, between documents
@@ -109,6 +110,38 @@ def _load(path: Path) -> PreTrainedTokenizerBase:
     if file.is_file():
         return llama3_special_tokens(PreTrainedTokenizerFast(tokenizer_file=str(file)))
     return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def save_for_transformers_4(tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike) -> None:
+    """Save a tokenizer as the reference implementation's transformers (4.43) loads it.
+
+    Transformers 5 names another class, keeps the chat template in a file of its own, and writes merges as pairs.
+
+    Raises ValueError when a merge cannot be written as text with a space between its parts.
+    """
+    path = Path(path)
+    tokenizer.save_pretrained(path)
+    config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.pop("backend", None)
+    if (extra := config.pop("extra_special_tokens", None)) and isinstance(extra, list):
+        config["additional_special_tokens"] = extra
+    if isinstance(tokenizer.chat_template, dict):
+        templates = tokenizer.chat_template.items()
+        config["chat_template"] = [{"name": name, "template": template} for name, template in templates]
+    elif tokenizer.chat_template is not None:
+        config["chat_template"] = tokenizer.chat_template
+    write_json(path / "tokenizer_config.json", config)
+    state = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    merges = state["model"].get("merges")
+    if merges and not isinstance(merges[0], str):
+        if split := next((pair for pair in merges if any(" " in part for part in pair)), None):
+            raise ValueError(
+                f"this tokenizer cannot be written for the reference's transformers: its merge {split} has a space within "
+                "a part. Convert without it, and give the reference the tokenizer it was trained with."
+            )
+        state["model"]["merges"] = [" ".join(pair) for pair in merges]
+        (path / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -41,7 +41,8 @@ def log_likelihoods(
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
     ).last_hidden_state[:, -num_patches - 1 : -1]  # [B, M, D]
     patches = following.view(-1, patch_size).to(device)
-    found = model.token_predictor.log_probabilities(hidden.flatten(0, 1), patches, model.get_input_embeddings().weight)
+    embeddings = model.token_matrix(hidden.device)
+    found = model.token_predictor.log_probabilities(hidden.flatten(0, 1), patches, embeddings)
     log_probability, likeliest = (each.cpu().view(counts.shape) for each in found)
     sums = log_probability.double().masked_fill(~counts, 0).sum(1)
     return list(zip(sums.tolist(), (likeliest | ~counts).all(1).tolist(), strict=True))
