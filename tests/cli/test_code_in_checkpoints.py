@@ -100,7 +100,9 @@ def test_no_command_runs_code_of_a_checkpoint_or_asks_for_consent(directory, tmp
     (model / "own_code.py").write_text(CODE.format(flag=str(flag)))
     attack(model)
     data, recipe = tmp_path / "data", tmp_path / "recipe.yaml"
-    assert run(monkeypatch, capsys, "prepare", directory / "text", "--tokenizer", directory / "calm", "-o", data)[0] == 0
+    assert (
+        run(monkeypatch, capsys, "prepare", directory / "text", "--tokenizer", directory / "calm", "-o", data)[0] == 0
+    )
     recipe.write_text(
         f"stage: calm\ndata: {{train: {data}, block_size: 16}}\nmodel: {{pretrained: x}}\n"
         "training: {max_steps: 1, per_device_train_batch_size: 1, eval_strategy: 'no', use_cpu: true}\n"

@@ -137,8 +137,8 @@ def save_for_transformers_4(tokenizer: PreTrainedTokenizerBase, path: str | os.P
     if merges and not isinstance(merges[0], str):
         if split := next((pair for pair in merges if any(" " in part for part in pair)), None):
             raise ValueError(
-                f"this tokenizer cannot be written for the reference's transformers: its merge {split} has a space within "
-                "a part. Convert without it, and give the reference the tokenizer it was trained with."
+                f"this tokenizer cannot be written for the reference's transformers: its merge {split} has a space "
+                "within a part. Convert without it, and give the reference the tokenizer it was trained with."
             )
         state["model"]["merges"] = [" ".join(pair) for pair in merges]
         (path / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False, indent=2), encoding="utf-8")

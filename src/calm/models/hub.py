@@ -57,8 +57,8 @@ def read_config(path: str | os.PathLike, **hub: Any) -> dict:
 def code_refused(path: str | os.PathLike, what: str) -> str:
     """Return the message for a checkpoint that cannot be loaded without running code of its own."""
     return (
-        f"{path} needs code of its own to be loaded ({what}), and calm runs no code of a checkpoint: take a model and a "
-        "tokenizer of a type that transformers or this package has."
+        f"{path} needs code of its own to be loaded ({what}), and calm runs no code of a checkpoint: take a model and "
+        "a tokenizer of a type that transformers or this package has."
     )
 
 

@@ -1,8 +1,8 @@
 """Weights that are used without the forward pass of their layer, and the device that a model computes on.
 
 Parts of a weight, or an input embedding as an output layer, are read past the layer that holds them. That is right only
-where the layer is its weight and nothing else. Quantised layers, layers with an adapter, and layers whose weights a hook
-brings from another device (offloading) are used through their own forward pass instead.
+where the layer is its weight and nothing else. Quantised layers, layers with an adapter, and layers whose weights a
+hook brings from another device (offloading) are used through their own forward pass instead.
 
 Shapes: V vocabulary, E embedding, ... any leading dimensions.
 """
@@ -46,8 +46,8 @@ def embedding_matrix(embedding: nn.Module, vocab_size: int, device: torch.device
 def device_of(model: Any) -> torch.device:
     """Return the device that a model reads its prompts on.
 
-    That of its weights, or, of a model that accelerate spread over devices, the one its input embeddings are brought to:
-    offloaded weights are on none.
+    That of its weights, or, of a model that accelerate spread over devices, the one its input embeddings are brought
+    to: offloaded weights are on none.
     """
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     for each in (hook, *getattr(hook, "hooks", ())):

@@ -14,7 +14,7 @@ from calm.models.generation_settings import check_generation_config
 from calm.models.hub import check_weights, code_in_pickle, listing, read_config, read_index
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
-from calm.models.outline import outline
+from calm.models.outline import SETTINGS_ERRORS, outline
 from calm.models.released import AUTOENCODER, is_reference_layout
 
 _PARAMETERS_PER_BYTE = 8  # at most: in any quantisation that transformers loads
@@ -67,7 +67,7 @@ def load_model(
         raise ValueError(code_in_pickle(f"a weight file in {path}")) from error
     except OSError as error:
         raise ValueError(f"cannot load a model from {path}: {' '.join(str(error).split())}") from error
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError, EOFError) as error:
+    except (EOFError, *SETTINGS_ERRORS) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"cannot load a model from {path}: {reason:.500}") from error
     ours = isinstance(model, CalmAutoencoder | CalmForCausalLM)

@@ -6,6 +6,7 @@ a patch, H hidden, E embedding, Z latent, V vocabulary.
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel

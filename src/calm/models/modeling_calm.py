@@ -48,9 +48,9 @@ class NoLogitsError(ValueError, AttributeError):
 
     def __init__(self) -> None:
         super().__init__(
-            "a CALM has no logits: its head gives samples of the next patch. Its forward returns the loss when labels are "
-            "passed; label smoothing, trl's SFTTrainer, lm-eval's `--model hf` and others that compute a loss or scores "
-            "from logits cannot be used (`calm train`, transformers' Trainer, `calm evaluate` and `calm harness` can)."
+            "a CALM has no logits: its head gives samples of the next patch. Its forward returns the loss when labels "
+            "are passed; label smoothing, trl's SFTTrainer, lm-eval's `--model hf` and others that compute a loss or "
+            "scores from logits cannot be used (`calm train`, transformers' Trainer, `calm evaluate` and `calm harness` can)."
         )
 
 

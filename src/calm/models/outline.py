@@ -15,6 +15,11 @@ from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.released import is_reference_layout, reference_config
 
+# What transformers and torch raise for settings that make no model, beside ValueError.
+SETTINGS_ERRORS = (
+    LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError, AssertionError,
+)  # fmt: skip
+
 
 def outline(source: PreTrainedConfig | str | os.PathLike) -> PreTrainedModel:
     """Return the model of a configuration, of a directory or of a hub id, on the meta device.
@@ -36,7 +41,7 @@ def settings_may_not_fit(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError, AssertionError) as error:
+    except SETTINGS_ERRORS as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{what} make no model: {reason}") from error
 
