@@ -69,8 +69,8 @@ class CalmHarness(TemplateLM):
         super().__init__()
         if trust_remote_code and str(trust_remote_code).lower() != "false":
             raise ValueError(
-                "the model type calm runs no code of a checkpoint: leave trust_remote_code out (of the command line and "
-                "of model_args)."
+                "the model type calm runs no code of a checkpoint: leave trust_remote_code out of the command line and "
+                "of model_args."
             )
         if unknown:
             allowed = [name for name in signature(CalmHarness).parameters if name not in _NOT_OURS]

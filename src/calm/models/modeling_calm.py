@@ -50,7 +50,8 @@ class NoLogitsError(ValueError, AttributeError):
         super().__init__(
             "a CALM has no logits: its head gives samples of the next patch. Its forward returns the loss when labels "
             "are passed; label smoothing, trl's SFTTrainer, lm-eval's `--model hf` and others that compute a loss or "
-            "scores from logits cannot be used (`calm train`, transformers' Trainer, `calm evaluate` and `calm harness` can)."
+            "scores from logits cannot be used. `calm train`, transformers' Trainer, `calm evaluate` and `calm harness`"
+            " can."
         )
 
 
