@@ -6,7 +6,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 # Of peft, about names that transformers gave up.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+]
 
 LAYERS = {
     "energy": ["q_proj", "v_proj", "hidden_proj", "mix", "down_proj"],

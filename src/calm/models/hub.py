@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
@@ -19,7 +20,7 @@ from calm.models.limits import check_sizes, leaves
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # What transformers knows without code from the hub; names with a slash are repositories whose kernels it would run.
-_KERNEL_FIELDS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+_KERNEL_FIELDS = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -70,9 +71,14 @@ def _check_runs_no_code(path: str | os.PathLike, fields: dict) -> None:
     model_type, auto_map = fields.get("model_type"), fields.get("auto_map")
     if auto_map and model_type and model_type not in CONFIG_MAPPING:
         raise ValueError(code_refused(path, f"auto_map in config.json, for model_type {model_type!r}"))
+    installed = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     for name, value in leaves(fields):
-        if name.rpartition(".")[2] in _KERNEL_FIELDS and isinstance(value, str) and "/" in value:
+        # One name, or a dict of names by part of the model.
+        if value is None or value in installed or not set(name.split(".")) & _KERNEL_FIELDS:
+            continue
+        if "/" in str(value):
             raise ValueError(code_refused(path, f"{name} {value!r} in config.json"))
+        raise ValueError(f"config.json of {path}: {name} must be one of {', '.join(installed)}, got {value!r}.")
 
 
 def check_json(path: Path) -> None:

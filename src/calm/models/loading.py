@@ -17,6 +17,7 @@ from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.outline import SETTINGS_ERRORS, outline
 from calm.models.released import AUTOENCODER, is_reference_layout
 
+_PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PARAMETERS_PER_BYTE = 8  # at most: in any quantisation that transformers loads
 
 
@@ -98,7 +99,10 @@ def check_finite_weights(path: str | os.PathLike, model: PreTrainedModel) -> Non
     broken = [
         name
         for name, weight in model.named_parameters()
-        if type(weight) is Parameter and weight.is_floating_point() and weight.device.type != "meta" and weight.numel()
+        if type(weight) is Parameter
+        and weight.dtype in _PLAIN_DTYPES
+        and weight.device.type != "meta"
+        and weight.numel()
         # One pass without a copy; NaN propagates to both ends.
         if not torch.stack(weight.detach().aminmax()).isfinite().all()
     ]

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
@@ -18,6 +19,7 @@ from calm.models.released import is_reference_layout, reference_config
 # What transformers and torch raise for settings that make no model, beside ValueError.
 SETTINGS_ERRORS = (
     LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError, AssertionError,
+    StrictDataclassError,
 )  # fmt: skip
 
 
