@@ -36,7 +36,7 @@ def test_imports_point_one_way():
 def test_functional_imports_torch_alone():
     for path in (SOURCE / "functional").glob("*.py"):
         roots = {module.split(".")[0] for module in imported_modules(path)}
-        assert roots <= {"torch", "calm", "math", "collections"}, path
+        assert roots <= {"torch", "calm", "math", "collections", "contextlib"}, path
 
 
 def test_nothing_imports_the_command_line():
@@ -54,3 +54,19 @@ def test_import_is_light():
 def test_files_stay_readable():
     for path in SOURCE.rglob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+
+
+def test_every_loading_call_refuses_the_code_of_a_checkpoint():
+    loading = ("from_pretrained", "from_config")
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            place = f"{path}:{node.lineno}"
+            if name.endswith(loading):
+                refused = given.get("trust_remote_code")
+                assert isinstance(refused, ast.Constant), place
+                assert refused.value is False, place
+            assert "custom_generate" not in given, place

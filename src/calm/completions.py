@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from calm.data.text import half_character
 from calm.functional.temperature import LOWEST_TEMPERATURE, check_known_temperature
 from calm.models.context import context_of, patch_size_of, positions_needed, room_for_new
+from calm.models.layer_access import device_of
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.prompts import left_padded
 
@@ -124,8 +125,9 @@ def continue_tokens(
         sequences = out.sequences
     else:
         _check_room(model, ids.shape[1], settings.max_new_tokens)
+        device = device_of(model)
         # transformers' generate takes no generator
-        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(settings.seed + first)
             out = sequences = model_.generate(
                 ids, attention_mask=mask, streamer=streamer, tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id,
@@ -256,7 +258,8 @@ def _encode(
     if not isinstance(model, CalmForCausalLM):
         rows = [row or [tokenizer.eos_token_id] for row in rows]
     ids, mask = left_padded(rows, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
-    return ids.to(model.device), mask.to(model.device)
+    device = device_of(model)
+    return ids.to(device), mask.to(device)
 
 
 def until_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[int]:

@@ -1,14 +1,16 @@
 """`calm convert`, and the other commands on what it reads and writes."""
 
 import json
+import subprocess
 import sys
+import venv
 
 import golden
 import pytest
 import torch
 
 from calm.cli import main as cli
-from calm.data.tokenizer import train_tokenizer
+from calm.data.tokenizer import load_tokenizer, save_for_transformers_4, tokenizer_hash, train_tokenizer
 from calm.models.loading import load_model
 
 CHECKPOINT = golden.DATA / "checkpoint_k4"
@@ -77,3 +79,69 @@ def test_what_is_there_is_not_overwritten(tmp_path, monkeypatch, capsys):
     code, _, error = run(monkeypatch, capsys, "convert", CHECKPOINT / "energy", tmp_path)
     assert (code, (tmp_path / "file").read_text()) == (2, "mine")
     assert "is there already" in error
+
+
+TEXT = "some text of some length, and <|pad|> more: 漢字"
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+
+
+@pytest.fixture
+def reference_directory(tmp_path, monkeypatch, capsys):
+    """A model and tokenizer in the reference's layout, and the tokenizer they were converted from."""
+    tokenizer = train_tokenizer(["some text of some length, and more " * 50], 270)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    run(monkeypatch, capsys, "convert", CHECKPOINT / "energy", tmp_path / "ours")
+    code, _, _ = run(
+        monkeypatch, capsys, "convert", tmp_path / "ours", tmp_path / "reference", "--to", "reference",
+        "--tokenizer", tmp_path / "tokenizer",
+    )  # fmt: skip
+    assert code == 0
+    return tmp_path / "reference", tokenizer
+
+
+def test_a_tokenizer_for_the_reference_has_its_transformers_spelling(reference_directory):
+    directory, tokenizer = reference_directory
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["chat_template"] == TEMPLATE
+    merges = json.loads((directory / "tokenizer.json").read_text())["model"]["merges"]
+    assert merges
+    assert all(isinstance(merge, str) and merge.count(" ") == 1 for merge in merges)
+    assert tokenizer_hash(load_tokenizer(directory)) == tokenizer_hash(tokenizer)
+
+
+def test_a_merge_with_a_space_within_is_not_written_for_the_reference(tmp_path):
+    tokenizer = train_tokenizer(["some text of some length " * 50], 262)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"] |= {"a b": 262, "a bc": 263}
+    state["model"]["merges"].append(["a b", "c"])
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
+    with pytest.raises(ValueError, match="has a space within"):
+        save_for_transformers_4(tokenizer, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_references_transformers_loads_the_tokenizer(reference_directory, tmp_path):
+    """In an environment of its own, with the version that the reference pins."""
+    directory, tokenizer = reference_directory
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "transformers==4.43.*", "jinja2"]
+    installed = subprocess.run(install, capture_output=True, text=True)
+    if installed.returncode:
+        pytest.skip(f"pip cannot install transformers 4.43 here: {installed.stderr.strip().splitlines()[-1]}")
+    code = f"""
+import json
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({str(directory)!r})
+text = tokenizer.apply_chat_template([{{"role": "user", "content": "a"}}], tokenize=False)
+ids = tokenizer({TEXT!r})["input_ids"]
+print(json.dumps([ids, tokenizer.decode(ids), tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer), text]))
+"""
+    done = subprocess.run([python, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ids = tokenizer(TEXT)["input_ids"]
+    assert json.loads(done.stdout.splitlines()[-1]) == [
+        ids, tokenizer.decode(ids), tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer), "<user>a",
+    ]  # fmt: skip

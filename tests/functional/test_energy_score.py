@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from calm.functional import energy_score, energy_score_terms
 
@@ -92,3 +93,41 @@ def test_shapes_that_do_not_fit_are_named():
 def test_improper_alpha_is_refused(alpha):
     with pytest.raises(ValueError, match=r"alpha must lie in \(0, 2\)"):
         energy_score(torch.randn(2, 4), torch.randn(5, 4), alpha)
+
+
+class Products(TorchFunctionMode):
+    """Records the precision that holds for every matrix product of a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.precisions = []
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        if getattr(function, "__name__", "") in ("matmul", "__matmul__", "__rmatmul__"):
+            self.precisions.append(torch.backends.cuda.matmul.fp32_precision)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9 has another setting")
+def test_tf32_stays_out_of_the_distances_and_on_elsewhere():
+    samples, targets = torch.randn(4, 3, 8, requires_grad=True), torch.randn(5, 3, 8)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with Products() as products:
+            energy_score(samples, targets).sum().backward()
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(products.precisions) >= 4
+    assert set(products.precisions) == {"ieee"}
+
+
+def test_no_gradient_is_computed_where_none_is_wanted():
+    samples, targets = torch.randn(4, 3, 8, requires_grad=True), torch.randn(5, 3, 8)
+    with torch.no_grad(), Products() as products:
+        energy_score(samples, targets)
+    assert len(products.precisions) == 2  # one for each of the two terms
+    with Products() as products:
+        energy_score(samples.detach(), targets)
+    assert len(products.precisions) == 2

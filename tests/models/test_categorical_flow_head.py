@@ -132,7 +132,10 @@ def test_the_loss_is_that_of_the_probabilities_that_sampling_uses():
     labels = posterior.token_ids[0, 0]
     base = F.linear(head.base_proj(hidden[0, 0]).view(4, -1), head._tables[0].weight).log_softmax(-1)
     # The second pass predicts three tokens, of which it chooses the first; the third pass predicts and chooses two.
-    states = head.base_proj(hidden[0]).view(4, -1) + head._later_states(hidden[0], labels[None, None, :1])[0, 0]
+    states = (
+        head.base_proj(hidden[0]).view(4, -1)
+        + head._later_states(hidden[0], head._tables[0](labels[None, None, :1]))[0, 0]
+    )
     of_second = F.linear(states, head._tables[0].weight).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
     golden.close(second[0, 0], -of_second[1:].mean())
     total = base[0, labels[0]] + of_second[1] - 2 * third[0, 0]

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm import CalmForCausalLM
 from calm.functional import energy_score
+from calm.models.heads.activated_linear import gated_silu_linear, silu_linear
 from calm.models.modeling_autoencoder import Posterior
 
 TYPES = ["energy", "diffusion", "flow", "categorical_flow"]
@@ -230,3 +231,51 @@ def test_adapters_and_hooks_on_a_heads_layers_count_with_and_without_gradients(h
     for name in layers:
         head.set_submodule(name, head.get_submodule(name).merged())
     torch.testing.assert_close(head.sample(hidden, generator=seeded()), sample, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("function", [silu_linear, gated_silu_linear])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,), (2, 0)])
+def test_activated_layers_have_the_gradients_of_their_definition(function, bias, shape):
+    layer = torch.nn.Linear(4, 5, bias=bias)
+    x = torch.randn(*shape, 8 if function is gated_silu_linear else 4, requires_grad=True)
+    if function is gated_silu_linear:
+        gate, up = x.chunk(2, dim=-1)
+        plain = layer(torch.nn.functional.silu(gate) * up)
+    else:
+        plain = layer(torch.nn.functional.silu(x))
+    result = function(x, layer)
+    torch.testing.assert_close(result, plain)
+    wanted, factor = (x, *layer.parameters()), torch.randn_like(plain)
+    for got, expected in zip(
+        torch.autograd.grad((result * factor).sum(), wanted),
+        torch.autograd.grad((plain * factor).sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_activated_layers_compute_no_gradient_of_a_frozen_weight():
+    layer, x = torch.nn.Linear(4, 5).requires_grad_(False), torch.randn(3, 4, requires_grad=True)
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            self.count += function.overloadpacket is torch.ops.aten.mm
+            return function(*arguments, **(keywords or {}))
+
+    result = silu_linear(x, layer)
+    with Products() as products:
+        result.sum().backward()
+    assert products.count == 1  # the gradient of the input
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("head_type", TYPES)
+def test_a_batch_without_a_target_trains(head_type):
+    model, ids = tiny.calm(type=head_type).train(), tiny.tokens(2, 4)  # one patch each: nothing follows it
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert loss == 0
+    assert all(each.grad is None or not each.grad.any() for each in model.parameters())

@@ -30,7 +30,7 @@ def convert(
     """
     import shutil
 
-    from calm.data.tokenizer import has_tokenizer, load_tokenizer
+    from calm.data.tokenizer import has_tokenizer, load_tokenizer, save_for_transformers_4
     from calm.device import resolve_dtype
     from calm.models.loading import load_autoencoder, load_model
     from calm.models.modeling_autoencoder import CalmAutoencoder
@@ -53,7 +53,11 @@ def convert(
         else:
             model.save_pretrained(draft)
         if tokenizer is not None or has_tokenizer(source):
-            load_tokenizer(tokenizer or source).save_pretrained(draft)
+            own_tokenizer = load_tokenizer(tokenizer or source)
+            if to == Layout.REFERENCE:
+                save_for_transformers_4(own_tokenizer, draft)
+            else:
+                own_tokenizer.save_pretrained(draft)
         if destination.exists():
             destination.rmdir()
         draft.rename(destination)

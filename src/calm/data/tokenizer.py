@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from calm.data.llama3 import llama3_special_tokens, llama3_tokenizer
+from calm.files import write_json
 from calm.paths import did_you_mean, looks_local
 
 PAD_TOKEN = "<|pad|>"  # id 0, which also stands in for dropped tokens while an autoencoder trains
@@ -83,6 +84,11 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     try:
         tokenizer = _load(path)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"the tokenizer in {path} needs code of its own to be loaded (auto_map in tokenizer_config.json), and "
+                "calm runs no code of a checkpoint: take a tokenizer of a type that transformers has."
+            ) from error
         raise ValueError(f"cannot load a tokenizer from {path}: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -100,12 +106,44 @@ def _load(path: Path) -> PreTrainedTokenizerBase:
         # A model of the paper's code has a configuration that says no model_type, and AutoTokenizer asks for one.
         config = path / "config.json"
         known = not config.is_file() or "model_type" in json.loads(config.read_text(encoding="utf-8"))
-        return (AutoTokenizer if known else PreTrainedTokenizerFast).from_pretrained(path)
+        return (AutoTokenizer if known else PreTrainedTokenizerFast).from_pretrained(path, trust_remote_code=False)
     if file.is_file() and file.suffix == ".model":
         return llama3_tokenizer(file)
     if file.is_file():
         return llama3_special_tokens(PreTrainedTokenizerFast(tokenizer_file=str(file)))
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def save_for_transformers_4(tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike) -> None:
+    """Save a tokenizer as the reference implementation's transformers (4.43) loads it.
+
+    Transformers 5 names another class, keeps the chat template in a file of its own, and writes merges as pairs.
+
+    Raises ValueError when a merge cannot be written as text with a space between its parts.
+    """
+    path = Path(path)
+    tokenizer.save_pretrained(path)
+    config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.pop("backend", None)
+    if (extra := config.pop("extra_special_tokens", None)) and isinstance(extra, list):
+        config["additional_special_tokens"] = extra
+    if isinstance(tokenizer.chat_template, dict):
+        templates = tokenizer.chat_template.items()
+        config["chat_template"] = [{"name": name, "template": template} for name, template in templates]
+    elif tokenizer.chat_template is not None:
+        config["chat_template"] = tokenizer.chat_template
+    write_json(path / "tokenizer_config.json", config)
+    state = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    merges = state["model"].get("merges")
+    if merges and not isinstance(merges[0], str):
+        if split := next((pair for pair in merges if any(" " in part for part in pair)), None):
+            raise ValueError(
+                f"this tokenizer cannot be written for the reference's transformers: its merge {split} has a space "
+                "within a part. Convert without it, and give the reference the tokenizer it was trained with."
+            )
+        state["model"]["merges"] = [" ".join(pair) for pair in merges]
+        (path / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -24,6 +24,7 @@ from calm.functional.temperature import check_known_temperature
 from calm.models.configuration_calm import CalmConfig
 from calm.models.context import check_context
 from calm.models.generation_settings import WITH_PROBABILITIES
+from calm.models.layer_access import device_of
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.requirements import check_full_attention, check_plain_logits
 
@@ -99,18 +100,19 @@ def evaluate_brier(
         check_known_temperature(temperature)
     if target_error is not None and not target_error > 0:
         raise ValueError(f"target_error must be above 0, got {target_error}.")
-    generator = torch.Generator(model.device).manual_seed(seed)
+    device = device_of(model)
+    generator = torch.Generator(device).manual_seed(seed)
     started = time.perf_counter()
     was_training = model.training
     model.eval()
     hits, collisions = [], []
     data_hash = hashlib.sha256()
-    starts = scored_positions(blocks.block_size, stride).to(model.device)
+    starts = scored_positions(blocks.block_size, stride).to(device)
     shuffle_seed = None if target_error is None else seed
     order = torch.tensor(shuffled(range(min(num_blocks or len(blocks), len(blocks))), shuffle_seed))
     for ids in blocks.batches(num_blocks, batch_size, shuffle_seed):
         data_hash.update(ids.numpy().tobytes())
-        ids = ids.to(model.device)
+        ids = ids.to(device)
         if is_calm:
             draw = _drawer(model, temperature, sampler, num_candidates, generator)
             hit, collision = score_calm(model, ids, starts, num_samples, draw)

@@ -25,6 +25,7 @@ from calm.functional.brier import NGRAM, prefix_equal
 from calm.functional.noise import categorical
 from calm.functional.temperature import sharpened
 from calm.functional.tiles import rows_at_once
+from calm.models.generation import check_finite
 
 # Of a (positions x vocabulary) tensor: 4 MiB in float32, which caches hold, unless that is but a few positions.
 _TILE_ELEMENTS, _TILE_ROWS = 2**20, 128
@@ -186,11 +187,6 @@ def _path_collisions(
         if depth < NGRAM - 1:
             drawn, weight = token.drawn[..., 0], weight * token.probability[..., 0]
     return torch.stack(collision, dim=-1)
-
-
-def check_finite(hidden: Tensor) -> None:
-    if not hidden.isfinite().all():
-        raise ValueError("the model gives NaN or infinity: its weights are damaged, or its training diverged.")
 
 
 @dataclass

@@ -63,11 +63,16 @@ class CalmHarness(TemplateLM):
         tokenizer: str | None = None,
         device: str | None = None,
         dtype: str = "auto",
-        max_batch_size: int | None = None,  # lm-eval passes these two, which mean nothing here
+        max_batch_size: int | None = None,  # lm-eval passes it, and it means nothing here
         trust_remote_code: bool | None = None,
         **unknown: Any,
     ):
         super().__init__()
+        if trust_remote_code and str(trust_remote_code).lower() != "false":
+            raise ValueError(
+                "the model type calm runs no code of a checkpoint: leave trust_remote_code out of the command line and "
+                "of model_args."
+            )
         if unknown:
             allowed = [name for name in signature(CalmHarness).parameters if name not in _NOT_OURS]
             raise ValueError(f"unknown in model_args: {', '.join(unknown)}; allowed: {', '.join(allowed)}.")

@@ -48,7 +48,7 @@ def log_likelihoods(
     if sampler == "direct":
         found = model.head.log_probabilities(states, patches)
     else:
-        found = model.token_predictor.log_probabilities(states, patches, model.get_input_embeddings().weight)
+        found = model.token_predictor.log_probabilities(states, patches, model.token_matrix(hidden.device))
     log_probability, likeliest = (each.cpu().view(counts.shape) for each in found)
     sums = log_probability.double().masked_fill(~counts, 0).sum(1)
     return list(zip(sums.tolist(), (likeliest | ~counts).all(1).tolist(), strict=True))

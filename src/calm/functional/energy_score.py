@@ -6,6 +6,9 @@ that its target draws are never held at once.
 Shapes: N model samples, M target samples, Z latent dimensions, ... any leading dimensions.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -77,30 +80,49 @@ def mean_distance(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
     float32 at least. Points closer than rounding can tell count as equal, with distance and gradient zero. What is
     kept for the backward pass has the size of x (and of y, where y needs a gradient), whatever N times M is.
     """
-    return _MeanDistance.apply(x, y, alpha)
+    return _MeanDistance.apply(x, y, alpha, torch.is_grad_enabled())
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Keep TF32 out of matrix products: a difference of squares in it has the error of the distances themselves."""
+    if torch.compiler.is_compiling():  # a compiled graph takes the setting that holds when it runs
+        yield
+        return
+    backends = torch.backends.cuda.matmul
+    name, wanted = ("fp32_precision", "ieee") if hasattr(torch.backends, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(backends, name)
+    setattr(backends, name, wanted)
+    try:
+        yield
+    finally:
+        setattr(backends, name, before)
 
 
 class _MeanDistance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, alpha: float) -> Tensor:
+    def forward(ctx, x: Tensor, y: Tensor, alpha: float, with_gradients: bool) -> Tensor:
+        wants_x, wants_y = (with_gradients and wanted for wanted in ctx.needs_input_grad[:2])
         # Half precision would leave nothing of a difference of squares.
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), full_float32():
             sizes = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
             squares = torch.matmul(x, y.mT).mul_(-2).add_(sizes)  # [..., N, M]
             # Said by what it is not, so that a distance that is no number stays one.
             apart = ~(squares <= sizes.mul_(_ROUNDING * torch.finfo(x.dtype).eps))
             squares = torch.where(apart, squares, 1.0)
             powers = squares.pow(alpha / 2) * apart
-            # The gradient of |x_i - y_j|^alpha is this weight times (x_i - y_j).
-            weights = powers / squares * (alpha / (x.shape[-2] * y.shape[-2]))
-            gradient_x = weights.sum(-1, keepdim=True) * x - weights @ y
-            gradient_y = weights.sum(-2).unsqueeze(-1) * y - weights.mT @ x if ctx.needs_input_grad[1] else None
+            gradient_x, gradient_y = None, None
+            if wants_x or wants_y:
+                # The gradient of |x_i - y_j|^alpha is this weight times (x_i - y_j).
+                weights = powers / squares * (alpha / (x.shape[-2] * y.shape[-2]))
+                gradient_x = weights.sum(-1, keepdim=True) * x - weights @ y if wants_x else None
+                gradient_y = weights.sum(-2).unsqueeze(-1) * y - weights.mT @ x if wants_y else None
         ctx.save_for_backward(gradient_x, gradient_y)
         return powers.mean((-2, -1))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        gradient_x, gradient_y = ctx.saved_tensors
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gradient = gradient[..., None, None]
-        return gradient * gradient_x, None if gradient_y is None else gradient * gradient_y, None
+        of_x, of_y = (None if part is None else gradient * part for part in ctx.saved_tensors)
+        return of_x, of_y, None, None

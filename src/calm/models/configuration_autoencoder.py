@@ -4,6 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from calm.models.auto_classes import register_models
+from calm.models.limits import check_sizes
 
 
 @strict
@@ -56,6 +57,7 @@ class CalmAutoencoderConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         register_models()
         super().__post_init__(**kwargs)
+        check_sizes(vars(self))
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
         for name in ("vocab_size", "patch_size", "hidden_size", "embedding_size", "intermediate_size", "latent_size"):

@@ -4,11 +4,13 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from calm.models.auto_classes import register_models
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.configuration_codes import TokenCodesConfig
 from calm.models.configuration_heads import HEAD_CONFIGS
+from calm.models.limits import check_sizes
 
 # Losses beside the head's: their weights, and all fields that are about them.
 AUXILIARY_WEIGHTS = ("token_prediction_weight", "decoded_brier_weight")
@@ -65,13 +67,20 @@ class CalmConfig(PreTrainedConfig):
         if not isinstance(self.backbone_config, PreTrainedConfig):
             fields = dict(self.backbone_config) if self.backbone_config else _calm_m_backbone()
             fields.setdefault("vocab_size", self.autoencoder_config.vocab_size)
-            self.backbone_config = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
+            check_sizes(fields, "backbone_config.")
+            model_type = fields.pop("model_type", "llama")
+            if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"backbone_config.model_type must be one that transformers has, such as llama, got {model_type!r}."
+                )
+            self.backbone_config = AutoConfig.for_model(model_type, **fields)
         if not isinstance(self.head_config, PreTrainedConfig):
             fields = dict(self.head_config or {})
             head_type = fields.setdefault("type", "energy")
             if head_type not in HEAD_CONFIGS:
                 raise ValueError(f"head_config.type must be one of {', '.join(HEAD_CONFIGS)}, got {head_type!r}.")
             fields.pop("model_type", None)
+            check_sizes(fields, "head_config.")
             self.head_config = HEAD_CONFIGS[head_type](**fields)
         self._check_head_fits()
         super().__post_init__(**kwargs)

@@ -25,6 +25,7 @@ from calm.functional.noise import Generator, check_rows, of_rows
 from calm.functional.temperature import sample_batch, sample_exact
 from calm.models.context import context_of, positions_needed, room_for_new
 from calm.models.generation_settings import SAMPLERS, GenerationSettings, check_sampler, resolve_settings
+from calm.models.layer_access import device_of
 from calm.models.prompts import align_prompt, check_prompts
 from calm.models.static_step import StaticStep
 
@@ -72,6 +73,7 @@ class CalmGenerationMixin:
     autoencoder: Any
     token_predictor: Any
     get_input_embeddings: Callable[[], Any]
+    token_matrix: Callable[[torch.device], Tensor]
     __call__: Callable[..., Any]
 
     adjust_generation_fn = GenerationMixin.adjust_generation_fn  # lets from_pretrained read generation_config.json
@@ -128,7 +130,7 @@ class CalmGenerationMixin:
             ``[B, T + new]``: prompt and continuation. Behind its end a row holds padding. With
             ``return_dict_in_generate=True`` a :class:`CalmGenerateOutput`.
         """
-        device = self.get_input_embeddings().weight.device
+        device = device_of(self)
         inputs = kwargs.pop("inputs", None)
         if input_ids is not None and inputs is not None:
             raise ValueError("inputs is another name of input_ids: give one of them.")
@@ -168,6 +170,7 @@ class CalmGenerationMixin:
             streamer.put(tokens.cpu())
 
         state = self.prefill(aligned_ids, patch_mask)
+        check_finite(state.hidden)
         if settings.num_return_sequences > 1:
             state = _repeat(state, settings.num_return_sequences)
         with StaticStep.of(self, state, num_patches) if compile else nullcontext((state, self.extend)) as (state, step):
@@ -212,6 +215,7 @@ class CalmGenerationMixin:
             if remaining <= 0 or bool(finished.all()):
                 break
             state = step(state, chunk.tokens)
+            check_finite(state.hidden)
         if streamer is not None:
             streamer.end()
         # All rows may have ended inside the last chunk.
@@ -285,13 +289,14 @@ class CalmGenerationMixin:
         """Draw the K tokens that follow hidden states ``[B, D]``; settings as :meth:`check_sampling` takes them."""
         self.check_sampling(temperature, sampler, num_candidates)
         if sampler == "token_prediction":
-            embeddings = self.get_input_embeddings().weight
+            embeddings = self.token_matrix(hidden.device)
             return _drawn_once(self.token_predictor.draw(hidden, embeddings, temperature, generator))
         if sampler == "direct":
             latents = self.head.sample(hidden, generator=generator, temperature=temperature)
             return _drawn_once(self.autoencoder.decode_tokens(latents))
         if temperature == 1:
-            return _drawn_once(self.autoencoder.decode_tokens(self.head.sample(hidden, generator=generator)))
+            tokens = self.autoencoder.decode_tokens(self.head.sample(hidden, generator=generator))
+            return _drawn_once(tokens.to(hidden.device))
         draws = self.draws(hidden, generator)
         if sampler == "batch":
             tokens = sample_batch(draws, temperature, num_candidates)
@@ -320,7 +325,7 @@ class CalmGenerationMixin:
             return decoder.patch_states(latents).movedim(0, 1)
 
         def decode(states: Tensor, start: int, stop: int) -> Tensor:
-            return self.autoencoder.best_tokens(decoder.token_states(states, start, stop))
+            return self.autoencoder.best_tokens(decoder.token_states(states, start, stop)).to(hidden.device)
 
         return Draws(draw, decode, len(hidden), self.config.patch_size, generator, hidden.device)
 
@@ -355,6 +360,12 @@ class CalmGenerationMixin:
                 f"{room_for_new(context, num_patches * patch_size, patch_size)} new tokens."
             )
         return needed
+
+
+def check_finite(hidden: Tensor) -> None:
+    """Raise ValueError for hidden states of which no text can be made."""
+    if not bool(hidden.isfinite().all()):
+        raise ValueError("the model gives NaN or infinity: its weights are damaged, or its training diverged.")
 
 
 def _mask_of_padding(input_ids: Tensor, padding: int) -> Tensor | None:

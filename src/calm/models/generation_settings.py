@@ -1,12 +1,16 @@
 """What ``generate`` was asked for: arguments, the model's saved settings, defaults; and what cannot be asked for."""
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, GenerationMixin
 
 from calm.functional.temperature import check_candidates, check_known_temperature
+from calm.models.hub import check_json
 
 SAMPLERS = ("batch", "exact", "direct", "token_prediction")
 # Samplers that know the probabilities of the tokens: they take any temperature from 0, and never compare samples.
@@ -45,6 +49,42 @@ _TAKES = (
     "max_new_tokens, temperature, sampler, num_candidates, num_return_sequences, stop_strings, stopping_criteria, "
     "max_time, streamer, generator and compile"
 )
+
+
+# Types of the fields of a generation_config.json; others are transformers' matter.
+_NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty", "max_time")
+_WHOLE_NUMBERS = (
+    "max_new_tokens", "max_length", "min_length", "min_new_tokens", "top_k", "num_beams", "num_candidates",
+    "num_return_sequences", "pad_token_id", "bos_token_id", "no_repeat_ngram_size",
+)  # fmt: skip
+_FLAGS = ("do_sample", "use_cache", "return_dict_in_generate", "output_scores", "output_logits")
+
+
+def check_generation_config(path: Path) -> None:
+    """Raise ValueError for a ``generation_config.json`` that is there and has a field of the wrong type."""
+    check_json(path)
+    if not path.is_file():
+        return
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    expected: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        **dict.fromkeys(_NUMBERS, ("a number", _is_number)),
+        **dict.fromkeys(_WHOLE_NUMBERS, ("a whole number", _is_whole)),
+        **dict.fromkeys(_FLAGS, ("true or false", lambda value: isinstance(value, bool))),
+        "eos_token_id": ("a token id or a list of them", lambda value: all(map(_is_whole, _as_list(value)))),
+        "stop_strings": ("a text or a list of them", lambda value: all(isinstance(x, str) for x in _as_list(value))),
+        "sampler": ("a text", lambda value: isinstance(value, str)),
+    }
+    for name, (what, fits) in expected.items():
+        if fields.get(name) is not None and not fits(fields[name]):
+            raise ValueError(f"{path}: {name} must be {what}, got {fields[name]!r:.60}.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass

@@ -6,6 +6,7 @@ a patch, H hidden, E embedding, Z latent, V vocabulary.
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
@@ -16,8 +17,10 @@ from calm.functional.gaussian import gaussian_kl, gaussian_sample
 from calm.functional.noise import Generator, uniform
 from calm.models.best_token import best_token
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
+from calm.models.frozen import FrozenLayers
+from calm.models.layer_access import device_of, embedding_matrix, is_plain
 from calm.models.linear_cross_entropy import linear_cross_entropy
-from calm.models.released import from_pretrained
+from calm.models.released import load_pretrained
 
 # While it trains, its accuracy is measured on so many tokens of a batch: on all of them it would take as long as a
 # third of the loss.
@@ -68,13 +71,17 @@ def split_patches(input_ids: Tensor, patch_size: int) -> Tensor:
     return input_ids.unflatten(-1, (-1, patch_size))
 
 
-class ResidualBlock(nn.Module):
+class _MLP(LlamaMLP, FrozenLayers):
+    """SwiGLU block: ``[..., H] -> [..., H]``."""
+
+
+class ResidualBlock(FrozenLayers):
     """Pre-norm SwiGLU block with a residual connection: ``[..., H] -> [..., H]``."""
 
     def __init__(self, config: CalmAutoencoderConfig):
         super().__init__()
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = LlamaMLP(config)
+        self.mlp = _MLP(config)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.mlp(self.norm(hidden))
@@ -91,7 +98,7 @@ def _embedding_proj(size_in: int | None, size_out: int | None) -> nn.Module:
     return nn.Identity() if size_in == size_out else nn.Linear(size_in, size_out, bias=False)
 
 
-class Encoder(nn.Module):
+class Encoder(FrozenLayers):
     """Token embeddings of a patch to its posterior: ``[..., K, E] -> [..., Z], [..., Z]``."""
 
     def __init__(self, config: CalmAutoencoderConfig):
@@ -109,7 +116,7 @@ class Encoder(nn.Module):
         return mean, log_std
 
 
-class Decoder(nn.Module):
+class Decoder(FrozenLayers):
     """Latent vector to a state per token, ready for the output embedding: ``[..., Z] -> [..., K, E]``."""
 
     def __init__(self, config: CalmAutoencoderConfig):
@@ -131,13 +138,16 @@ class Decoder(nn.Module):
 
     def token_states(self, patch_states: Tensor, start: int, stop: int) -> Tensor:
         """Tokens start to stop of a patch, each decoded by itself: ``[..., H] -> [..., stop - start, E]``."""
+        if not is_plain(self.expand):
+            expanded = self.expand(patch_states).unflatten(-1, (self.patch_size, -1))[..., start:stop, :]
+            return self.embedding_proj(self.norm(self.token_blocks(expanded)))
         weight = self.expand.weight.unflatten(0, (self.patch_size, -1))[start:stop].flatten(0, 1)
         bias = self.expand.bias.unflatten(0, (self.patch_size, -1))[start:stop].flatten()
         hidden = F.linear(patch_states, weight, bias).unflatten(-1, (stop - start, -1))
         return self.embedding_proj(self.norm(self.token_blocks(hidden)))
 
 
-class CalmAutoencoder(PreTrainedModel):
+class CalmAutoencoder(FrozenLayers, PreTrainedModel):
     """Maps K tokens to one latent vector and back; see :class:`CalmAutoencoderConfig`."""
 
     config: CalmAutoencoderConfig
@@ -159,10 +169,19 @@ class CalmAutoencoder(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "CalmAutoencoder":
         """Load a directory or hub id, in our layout or in the reference implementation's."""
-        return from_pretrained(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        return load_pretrained(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model reads its input: of a model that is spread over devices, that of the token embeddings."""
+        return device_of(self)
+
+    def output_matrix(self, device: torch.device) -> Tensor:
+        """Return the output layer, ``[V, E]``: the input embedding's vectors."""
+        return embedding_matrix(self.embed_tokens, self.config.vocab_size, device)
 
     def encode(self, input_ids: Tensor) -> Posterior:
         """Posterior of every patch: token ids ``[B, T]``, T a multiple of K -> mean, log_std ``[B, L, Z]``."""
@@ -171,7 +190,8 @@ class CalmAutoencoder(PreTrainedModel):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Logits of the K tokens of every latent: ``[..., Z] -> [..., K, V]``."""
-        return F.linear(self.decoder(latents), self.embed_tokens.weight)
+        states = self.decoder(latents)
+        return F.linear(states, self.output_matrix(states.device))
 
     def decode_tokens(self, latents: Tensor) -> Tensor:
         """Most likely tokens of every latent: ``[..., Z] -> [..., K]``, without holding all logits at once."""
@@ -179,7 +199,8 @@ class CalmAutoencoder(PreTrainedModel):
 
     def best_tokens(self, token_states: Tensor) -> Tensor:
         """Most likely token of every state of the decoder: ``[..., E] -> [...]``."""
-        return best_token(token_states.flatten(0, -2), self.embed_tokens.weight).view(token_states.shape[:-1])
+        matrix = self.output_matrix(token_states.device)
+        return best_token(token_states.flatten(0, -2), matrix).view(token_states.shape[:-1])
 
     def forward(
         self,
@@ -212,12 +233,12 @@ class CalmAutoencoder(PreTrainedModel):
         states = self.decoder(latents)
         output = CalmAutoencoderOutput(mean=posterior.mean, log_std=posterior.log_std)
         if labels is None:
-            output.logits = F.linear(states, self.embed_tokens.weight)
+            output.logits = F.linear(states, self.output_matrix(states.device))
         else:
             if attention_mask is not None:
                 labels = labels.masked_fill(attention_mask == 0, -100)
             states, labels = states.flatten(0, -2), labels.long().flatten()
-            output.reconstruction_loss = linear_cross_entropy(states, self.embed_tokens.weight, labels)
+            output.reconstruction_loss = linear_cross_entropy(states, self.output_matrix(states.device), labels)
             seen = slice(_ACCURACY_TOKENS if self.training else None)
             counted = labels[seen].ne(-100)
             hits = (self.best_tokens(states[seen].detach()) == labels[seen]) & counted

@@ -16,12 +16,14 @@ from calm.functional.noise import Generator
 from calm.models.configuration_calm import CalmConfig
 from calm.models.configuration_codes import TokenCodesConfig
 from calm.models.decoded_brier import decoded_brier
+from calm.models.frozen import check_frozen, keep_adapters_out
 from calm.models.generation import CalmGenerationMixin
 from calm.models.generation_settings import GENERATION_DEFAULTS
 from calm.models.heads import HEADS
+from calm.models.layer_access import device_of, embedding_matrix
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_codes import TokenCodes
-from calm.models.released import from_pretrained
+from calm.models.released import load_pretrained
 from calm.models.token_prediction import TokenPredictor
 
 
@@ -43,6 +45,18 @@ def patch_mask(attention_mask: Tensor, patch_size: int, num_patches: int) -> Ten
     return attention_mask
 
 
+class NoLogitsError(ValueError, AttributeError):
+    """Raised where logits of a CALM are asked for; an AttributeError, so that ``hasattr`` finds none."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a CALM has no logits: its head gives samples of the next patch. Its forward returns the loss when labels "
+            "are passed; label smoothing, trl's SFTTrainer, lm-eval's `--model hf` and others that compute a loss or "
+            "scores from logits cannot be used. `calm train`, transformers' Trainer, `calm evaluate` and `calm harness`"
+            " can."
+        )
+
+
 @dataclass
 class CalmOutput(ModelOutput):
     """
@@ -60,6 +74,15 @@ class CalmOutput(ModelOutput):
     past_key_values: Cache | None = None
     metrics: dict[str, Tensor] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        raise NoLogitsError
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == "logits":
+            raise NoLogitsError
+        return super().__getitem__(key)
 
 
 def new_autoencoder(config: PreTrainedConfig) -> CalmAutoencoder | TokenCodes:
@@ -109,7 +132,9 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
     def __init__(self, config: CalmConfig):
         super().__init__(config)
         # Not of the type that its configuration was once saved with: the rest would have another.
-        self.backbone = AutoModel.from_config(config.backbone_config, dtype=torch.get_default_dtype())
+        self.backbone = AutoModel.from_config(
+            config.backbone_config, dtype=torch.get_default_dtype(), trust_remote_code=False
+        )
         if getattr(self.backbone, "_is_stateful", False):
             raise ValueError(
                 f"backbone_config: a {config.backbone_config.model_type} has layers with a state in place of a "
@@ -131,6 +156,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             pad_token_id=config.pad_token_id,
             bos_token_id=config.bos_token_id,
         )
+        keep_adapters_out(self.autoencoder)
         self.train(self.training)  # freezes the autoencoder
 
     def _new_token_predictor(self) -> TokenPredictor:
@@ -173,7 +199,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             autoencoder: for a checkpoint of the reference that comes without one.
             kwargs: as transformers takes them: ``dtype``, ``device_map``, ``revision``, ...
         """
-        return from_pretrained(
+        return load_pretrained(
             cls, super().from_pretrained, pretrained_model_name_or_path, *args, autoencoder=autoencoder, **kwargs
         )
 
@@ -195,6 +221,15 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model reads its input: of a model that is spread over devices, that of the token embeddings."""
+        return device_of(self)
+
+    def token_matrix(self, device: torch.device) -> Tensor:
+        """Return the backbone's token embeddings as the output layer of token prediction, ``[V, D]``."""
+        return embedding_matrix(self.get_input_embeddings(), self.config.vocab_size, device)
 
     def train(self, mode: bool = True) -> "CalmForCausalLM":
         """Training mode for everything but the autoencoder: it is frozen, and its dropout would blur the targets."""
@@ -237,7 +272,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         labels: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = None,
         target_ids: Tensor | None = None,
         noise: Tensor | None = None,
         target_noise: Tensor | None = None,
@@ -271,6 +306,9 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             raise ValueError(
                 f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(labels.shape)}."
             )
+        # trl's SFTTrainer takes the hidden states and multiplies them with an output embedding, which there is none.
+        if labels is None and use_cache is False and self.training and torch.is_grad_enabled():
+            raise NoLogitsError
         inputs_embeds = self.embed_patches(input_ids)
         if attention_mask is not None and attention_mask.dim() == 2 and past_key_values is None:
             attention_mask = patch_mask(attention_mask, self.config.patch_size, inputs_embeds.shape[1])
@@ -279,7 +317,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
-            use_cache=use_cache,
+            use_cache=bool(use_cache),
             output_hidden_states=bool(output_hidden_states),
         )
         hidden = outputs.last_hidden_state
@@ -304,6 +342,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             raise ValueError(
                 f"target_ids are for an energy head, whose loss compares draws with draws; got {head_type}."
             )
+        check_frozen(self.autoencoder)
         labels = labels.long()
         is_target = target_patches(labels, patch_size)
         ids = labels[:, patch_size:].clamp(min=0) if target_ids is None else target_ids.flatten(-2)
@@ -324,7 +363,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             _is_trained(part) for part in (self.backbone, self.patch_embedding, self.token_predictor)
         ):
             token_ids = labels[:, patch_size:].unflatten(-1, (-1, patch_size))
-            embeddings: Any = self.get_input_embeddings().weight
+            embeddings = self.token_matrix(hidden.device)
             cross_entropy = self.token_predictor.loss(hidden[:, :-1], token_ids, is_target, embeddings)
             loss = loss + self.config.token_prediction_weight * cross_entropy
             metrics["token_cross_entropy"] = cross_entropy.detach()
@@ -335,7 +374,8 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         # The frozen autoencoder keeps its precision where a sharded model has another.
         states = self.autoencoder.decoder(samples.to(self.autoencoder.dtype))
         text = ids.view(-1, *states.shape[1:-1])
-        brier = decoded_brier(states.flatten(1, 2), self.autoencoder.embed_tokens.weight, text.flatten(1, 2))
+        matrix = self.autoencoder.output_matrix(states.device)
+        brier = decoded_brier(states.flatten(1, 2), matrix, text.flatten(1, 2))
         return brier.view(samples.shape[1:-1])
 
 

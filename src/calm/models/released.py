@@ -48,10 +48,11 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def is_reference_layout(config: dict) -> bool:
     """Whether the fields of a ``config.json`` are the reference's."""
     architectures = config.get("architectures") or [""]
-    return not config.get("model_type") and (architectures[0] == AUTOENCODER or architectures[0] in _HEAD_TYPES)
+    known = (AUTOENCODER, *_HEAD_TYPES)
+    return not config.get("model_type") and isinstance(architectures, list) and architectures[0] in known
 
 
-def from_pretrained(
+def load_pretrained(
     cls: type[Model],
     transformers_from_pretrained: Callable[..., Model],
     path: str | os.PathLike | None,
@@ -69,6 +70,7 @@ def from_pretrained(
     Raises:
         ValueError: when the checkpoint is of another kind, or weights are missing, unknown or of another shape.
     """
+    kwargs.pop("trust_remote_code", None)  # the classes are here; nothing in a checkpoint is run
     hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     fields = {} if path is None or "config" in kwargs else read_config(path, **hub)
     if path is None or not is_reference_layout(fields):
@@ -77,7 +79,7 @@ def from_pretrained(
         kind, wanted = fields.get("model_type"), cls.config_class.model_type  # type: ignore[union-attr]
         if kind is not None and kind != wanted:
             raise ValueError(f"{path} holds a model of type {kind!r}; {cls.__name__} loads type {wanted!r} alone.")
-        return transformers_from_pretrained(path, *args, **kwargs)
+        return transformers_from_pretrained(path, *args, trust_remote_code=False, **kwargs)
     architecture = fields["architectures"][0]
     if (architecture == AUTOENCODER) != (cls.config_class is CalmAutoencoderConfig):
         kind = "an autoencoder" if architecture == AUTOENCODER else "a language model"
@@ -85,7 +87,7 @@ def from_pretrained(
     config, state = _translate(path, fields, read_weights(path, **hub), autoencoder)
     _check(cls, path, config, state)
     others = {name: value for name, value in kwargs.items() if name not in hub}
-    return transformers_from_pretrained(None, *args, config=config, state_dict=state, **others)
+    return transformers_from_pretrained(None, *args, config=config, state_dict=state, trust_remote_code=False, **others)
 
 
 def _translate(

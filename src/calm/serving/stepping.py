@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from calm.functional.noise import categorical
 from calm.functional.temperature import sharpened
 from calm.models.generation import NextChunk
+from calm.models.layer_access import device_of
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.requirements import check_plain_logits
 
@@ -39,7 +40,7 @@ class Stepper(ABC):
         self.model, self.reader, self.backbone_config, self.patch_size = model, reader, backbone_config, patch_size
         self.vocab_size = model.config.vocab_size
         self.end_ids = _end_ids(model)
-        self.dtype, self.device = model.dtype, model.device
+        self.dtype, self.device = model.dtype, device_of(model)
 
     @abstractmethod
     def check(self, sampling: Sampling) -> None:

@@ -14,15 +14,18 @@ from calm.data.tokenizer import load_tokenizer, tokenizer_hash
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.configuration_calm import AUXILIARY, CalmConfig
 from calm.models.configuration_codes import TokenCodesConfig
+from calm.models.limits import check_sizes
 from calm.models.loading import load_autoencoder, load_language_model, load_model
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.modeling_codes import TokenCodes
-from calm.models.outline import outline
+from calm.models.outline import outline, settings_may_not_fit
 from calm.models.requirements import check_full_attention, check_plain_logits
 from calm.training.recipe import Recipe
 from calm.training.recipe_checks import is_codes
 from calm.training.token_loss import use_linear_cross_entropy
+
+_BACKBONE = "the settings in model.backbone"
 
 
 def build_model(recipe: Recipe) -> PreTrainedModel:
@@ -33,8 +36,10 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     if recipe.stage == "autoencoder":
         return CalmAutoencoder(CalmAutoencoderConfig(**tokens | recipe.model))
     if recipe.stage == "baseline":
-        with _settings_may_not_fit():
-            model = AutoModelForCausalLM.from_config(_baseline_config(recipe, tokens), dtype=torch.float32)
+        with settings_may_not_fit(_BACKBONE):
+            model = AutoModelForCausalLM.from_config(
+                _baseline_config(recipe, tokens), dtype=torch.float32, trust_remote_code=False
+            )
         use_linear_cross_entropy(model)
         return model
     if is_codes(recipe.model):
@@ -45,7 +50,7 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
             autoencoder = load_autoencoder(recipe.model["autoencoder"])
         _check_same_tokenizer(recipe.model["autoencoder"], recipe.data.train)
     backbone = _backbone(recipe, autoencoder.config.patch_size, tokens)
-    with _settings_may_not_fit():
+    with settings_may_not_fit(_BACKBONE):
         model = CalmForCausalLM.from_autoencoder(autoencoder, backbone, _head(recipe), **_auxiliary(recipe))
     if "backbone_weights" in recipe.model:
         with _named("model.backbone_weights"):
@@ -71,15 +76,6 @@ def _named(key: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         message = str(error)
         raise ValueError(message if message.startswith(key) else f"{key}: {message}") from error
-
-
-@contextmanager
-def _settings_may_not_fit() -> Iterator[None]:
-    """What transformers raises for a backbone's settings that make no model, and that differs, as ValueError."""
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"the settings in model.backbone make no model: {type(error).__name__}: {error}") from error
 
 
 def _pretrained(recipe: Recipe) -> PreTrainedModel:
@@ -229,7 +225,7 @@ def outline_model(recipe: Recipe, others: Iterable[Recipe] = ()) -> PreTrainedMo
     if recipe.stage == "autoencoder":
         return outline(CalmAutoencoderConfig(**tokens | recipe.model))
     if recipe.stage == "baseline":
-        with _settings_may_not_fit():
+        with settings_may_not_fit(_BACKBONE):
             return outline(_baseline_config(recipe, tokens))
     if is_codes(recipe.model):
         autoencoder: Any = _codes_config(recipe, {"vocab_size": recipe.model["backbone"].get("vocab_size")} | tokens)
@@ -237,7 +233,7 @@ def outline_model(recipe: Recipe, others: Iterable[Recipe] = ()) -> PreTrainedMo
         with _named("model.autoencoder"):
             config: Any = outline_at(recipe.model["autoencoder"], others).config
         autoencoder = getattr(config, "autoencoder_config", config)
-    with _settings_may_not_fit():
+    with settings_may_not_fit(_BACKBONE):
         return outline(
             CalmConfig(
                 backbone_config=_backbone(recipe, autoencoder.patch_size, tokens),
@@ -265,6 +261,7 @@ def _codes_config(recipe: Recipe, tokens: dict) -> TokenCodesConfig:
 
 def _baseline_config(recipe: Recipe, tokens: dict) -> Any:
     fields = _backbone(recipe, 1, tokens)
+    check_sizes(fields, "model.backbone.")
     return AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
 
 

@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calm.models.layer_access import is_plain
+
+__all__ = ["gated_silu_linear", "is_plain", "silu_linear"]
+
 
 def silu_linear(x: Tensor, linear: nn.Module) -> Tensor:
     """``linear(silu(x))``: ``[..., I] -> [..., O]``; for the backward pass it keeps ``x``, not ``silu(x)``."""
@@ -48,12 +52,6 @@ class _GatedSilu:
         return opened.mul_(up), result
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a layer is its weight and bias and nothing else: no adapter around it, no hook on it."""
-    hooked = linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook")  # the last accelerate's
-    return type(linear) is nn.Linear and not hooked
-
-
 def _apply(x: Tensor, linear: nn.Module, activation: type[_Silu] | type[_GatedSilu]) -> Tensor:
     # A compiler decides for itself what to compute again.
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_plain(linear):
@@ -63,16 +61,25 @@ def _apply(x: Tensor, linear: nn.Module, activation: type[_Silu] | type[_GatedSi
 
 class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, activation: type[_Silu] | type[_GatedSilu]) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, activation: type[_Silu] | type[_GatedSilu]
+    ) -> Tensor:
         ctx.activation = activation
         ctx.save_for_backward(x, weight)
         return F.linear(activation.forward(x), weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)
-        of_activation = (rows @ weight.to(rows.dtype)).view(*gradient.shape[:-1], -1).to(x.dtype)
-        activated, of_x = ctx.activation.backward(x, of_activation)
-        return of_x, rows.mT @ activated.flatten(0, -2).to(rows.dtype), rows.sum(0), None
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        rows = gradient.reshape(-1, gradient.shape[-1])  # an input may also be one vector, or none
+        of_x, of_weight, of_bias = None, None, None
+        if wants_x or wants_weight:
+            of_activation = (rows @ weight.to(rows.dtype)).view(*gradient.shape[:-1], weight.shape[1]).to(x.dtype)
+            activated, of_x = ctx.activation.backward(x, of_activation)
+            if wants_weight:
+                of_weight = rows.mT @ activated.reshape(-1, weight.shape[1]).to(rows.dtype)
+        if wants_bias:
+            of_bias = rows.sum(0)
+        return of_x if wants_x else None, of_weight, of_bias, None

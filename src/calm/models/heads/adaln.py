@@ -21,11 +21,11 @@ class TimestepEmbedding(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
-    def forward(self, timestep: Tensor) -> Tensor:
+    def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         half = _FREQUENCIES // 2
         exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
         angles = timestep[..., None].float() * (-math.log(10000) * exponent).exp()
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
 
 class ModulatedBlock(nn.Module):
@@ -71,7 +71,7 @@ class AdaptiveNormMLP(nn.Module):
         self.output_layer = nn.Linear(width, output_size)
 
     def forward(self, x: Tensor, timestep: Tensor, hidden: Tensor) -> Tensor:
-        condition = F.silu(self.time_embedding(timestep) + self.hidden_proj(hidden))
+        condition = F.silu(self.time_embedding(timestep, hidden.dtype) + self.hidden_proj(hidden))
         x = self.input_proj(x.to(hidden.dtype))
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:

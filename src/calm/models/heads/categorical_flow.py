@@ -24,6 +24,7 @@ from calm.functional.temperature import sharpened
 from calm.functional.tiles import checkpointed_rows, rows_at_once
 from calm.models.configuration_heads import CategoricalFlowHeadConfig
 from calm.models.heads.base import Head, HeadLoss, leading_shape
+from calm.models.layer_access import embedding_matrix
 from calm.models.modeling_autoencoder import Posterior
 
 _SAMPLING_ELEMENTS = 2**22  # of the logits that exist at once on a CPU
@@ -116,6 +117,11 @@ class CategoricalFlowHead(Head):
         # In a tuple, so that they are not registered as parts of the head: the model saves and moves them.
         self._tables = (token_embeddings, autoencoder)
 
+    def _output_matrix(self, device: torch.device) -> Tensor:
+        """Return the output layer, ``[V, D]``."""
+        embeddings, autoencoder = self._tables
+        return embedding_matrix(embeddings, autoencoder.config.vocab_size, device)
+
     # --- training -----------------------------------------------------------------------------------------------------
 
     def loss(
@@ -134,7 +140,7 @@ class CategoricalFlowHead(Head):
             noise: uniform in [0, 1), ``[...]``; it chooses the later pass of every position.
             target_noise: not used, the targets have no variance.
         """
-        embeddings, token_ids = self._tables[0].weight, posterior.token_ids
+        embeddings, token_ids = self._output_matrix(hidden.device), posterior.token_ids
         if token_ids is None:
             token_ids = self._tables[1].decode_tokens(posterior.mean)
         base = self.base_proj(hidden).unflatten(-1, (self.patch_size, -1))
@@ -194,7 +200,7 @@ class CategoricalFlowHead(Head):
         assert each is not None
         states = hidden.flatten(0, -2)
         several = each.reshape(-1, len(states), self.patch_size)  # [S, P, K]
-        elements = len(several) * self.patch_size * self._tables[0].num_embeddings
+        elements = len(several) * self.patch_size * self._tables[1].config.vocab_size
         size = rows_at_once(elements, hidden.device, _SAMPLING_ELEMENTS)
         results = [
             self._passes(state, None if noise is None else tile, tile if noise is None else None, temperature)
@@ -207,7 +213,7 @@ class CategoricalFlowHead(Head):
         self, hidden: Tensor, noise: Tensor | None, given: Tensor | None, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As :meth:`_tiled`: ``[P, D], [S, P, K] -> [S, P, K]`` each."""
-        table = self._tables[0].weight
+        embeddings = table = self._output_matrix(hidden.device)
         base = _scores(self.base_proj(hidden).unflatten(-1, (self.patch_size, -1)), table)  # [P, K, V]
         shortlist: Tensor | None = None
         if self.config.shortlist_size is not None and self.config.shortlist_size < len(table):
@@ -219,7 +225,7 @@ class CategoricalFlowHead(Head):
             now = slice(start, stop)
             logits = base[:, now]
             if start:
-                states = self._later_states(hidden, torch.cat(tokens, dim=-1))
+                states = self._later_states(hidden, F.embedding(torch.cat(tokens, dim=-1), embeddings))
                 logits = logits + _scores(states[..., now, :], table if shortlist is None else table[:, now])
             probs = sharpened(logits, temperature)  # [(S,) P, stop - start, V or M]
             listed = None if shortlist is None else shortlist[:, now]
@@ -239,15 +245,15 @@ class CategoricalFlowHead(Head):
         return torch.cat(tokens, dim=-1), log_probs, are_best
 
     def _later_states(self, hidden: Tensor, chosen: Tensor) -> Tensor:
-        """Return what chosen tokens add to the states: ``[P, D], [S, P, chosen] -> [S, P, K, D]``."""
-        masked = self.patch_size - chosen.shape[-1]
-        embeddings = F.pad(F.embedding(chosen, self._tables[0].weight), (0, 0, 0, masked))
-        is_chosen = torch.arange(self.patch_size, device=hidden.device) < chosen.shape[-1]
+        """Return what the embeddings of chosen tokens add to the states: ``[P, D], [S, P, n, D] -> [S, P, K, D]``."""
+        num_chosen = chosen.shape[-2]
+        embeddings = F.pad(chosen, (0, 0, 0, self.patch_size - num_chosen))
+        is_chosen = torch.arange(self.patch_size, device=hidden.device) < num_chosen
         return self.network(embeddings, is_chosen, hidden)
 
     def flops(self) -> tuple[float, float]:
         """As :meth:`Head.flops`, with the products with the vocabulary or the shortlist."""
-        vocab_size, hidden_size = self._tables[0].weight.shape
+        vocab_size, hidden_size = self._tables[1].config.vocab_size, self.base_proj.in_features
         shortlist = min(self.config.shortlist_size or vocab_size, vocab_size)
         first = self.base_proj.weight.numel() + self.patch_size * vocab_size * hidden_size
         if len(self.schedule) == 1:
