@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,6 +17,8 @@ END_TOKEN = "<|end_of_text|>"  # id 1, between documents
 MIN_VOCAB_SIZE = 258  # every byte and the two tokens above
 RELEASED_PAD_TOKEN = "[PAD]"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+MAX_WORD_CHARACTERS = 1000  # of what a tokenizer is trained on
+_RUNS, _LONG_SPACE = re.compile(r"\S++|\s++"), re.compile(rf"\s{{{MAX_WORD_CHARACTERS + 1}}}")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -39,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=progress,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((part for text in texts for part in _without_long_words(text)), trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         raise ValueError(
             f"the text gives only {tokenizer.get_vocab_size()} tokens, not the {vocab_size} of vocab_size: add text or "
@@ -52,6 +54,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
         padding_side="left",  # prompts of a batch end together; generation needs that
         clean_up_tokenization_spaces=False,
     )
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """Yield a text, divided within runs of letters and signs, or of white space, of more than MAX_WORD_CHARACTERS.
+
+    Time and memory of training grow with the square of the longest word.
+    """
+    start = 0
+    if max(map(len, text.split()), default=0) > MAX_WORD_CHARACTERS or _LONG_SPACE.search(text):
+        for run in _RUNS.finditer(text):
+            for cut in range(run.start() + MAX_WORD_CHARACTERS, run.end(), MAX_WORD_CHARACTERS):
+                yield text[start:cut]
+                start = cut
+    yield text[start:]
 
 
 def has_tokenizer(path: str | os.PathLike) -> bool:
