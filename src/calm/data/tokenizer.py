@@ -4,8 +4,11 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -94,10 +97,15 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
             f"no tokenizer in {path}: expected {' or '.join(_TOKENIZER_FILES)}; `calm tokenizer train` makes one, and "
             "commands that load a model take --tokenizer."
         )
+    check_regular_expressions(path if path.is_file() else path / "tokenizer.json")
     try:
         tokenizer = _load(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load a tokenizer from {path}: {str(error).splitlines()[0]}") from error
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library raises Exception itself, and its panics are no Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot load a tokenizer from {path}: {reason:.300}") from error
+    _check_ids(tokenizer, path)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer in {path} has no end-of-text token (eos_token): documents could not be told apart."
@@ -106,6 +114,65 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
         tokenizer.add_special_tokens({"pad_token": RELEASED_PAD_TOKEN})
     tokenizer.padding_side = "left"  # prompts of a batch end together; generation needs that
     return tokenizer
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Raise ValueError for a tokenizer that is not one of the tokenizers library, or that has gaps in its ids."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer in {path} has no tokenizer.json: save it with one (`tokenizer.save_pretrained`)."
+        )
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= len(tokenizer):
+        raise ValueError(
+            f"the tokenizer in {path} is damaged: it has {len(tokenizer)} tokens, and one has the id {highest}, beyond "
+            "that vocabulary."
+        )
+
+
+_PROBE = (
+    "import sys; from tokenizers import Tokenizer; "
+    "Tokenizer.from_file(sys.argv[1]).encode_batch(sys.stdin.read().splitlines(), add_special_tokens=False)"
+)
+_PROBE_SECONDS = 20
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+
+
+def check_regular_expressions(file: Path) -> None:
+    """Raise ValueError for a tokenizer.json with a regular expression whose time grows without bound.
+
+    Only an expression with a repeated group can do that, which tokenizers hardly have. Such a tokenizer is tried in a
+    process of its own, because it cannot be stopped in this one.
+    """
+    try:
+        text = file.read_text(encoding="utf-8") if file.suffix == ".json" else ""
+        expressions = "".join(_regular_expressions(json.loads(text))) if _REPEATED_GROUP.search(text) else ""
+    except (OSError, ValueError, RecursionError):
+        return  # loading it says what is wrong
+    if not _REPEATED_GROUP.search(expressions):
+        return
+    characters = sorted({*expressions, "a", " ", "0", "."})
+    probe = "\n".join(f"{character * 40}!" for character in characters if character.isprintable())
+    try:
+        command = [sys.executable, "-c", _PROBE, str(file)]
+        subprocess.run(command, input=probe, text=True, encoding="utf-8", capture_output=True, timeout=_PROBE_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(
+            f"the tokenizer in {file} has a regular expression that takes more than {_PROBE_SECONDS} seconds for a "
+            "short text: it cannot be used."
+        ) from error
+
+
+def _regular_expressions(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get("Regex"), str):
+            yield value["Regex"]
+        for name, part in value.items():
+            if name not in ("vocab", "merges"):
+                yield from _regular_expressions(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _regular_expressions(part)
 
 
 def _load(path: Path) -> PreTrainedTokenizerBase:

@@ -75,11 +75,31 @@ def train(
         with _alone_in(output, arguments, partial(_check_start, recipe, allow_recipe_change, verify)):
             _run(trainer, recipe, progress)
     except (ImportError, RuntimeError) as error:
+        if _is_lost_connection(error):
+            raise ConnectionError(
+                f"another process of this run ended before its time, and this one cannot go on alone ({error!s:.150}). "
+                "The output of that process has the reason; the same command resumes from the last checkpoint."
+            ) from error
         # transformers and accelerate ask for what a setting needs in many words, and with either error.
         if "instal" not in str(error):
             raise
         raise ValueError(f"a setting of this recipe needs a library that is not installed: {error}") from error
     return output
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether an error says that the other processes of a distributed run cannot be reached."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error).lower()
+    lost = (
+        "connection closed by peer",
+        "connection reset by peer",
+        "broken pipe",
+        "timed out waiting",
+        "connection refused",
+    )
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(part in text for part in lost)
 
 
 def _make_trainer(recipe: Recipe, arguments: TrainingArguments) -> CalmTrainer:
