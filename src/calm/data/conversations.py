@@ -175,10 +175,12 @@ def _text_of_content(content: Any) -> str | None:
         return content
     if not isinstance(content, list):
         return None
-    parts = [
-        part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None for part in content
-    ]
-    return "".join(parts) if all(isinstance(part, str) for part in parts) else None  # type: ignore[arg-type]
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            return None
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 class ConversationBlocks(Dataset):

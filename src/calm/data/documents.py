@@ -20,7 +20,7 @@ FORMATS = f"{', '.join((*TEXT_SUFFIXES, *JSONL_SUFFIXES))} (each also {' and '.j
 # A few kilobytes can expand to gigabytes. No document is near this long; text files that are not compressed may be.
 MAX_EXPANDED_BYTES = 2**26
 _READ_BYTES = 2**20
-_ZSTD_INPUT_BYTES = 2**10  # at once: they expand to 32 MiB at most
+_ZSTD_INPUT_BYTES = 2**9  # at once: they expand to 16 MiB at most
 _PARQUET_ROWS = 64
 _MAX_EXPANSION = 500  # of a column of parquet
 DAMAGED = "damaged file"
@@ -194,7 +194,7 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes | None]:
         *ends, rest = chunk.split(b"\n")
         for end in ends:
             too_long = too_long or len(line) + len(end) > MAX_EXPANDED_BYTES
-            yield None if too_long else bytes(line + end)
+            yield None if too_long else bytes(line) + end
             line, too_long = bytearray(), False
         too_long = too_long or len(line) + len(rest) > MAX_EXPANDED_BYTES
         if too_long:

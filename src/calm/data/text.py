@@ -1,15 +1,19 @@
 """Text to token ids and back: text never becomes a control token, and new tokens are decoded as they follow text."""
 
+from __future__ import annotations
+
 import json
 import re
 import secrets
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:  # readers of documents are imported without transformers
+    from transformers import PreTrainedTokenizerBase
 
 # A prefix that no text can guess (U+FDD0 is a noncharacter, which Unicode reserves for uses like this one).
 _MARK = f"\ufdd0{secrets.token_hex(8)}"
@@ -84,7 +88,7 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) ->
     ]
 
 
-def _encode_with_stand_ins(control: "_ControlTokens", text: str) -> list[int]:
+def _encode_with_stand_ins(control: _ControlTokens, text: str) -> list[int]:
     # Control tokens of the template get the names that they have in the plain tokenizer; those of users, their own.
     text = control.pattern.sub(lambda match: plain_name(match.group()), text)
     for name, stand_in in control.stand_ins.items():
@@ -158,7 +162,7 @@ def _parts(merge: str | list[str]) -> tuple[str, str, str]:
     return first, second, first + second
 
 
-_known: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, _ControlTokens]]" = WeakKeyDictionary()
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, _ControlTokens]] = WeakKeyDictionary()
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> _ControlTokens:

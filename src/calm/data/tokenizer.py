@@ -155,12 +155,17 @@ def check_regular_expressions(file: Path) -> None:
     probe = "\n".join(f"{character * 40}!" for character in characters if character.isprintable())
     try:
         command = [sys.executable, "-c", _PROBE, str(file)]
-        subprocess.run(command, input=probe, text=True, encoding="utf-8", capture_output=True, timeout=_PROBE_SECONDS)
+        ended = subprocess.run(
+            command, input=probe, text=True, encoding="utf-8", capture_output=True, timeout=_PROBE_SECONDS
+        )
     except subprocess.TimeoutExpired as error:
         raise ValueError(
             f"the tokenizer in {file} has a regular expression that takes more than {_PROBE_SECONDS} seconds for a "
             "short text: it cannot be used."
         ) from error
+    if ended.returncode != 0:
+        reason = (ended.stderr.strip() or "no reason given").splitlines()[-1]
+        raise ValueError(f"cannot load a tokenizer from {file}: it does not encode a short text ({reason:.200}).")
 
 
 def _regular_expressions(value: Any) -> Iterator[str]:

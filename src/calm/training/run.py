@@ -89,7 +89,7 @@ def train(
 
 def _is_lost_connection(error: Exception) -> bool:
     """Whether an error says that the other processes of a distributed run cannot be reached."""
-    if isinstance(error, torch.distributed.DistError):
+    if isinstance(error, getattr(torch.distributed, "DistError", ())):
         return True
     text = str(error).lower()
     lost = (
