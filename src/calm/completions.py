@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from calm.data.text import half_character
+from calm.data.text import (
+    ContinuationDecoder,
+    decode_continuation,
+    encode_plain_text,
+    encode_plain_texts,
+    half_character,
+)
+from calm.files import only_writer
 from calm.functional.temperature import LOWEST_TEMPERATURE, check_known_temperature
 from calm.models.context import context_of, patch_size_of, positions_needed, room_for_new
 from calm.models.layer_access import device_of
@@ -83,17 +89,19 @@ def complete(
         for every prompt its ``text`` and ``tokens`` (without what follows the end of text), the ``tokens_per_second``
         of them all and, for CALM, ``draws_per_chunk`` and ``products_per_token``.
     """
-    ids, mask = _encode(tokenizer, prompts, model)
+    rows = _encode(tokenizer, prompts, model)
+    ids, mask = left_padded(rows, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
+    ids, mask = ids.to(device_of(model)), mask.to(device_of(model))
     started = time.perf_counter()
     new, out = continue_tokens(model, tokenizer, ids, mask, settings, streamer, first)
     seconds = time.perf_counter() - started
     results = [
         {
-            "text": tokenizer.decode(tokens, skip_special_tokens=True),
+            "text": decode_continuation(tokenizer, prompt, tokens),
             "tokens": len(tokens),
             "tokens_per_second": round(sum(map(len, new)) / seconds, 1),
         }
-        for tokens in new
+        for prompt, tokens in zip(rows, new, strict=True)
     ]
     if isinstance(model, CalmForCausalLM):
         for result, drawn, decoded in zip(results, out.num_drawn, out.num_decoded, strict=True):
@@ -167,7 +175,7 @@ def complete_file(
     numbered, output = _read_prompts(source), Path(output)
     records = [record for _, record in numbered]
     _check_absent(output)
-    prompts = [tokenizer(record["prompt"], add_special_tokens=False, verbose=False)["input_ids"] for record in records]
+    prompts = encode_plain_texts(tokenizer, [record["prompt"] for record in records])
     _check_lengths(model, [number for number, _ in numbered], prompts, source, settings)
     draft = output.with_name(f".{output.name}.partial")
     said = {"model": str(getattr(model, "name_or_path", ""))} | {
@@ -176,18 +184,10 @@ def complete_file(
     if not isinstance(model, CalmForCausalLM):
         said["batch_size"] = batch_size  # a batch has one stream of random numbers
     output.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output.with_name(f".{output.name}.lock"), blocking=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(f"another process is writing {output}: wait for it, or choose another file.") from error
-    try:
+    with only_writer(output):
         _check_absent(output)  # another process may have finished it meanwhile
         _fill(draft, model, tokenizer, records, prompts, settings, said, batch_size, advance)
         draft.replace(output)
-    finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
     return len(records)
 
 
@@ -246,20 +246,28 @@ def _check_lengths(
 
 def _encode(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[int]], model: PreTrainedModel
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left-padded ids and mask; an empty prompt of a token model is its end-of-text token."""
+) -> list[list[int]]:
+    """Return the ids of every prompt; an empty prompt of a token model is its end-of-text token."""
     for prompt in prompts:
         if isinstance(prompt, str) and (place := half_character(prompt)) is not None:
             raise ValueError(f"the prompt {prompt!r:.60} is not UTF-8 text (character {place}).")
-    rows = [
-        tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
+    rows = [encode_plain_text(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     if not isinstance(model, CalmForCausalLM):
         rows = [row or [tokenizer.eos_token_id] for row in rows]
-    ids, mask = left_padded(rows, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
-    device = device_of(model)
-    return ids.to(device), mask.to(device)
+    return rows
+
+
+class PrintingStreamer(BaseStreamer):
+    """Print a prompt and its continuation as ``generate`` passes them on, without control tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._decoder = ContinuationDecoder(tokenizer)
+
+    def put(self, value: torch.Tensor) -> None:
+        print(self._decoder.add(value.flatten().tolist()), end="", flush=True)
+
+    def end(self) -> None:
+        print(self._decoder.add([], last=True), flush=True)
 
 
 def until_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[int]:
@@ -279,7 +287,7 @@ def _read_prompts(source: str | os.PathLike) -> list[tuple[int, dict]]:
     for number, line in _lines(Path(source)):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{source} line {number} is not JSON: {error}.") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise ValueError(

@@ -20,10 +20,11 @@ from calm.data.blocks import TokenBlocks
 from calm.data.corpus import write_embedded_corpus
 from calm.data.documents import read_documents
 from calm.data.prepare import prepare
+from calm.data.text import decode_continuation, encode_plain_text
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.count_models import evaluate_counts
-from calm.files import write_json, write_whole
+from calm.files import only_writer, staged_directory, write_json, write_whole
 from calm.models.loading import load_model
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.training.cost import recipe_cost
@@ -61,6 +62,11 @@ SPEED_TOKENS, SPEED_BATCH = 128, 8
 
 def run_quickstart(run: Path, minutes: float, seed: int, device: str, progress: Progress) -> dict:
     """Carry out, or finish, the quickstart in ``run``; returns the results, which also lie in ``results.json``."""
+    with only_writer(run):
+        return _run_quickstart(run, minutes, seed, device, progress)
+
+
+def _run_quickstart(run: Path, minutes: float, seed: int, device: str, progress: Progress) -> dict:
     settings = {"minutes": minutes, "seed": seed}
     _check_settings(run, settings)
     overall = progress.add_task("quickstart", total=4 + len(MODELS), note="")
@@ -100,16 +106,16 @@ def _check_settings(run: Path, settings: dict) -> None:
                 f"{run} holds a quickstart with {before}, not {settings}: choose another directory, or remove this one."
             )
         return
-    if run.exists() and any(path.name != f".{QUICKSTART}.partial" for path in run.iterdir()):
+    # A run that was killed while it wrote its settings leaves a part of them.
+    if run.exists() and any(not path.name.startswith(f".{QUICKSTART}.") for path in run.iterdir()):
         raise ValueError(f"{run} is not empty and holds no quickstart: choose another directory.")
     run.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(settings))
 
 
 def _train_tokenizer(corpus: Path, output: Path) -> None:
-    draft = output.with_name(".tokenizer.partial")
-    train_tokenizer(read_documents([str(corpus)]), VOCAB_SIZE).save_pretrained(draft)
-    draft.rename(output)
+    with staged_directory(output) as staging:
+        train_tokenizer(read_documents([str(corpus)]), VOCAB_SIZE).save_pretrained(staging)
 
 
 def _prepare(corpus: Path, tokenizer_path: Path, data: Path, seed: int) -> None:
@@ -209,12 +215,12 @@ def _samples(models: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: i
     """Return continuations of every prompt by every model, at one temperature."""
     samples = []
     for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        ids = encode_plain_text(tokenizer, prompt)
         for label, (name, sampler) in SAMPLED.items():
             model = models[name]
             settings = SamplingSettings(SAMPLE_TOKENS, SAMPLE_TEMPERATURE, sampler, seed=seed)
-            given = ids.to(model.device)
+            given = torch.tensor([ids], device=model.device)
             (new,), _ = continue_tokens(model, tokenizer, given, torch.ones_like(given), settings)
-            text = tokenizer.decode(new, skip_special_tokens=True)
+            text = decode_continuation(tokenizer, ids, new)
             samples.append({"model": label, "temperature": SAMPLE_TEMPERATURE, "prompt": prompt, "text": text})
     return samples

@@ -1,5 +1,6 @@
 import gzip
 import json
+import tracemalloc
 from collections import Counter
 
 import pyarrow
@@ -8,8 +9,9 @@ import pytest
 import zstandard
 
 from calm.data.corpus import in_validation, stdlib_documents, write_embedded_corpus
-from calm.data.documents import BadRecordError, read_documents
-from calm.data.sources import find_sources
+from calm.data.documents import BadRecordError, read_documents, split_text
+from calm.data.sources import find_sources, unread_summary
+from calm.data.tokenizer import train_tokenizer
 
 TEXTS = ["first text", "zweiter Text: ä", "third\nwith a line break"]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -134,3 +136,80 @@ def test_embedded_corpus_is_the_standard_library_split_by_file(tmp_path):
     assert all(in_validation(record["path"]) for record in records["validation"])
     assert not any(in_validation(record["path"]) for record in records["train"])
     assert not any("/test/" in f"/{path}" for path, _ in stdlib_documents())
+
+
+def test_suffixes_are_known_in_every_spelling(tmp_path):
+    line = b'{"text": "hello"}\n'
+    for name, data in {
+        "c4.00000.json.gz": gzip.compress(line), "a.json.zst": zstandard.compress(line), "b.ndjson": line,
+        "b.ndjson.gz": gzip.compress(line), "C.JSONL": line, "D.TXT": b"hello", "e.txt.gz": gzip.compress(b"hello"),
+        "f.md.zst": zstandard.compress(b"hello"), "G.JsonL.GZ": gzip.compress(line),
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(data)
+        assert read(tmp_path / name) == ["hello"], name
+    assert len(read(tmp_path)) == 9
+
+
+def test_the_files_of_a_folder_that_are_not_read_are_named(tmp_path):
+    for name in ("a.txt", "b.csv", "c.CSV", "noext", ".hidden", "d.jsonl.xz"):
+        (tmp_path / name).write_bytes(b"x")
+    unread = []
+    find_sources([tmp_path], unread=unread)
+    assert sorted(name.rpartition("/")[2] for name in unread) == ["b.csv", "c.CSV", "d.jsonl.xz", "noext"]
+    assert unread_summary(unread)["count"] == 4
+    assert unread_summary(unread)["suffixes"] == {".csv": 2, ".xz": 1, "none": 1}
+
+
+def test_a_local_name_is_never_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Pod::Usage.txt").write_text("a synopsis")
+    (tmp_path / "Pod").write_text("something else")
+    (tmp_path / "memory::a.jsonl").write_text('{"text": "a memo"}')
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a table"]}), tmp_path / "zip::b.parquet")
+    assert read("Pod::Usage.txt") == ["a synopsis"]
+    assert read(".") == ["a synopsis", "a memo", "a table"]
+
+
+def test_what_a_file_expands_to_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("calm.data.documents.MAX_EXPANDED_BYTES", 2**20)
+    long_line = json.dumps({"text": "a" * 2**26}).encode() + b"\n"
+    for name, data in {
+        "a.jsonl.zst": zstandard.compress(LINES + long_line + LINES),
+        "b.jsonl.gz": gzip.compress(LINES + long_line + LINES),
+        "c.jsonl": LINES + long_line + LINES,
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(data)
+        del data
+        counts, skipped = Counter(), {}
+        tracemalloc.start()
+        assert read(tmp_path / name, on_bad="skip", counts=counts, skipped=skipped) == TEXTS * 2
+        assert tracemalloc.get_traced_memory()[1] < 2**26  # a step of zstd expands to 16 MiB
+        tracemalloc.stop()
+        assert list(skipped) == ["more than 1 MiB"]
+        assert "line 4 holds more than 1 MiB in one document" in skipped["more than 1 MiB"]
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"a" * 2**21))
+    with pytest.raises(BadRecordError, match="holds more than 1 MiB"):
+        read(tmp_path / "d.txt.gz")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a" * 2**24]}), tmp_path / "e.parquet", compression="zstd", use_dictionary=False
+    )
+    with pytest.raises(BadRecordError, match="expands to more than 500 times its size"):
+        read(tmp_path / "e.parquet")
+
+
+def test_names_in_messages_are_short_and_printable(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({f"field {i} \ud83d": 0 for i in range(5000)}))
+    with pytest.raises(BadRecordError, match="has no text field") as error:
+        read(tmp_path / "a.jsonl")
+    assert len(str(error.value)) < 2000
+    str(error.value).encode()
+
+
+def test_pieces_of_code_have_the_tokens_of_the_whole():
+    code = "".join(f"def f{i}(x):\n    y = x + {i}  # note\n\n\treturn y;\n\n\n" for i in range(60))
+    tokenizer = train_tokenizer([code], 400)
+    ids = tokenizer(code)["input_ids"]
+    for size in range(100, 500, 13):
+        pieces = list(split_text(code, size))
+        assert "".join(pieces) == code
+        assert [token for piece in pieces for token in tokenizer(piece)["input_ids"]] == ids, size

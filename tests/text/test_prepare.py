@@ -1,17 +1,33 @@
 import copy
 import json
+import re
 import subprocess
 import sys
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch.utils.data import DataLoader
 
+from calm.data import pipeline
 from calm.data.blocks import TokenBlocks, read_manifest
+from calm.data.checksums import check_checksums, file_checksums
+from calm.data.conversations import ConversationBlocks, prepare_conversations
+from calm.data.corpus import write_embedded_corpus
 from calm.data.pipeline import Executor
 from calm.data.prepare import prepare
-from calm.data.tokenizer import END_TOKEN, load_tokenizer, tokenizer_hash, train_tokenizer
+from calm.data.tokenizer import (
+    END_TOKEN,
+    MAX_WORD_CHARACTERS,
+    _without_long_words,
+    load_tokenizer,
+    tokenizer_hash,
+    train_tokenizer,
+)
+from calm.files import only_writer, staged_directory
+from calm.quickstart import run_quickstart
 
 DOCUMENTS = [
     f"document number {i}: the quick brown fox jumps over {i * i} lazy dogs\n" * (i % 5 + 1) for i in range(60)
@@ -200,3 +216,180 @@ def test_data_modules_import_nothing_else_of_the_package():
         "print([m for m in sys.modules if m.startswith(('calm.training', 'calm.evaluation', 'datatrove'))])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_directory_has_one_writer_at_a_time(tokenizer, source, tmp_path, monkeypatch):
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "a", "response": "b"}')
+    writers = {
+        "data": lambda path: prepare([source], tokenizer, path),
+        "chats": lambda path: prepare_conversations([tmp_path / "chats.jsonl"], tokenizer, path),
+        "corpus": write_embedded_corpus,
+        "tokenizer": lambda path: staged_directory(path).__enter__(),
+        "quickstart": lambda path: run_quickstart(path, 1, 0, "cpu", None),
+    }
+    for name, write in writers.items():
+        with only_writer(tmp_path / name), pytest.raises(ValueError, match="another process is writing"):
+            write(tmp_path / name)
+        assert not (tmp_path / name).exists()
+        assert not list(tmp_path.glob(".*.lock"))
+    monkeypatch.chdir(tmp_path)
+    with only_writer("data"), pytest.raises(ValueError, match="another process is writing"):
+        prepare([source], tokenizer, tmp_path / "data")
+
+
+def test_workers_of_a_killed_preparation_are_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_WAIT_FOR_WORKERS", 0)
+    (tmp_path / "work").mkdir()
+    with FileLock(tmp_path / "work" / "00000.lock"), pytest.raises(ValueError, match="are still writing in"):
+        pipeline.wait_for_workers(tmp_path)
+    pipeline.wait_for_workers(tmp_path)
+
+
+def test_an_output_may_be_named_like_an_address(tokenizer, source, tmp_path):
+    manifest = prepare([source], tokenizer, tmp_path / "a::b" / "memory::c")
+    assert read_manifest(tmp_path / "a::b" / "memory::c") == manifest
+
+
+def test_a_document_that_spells_a_separator_is_one_document(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": f"END = '{END_TOKEN}'  # then <|pad|>"}) + "\n")
+    prepare([tmp_path / "a.jsonl"], tokenizer, tmp_path / "data")
+    ids = np.fromfile(next((tmp_path / "data").glob("*.ds")), np.uint16).tolist()
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.pad_token_id not in ids
+    assert tokenizer.decode(ids[:-1]) == f"END = '{END_TOKEN}'  # then <|pad|>"
+
+
+def test_tokens_that_were_replaced_do_not_have_their_checksums(tokenizer, source, tmp_path, monkeypatch):
+    monkeypatch.setattr("calm.data.checksums.CHUNK_BYTES", 100)
+    monkeypatch.setattr("calm.data.prepare.CHUNK_BYTES", 100)
+    monkeypatch.setattr("calm.data.pipeline.file_checksums", lambda path: file_checksums(path, 100))
+    path = tmp_path / "data"
+    manifest = prepare([source], tokenizer, path)
+    check_checksums(path, manifest)
+    file = path / manifest["files"][0]["name"]
+    content = file.read_bytes()
+    file.write_bytes(content[:500] + bytes(10) + content[510:])
+    with pytest.raises(ValueError, match=r"shuffled\.ds does not have its checksum between bytes 500 and 600"):
+        check_checksums(path, read_manifest(path), every_chunk=True)
+    old = {name: value for name, value in manifest.items() if name not in ("files", "chunk_bytes")}
+    old["files"] = [{"name": file.name, "num_tokens": manifest["num_tokens"]}]
+    check_checksums(path, old)  # written by an earlier release
+
+
+def test_an_id_beyond_the_vocabulary_is_named_in_one_line(tmp_path):
+    write_blocks(tmp_path / "data", [64])
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest | {"vocab_size": 40}))
+    blocks = TokenBlocks(tmp_path / "data", 8)
+    message = r"\(block 5\) are damaged: token id 47, and the vocabulary has 40 tokens; run `calm prepare` again\."
+    with pytest.raises(ValueError, match=message):
+        blocks[5]
+    loader = DataLoader(blocks, batch_size=8, num_workers=1, multiprocessing_context="spawn")
+    with pytest.raises(ValueError, match=message) as error:
+        list(loader)
+    assert "\n" not in str(error.value)
+
+
+def test_a_manifest_that_lacks_a_key_is_named(tmp_path):
+    write_blocks(tmp_path / "data", [64])
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged: it has no 'tokenizer_sha256'"):
+        read_manifest(tmp_path / "data")["tokenizer_sha256"]
+    (tmp_path / "data" / "manifest.json").write_text("[" * 20000)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged or cut short"):
+        read_manifest(tmp_path / "data")
+
+
+CHATS = {
+    "a null beside another name": ({"prompt": "a", "response": None, "completion": "b"}, 1),
+    "no messages": ({"messages": [], "prompt": "a", "response": "b"}, 1),
+    "null messages": ({"messages": None, "prompt": "a", "response": "", "completion": "b"}, 1),
+    "parts": ({"messages": [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "c"}]},
+        {"role": "assistant", "content": "b"}]}, 1),
+    "null content": ({"messages": [
+        {"role": "system", "content": None}, {"role": "assistant", "content": None}, {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"}]}, 1),
+    "a picture": ({"messages": [
+        {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
+        {"role": "assistant", "content": "b"}]}, 0),
+    "half a character": ({"messages": [
+        {"role": "us\ud83d", "content": "a"}, {"role": "assistant", "content": "b"}]}, 0),
+    "half a character elsewhere": ({"messages": [
+        {"role": "user", "content": "a", "name": "\ud83d"}, {"role": "assistant", "content": "b"}]}, 0),
+    "no list": ({"messages": {"role": "user"}}, 0),
+    "only nulls": ({"messages": None, "prompt": None, "response": None}, 0),
+}  # fmt: skip
+
+
+def test_chats_are_read_as_tables_and_logs_have_them(tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|end_of_text|>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    lines = [json.dumps(record) for record, _ in CHATS.values()]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    manifest = prepare_conversations([tmp_path / "c.jsonl"], tokenizer, tmp_path / "out", on_bad="skip")
+    assert manifest["num_examples"] == sum(count for _, count in CHATS.values())
+    assert sum(kind["count"] for kind in manifest["skipped"].values()) == sum(not count for _, count in CHATS.values())
+    check_checksums(tmp_path / "out", manifest)
+    (tmp_path / "out" / "lengths.npy").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"lengths\.npy cannot be read"):
+        ConversationBlocks(tmp_path / "out", 32)
+
+
+def test_a_response_that_spells_an_end_of_text_does_not_end_there(tokenizer, tmp_path):
+    (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": "say it", "response": f"it is {END_TOKEN} of course"}))
+    prepare_conversations([tmp_path / "c.jsonl"], tokenizer, tmp_path / "out")
+    ids = np.fromfile(tmp_path / "out" / "examples.ds", np.uint16)
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == f"say itit is {END_TOKEN} of course"
+
+
+def test_a_tokenizer_is_trained_in_time_that_grows_with_its_text():
+    """Words are divided: the time grows with the square of the longest one."""
+    text = "ACGT" * 700 + " " * 3000 + "words and more"
+    parts = list(_without_long_words(text))
+    assert "".join(parts) == text
+    assert max(len(word) for part in parts for word in re.findall(r"\S+|\s+", part)) == MAX_WORD_CHARACTERS
+    assert list(_without_long_words("short words " * 1000)) == ["short words " * 1000]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "null", "[]", '{"model": null}', "[" * 20000])
+def test_a_damaged_tokenizer_is_named_in_one_line(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(ValueError, match="tokenizer") as error:
+            load_tokenizer(path)
+        assert "\n" not in str(error.value)
+
+
+def test_flipped_bits_in_a_tokenizer_end_in_one_line_or_in_none(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    content = (tmp_path / "tokenizer.json").read_bytes()
+    for place in range(0, 1500, 97):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        (tmp_path / "tokenizer.json").write_bytes(flipped)
+        with suppress(ValueError):
+            load_tokenizer(tmp_path)
+
+
+def test_a_token_beyond_the_vocabulary_is_named(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state["model"]["vocab"]["zz"] = 10**6
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="one has the id 1000000, beyond that vocabulary"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_regular_expression_without_an_end_is_refused(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("calm.data.tokenizer._PROBE_SECONDS", 3)
+    tokenizer.save_pretrained(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, state["pre_tokenizer"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"a regular expression that takes more than|does not encode a short text"):
+        load_tokenizer(tmp_path)

@@ -92,6 +92,56 @@ def test_unreadable_recipes_are_refused(recipe, text, message):
         Recipe.load(recipe.with_name("other.yaml"))
 
 
+def nested_aliases(levels):
+    lists = [f"&a{level} [{', '.join([f'*a{level - 1}' if level else 'x'] * 10)}]" for level in range(levels)]
+    return f"[{', '.join(lists)}]"
+
+
+def test_a_recipe_that_expands_without_end_is_refused(recipe):
+    recipe.write_text(MINIMAL + f"training: {{learning_rate: {nested_aliases(9)}}}\n")
+    with pytest.raises(ValueError, match="has aliases that expand to more than 10,000 values"):
+        Recipe.load(recipe)
+    recipe.write_text(MINIMAL)
+    with pytest.raises(ValueError, match="has aliases that expand to more than 10,000 values"):
+        Recipe.load(recipe, [f"training.learning_rate={nested_aliases(9)}"])
+    recipe.write_text(MINIMAL + "model: &m {patch_size: 4}\ntraining: {learning_rate: &r 1e-3, weight_decay: *r}\n")
+    assert Recipe.load(recipe).training["weight_decay"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[" * 20000, "is nested too deeply"),
+        ("{a: " * 20000, "is nested too deeply"),
+        ("&a [*a]", "has an alias of a value within that value"),
+        ("2026-99-99", "is not valid YAML"),
+        ("9" * 10000, "is not valid YAML"),
+        ("x" * 2_000_000, "has 2,"),
+    ],
+)
+def test_what_no_recipe_needs_is_refused_in_one_short_line(recipe, value, message):
+    recipe.write_text(MINIMAL + f"training: {{learning_rate: {value}}}\n")
+    with pytest.raises(ValueError, match=message) as error:
+        Recipe.load(recipe)
+    assert len(str(error.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.report_to=[[tensorboard]]", r"report_to must be a value or a list of values, got a list of list"),
+        ("training.report_to={a: b}", "report_to must be a value, got a mapping"),
+        ("training.fsdp=[1]", "do not fit transformers"),
+        ("training.accelerator_config=[x]", "do not fit transformers"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_setting_of_another_type_is_refused(recipe, override, message):
+    recipe.write_text(MINIMAL)
+    with pytest.raises(ValueError, match=message):
+        training_arguments(Recipe.load(recipe, [override]))
+
+
 def test_brier_blocks_want_evaluations(recipe):
     stage = ["stage=baseline", "model={backbone: {hidden_size: 8}}", "data.validation=x", "brier_blocks=2"]
     training_arguments(Recipe.load(recipe, stage))

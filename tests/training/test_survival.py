@@ -1,10 +1,12 @@
 """Runs that are cut short, divided otherwise, or go wrong."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from test_run import BACKBONE, autoencoder_recipe, calm_recipe, workspace  # noq
 from test_run import recipe as make_recipe
 
 from calm.models.loading import load_model
-from calm.training.checkpoints import find_checkpoint
+from calm.training.checkpoints import find_checkpoint, read_seal, seal
 from calm.training.interruption import InterruptionCallback
 from calm.training.metrics import read_metrics
 from calm.training.resume import is_complete
@@ -109,6 +111,68 @@ def test_a_weight_that_embeds_and_predicts_can_be_sharded(workspace, tmp_path): 
         train_in_two_processes(parts, tmp_path / "recipe.yaml", 29519)
         # A step is 1e-2 wide, also where a gradient is next to nothing.
         same_weights(Path(whole.output_dir), Path(parts.output_dir), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement"),
+    [(b'"data"', b'"dat!"'), (b'"files"', b'"fides"'), (b'"num_processes": 1', b'"num_processes": 3'), (b"{", b"[")],
+)
+def test_a_checkpoint_with_a_damaged_manifest_is_passed_over(tmp_path, pattern, replacement):
+    about = {"data": {"train": "x"}, "blocks_per_step": 4, "num_processes": 1}
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(b"1234")
+        seal(tmp_path / f"checkpoint-{step}", about)
+    newest = tmp_path / "checkpoint-4" / "complete.json"
+    content = newest.read_bytes()
+    assert pattern in content
+    newest.write_bytes(content.replace(pattern, replacement, 1))
+    checkpoint, complaints = find_checkpoint(tmp_path, tuple(about))
+    assert checkpoint == tmp_path / "checkpoint-2"
+    assert "checkpoint-4 is damaged (complete.json" in complaints[0]
+
+
+def test_no_flipped_bit_of_a_checkpoints_manifest_changes_its_run(tmp_path):
+    about = {"data": {"train": "x"}, "blocks_per_step": 4, "num_processes": 1}
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "weights").write_bytes(b"1234")
+    seal(tmp_path / "checkpoint-2", about)
+    path = tmp_path / "checkpoint-2" / "complete.json"
+    content = path.read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with suppress(ValueError):  # it is passed over, and there is no other one
+            find_checkpoint(tmp_path, tuple(about))
+            read = read_seal(path.parent)
+            assert {name: read[name] for name in about} == about
+
+
+def test_a_finished_run_without_its_weights_is_restored_from_its_checkpoint(workspace):  # noqa: F811
+    recipe = calm_recipe(workspace, "restored", max_steps=3)
+    output = train(recipe)
+    weights = load_file(output / "model.safetensors")
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:1000])):
+        damage(output / "model.safetensors")
+        assert not is_complete(recipe)
+        train(recipe)
+        assert is_complete(recipe)
+        again = load_file(output / "model.safetensors")
+        assert all(torch.equal(value, again[name]) for name, value in weights.items())
+
+
+def test_tokens_replaced_under_a_run_are_found(workspace):  # noqa: F811
+    recipe = calm_recipe(workspace, "replaced", max_steps=2)
+    data = workspace / "replaced_data"
+    shutil.copytree(recipe.data.train, data)
+    recipe.data.train = str(data)
+    train(recipe)
+    tokens = next(data.glob("*.ds"))
+    tokens.write_bytes(tokens.read_bytes()[:-100] + bytes(100))
+    recipe.output_dir += "_again"
+    with pytest.raises(ValueError, match="does not have its checksum"):
+        train(recipe)
 
 
 def test_a_damaged_checkpoint_is_passed_over(workspace):  # noqa: F811

@@ -28,26 +28,21 @@ def convert(
 
     Example: `calm convert cccczshao/CALM-M calm-m --autoencoder cccczshao/CALM-Autoencoder --tokenizer llama3`
     """
-    import shutil
-
     from calm.data.tokenizer import has_tokenizer, load_tokenizer, save_for_transformers_4
     from calm.device import resolve_dtype
+    from calm.files import check_free, staged_directory
     from calm.models.loading import load_autoencoder, load_model
     from calm.models.modeling_autoencoder import CalmAutoencoder
     from calm.models.modeling_calm import CalmForCausalLM
     from calm.models.released import save_reference
 
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"{destination} is there already: choose another directory, or remove it.")
+    check_free(destination)
     precision = resolve_dtype(dtype)
     inner = load_autoencoder(autoencoder, precision) if autoencoder is not None else None
     model = load_model(source, precision, inner)
     if not isinstance(model, CalmAutoencoder | CalmForCausalLM):
         raise ValueError(f"{source} holds a {type(model).__name__}: only autoencoders and CALMs have two layouts.")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    draft = destination.with_name(f".{destination.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
+    with staged_directory(destination) as draft:
         if to == Layout.REFERENCE:
             save_reference(model, draft, final_path=destination)
         else:
@@ -58,11 +53,6 @@ def convert(
                 save_for_transformers_4(own_tokenizer, draft)
             else:
                 own_tokenizer.save_pretrained(draft)
-        if destination.exists():
-            destination.rmdir()
-        draft.rename(destination)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     print(f"{type(model).__name__}: {destination}")
     if not has_tokenizer(destination):
         print("no tokenizer beside it: pass --tokenizer to `calm generate` and `calm evaluate`, or convert with one.")

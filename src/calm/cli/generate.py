@@ -39,9 +39,7 @@ def generate(
 
     Example: `calm generate runs/calm --prompts prompts.jsonl -o texts.jsonl`
     """
-    from transformers import TextStreamer
-
-    from calm.completions import SamplingSettings, complete, complete_file
+    from calm.completions import PrintingStreamer, SamplingSettings, complete, complete_file
     from calm.data.tokenizer import load_tokenizer
     from calm.device import resolve_device, resolve_dtype
     from calm.models.loading import load_language_model
@@ -61,7 +59,7 @@ def generate(
     settings = SamplingSettings(max_new_tokens, temperature, sampler, num_candidates, seed, stop or None, compile)
     if prompts is None or output is None:
         text = sys.stdin.read() if prompt == "-" else prompt or ""
-        complete(language_model, own_tokenizer, [text], settings, TextStreamer(own_tokenizer, skip_special_tokens=True))
+        complete(language_model, own_tokenizer, [text], settings, PrintingStreamer(own_tokenizer))
         return
     with make_progress() as progress:
         task = progress.add_task("generate", total=None, note="")

@@ -63,6 +63,7 @@ app.command()(serve)
 app.command()(convert)
 app.command()(info)
 
+_MAX_MESSAGE = 1500  # characters; an error may name a value of any length
 _CTRL_C = 128 + signal.SIGINT
 
 
@@ -87,7 +88,10 @@ def main() -> None:
     except Exception as error:
         if not is_user_error(error) or os.environ.get("CALM_DEBUG"):
             raise
-        print(f"calm: {' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        if len(message) > _MAX_MESSAGE:
+            message = f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
+        print(f"calm: {message}", file=sys.stderr)
         sys.exit(2)
     finally:
         if before is not None:

@@ -3,7 +3,7 @@ from typing import Annotated
 
 import typer
 
-from calm.cli.sources import Sources, Split, Subset, print_skipped
+from calm.cli.sources import Sources, Split, Subset, print_skipped, print_unread
 
 
 def prepare(
@@ -26,7 +26,7 @@ def prepare(
         str, typer.Option(help="between documents: eos (end of text), or bos (begin of text, as in the paper's data)")
     ] = "eos",
     max_characters: Annotated[
-        int, typer.Option(help="longer documents become several, cut at line breaks; 0 leaves them whole")
+        int, typer.Option(help="longer documents become several, cut where a line or word begins; 0 leaves them whole")
     ] = 100_000,
     executor: Annotated[str, typer.Option(help="where the tasks run: local, slurm or ray")] = "local",
     tasks: Annotated[int | None, typer.Option(help="pieces of the work; default one per file, at most 64")] = None,
@@ -93,6 +93,7 @@ def prepare(
 def _print_skipped(manifest: dict) -> None:
     for kind, bad in manifest["skipped"].items():
         print_skipped(kind, bad["count"], bad["first"])
+    print_unread(manifest.get("unread"))
 
 
 def _pair(argument: str) -> tuple[str, str]:

@@ -3,7 +3,7 @@ from typing import Annotated
 
 import typer
 
-from calm.cli.sources import Sources, Split, Subset, print_skipped
+from calm.cli.sources import Sources, Split, Subset, print_skipped, print_unread
 
 tokenizer_app = typer.Typer(help="Tokenizers.", no_args_is_help=True)
 
@@ -32,17 +32,19 @@ def train(
     from itertools import islice
 
     from calm.data.documents import read_documents
-    from calm.data.sources import find_sources
+    from calm.data.sources import find_sources, unread_summary
     from calm.data.tokenizer import train_tokenizer
+    from calm.files import staged_directory
 
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty: choose another --output.")
     counts: Counter = Counter()
     skipped: dict[str, str] = {}
-    files = [file.path for file in find_sources(sources, split, subset)]
-    texts = read_documents(files, text_key, "skip" if skip_bad else "error", counts, skipped)
-    trained = train_tokenizer(islice(texts, max_documents), vocab_size, progress=True)
-    trained.save_pretrained(output)
+    unread: list[str] = []
+    with staged_directory(output) as staging:
+        files = [file.path for file in find_sources(sources, split, subset, unread)]
+        texts = read_documents(files, text_key, "skip" if skip_bad else "error", counts, skipped)
+        trained = train_tokenizer(islice(texts, max_documents), vocab_size, progress=True)
+        trained.save_pretrained(staging)
     print(f"{len(trained)} tokens from {counts['documents']:,} documents: {output}")
     for kind, first in skipped.items():
         print_skipped(kind, counts[f"skipped: {kind}"], first)
+    print_unread(unread_summary(unread))

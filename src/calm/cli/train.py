@@ -15,6 +15,9 @@ def train(
             help="go on with a run that another recipe began, of the same stage, model, seed, optimiser and data",
         ),
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="compare all prepared data with their checksums, not a sample of them")
+    ] = False,
 ) -> None:
     """Train what a recipe says: an autoencoder, a CALM, or an autoregressive baseline.
 
@@ -31,6 +34,6 @@ def train(
 
     resolved = Recipe.load(recipe, overrides or [])
     already = is_complete(resolved)
-    output = run(resolved, allow_recipe_change=allow_recipe_change)
+    output = run(resolved, allow_recipe_change=allow_recipe_change, verify=verify)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{'already complete' if already else 'trained'}: {output}")

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from calm.data.checksums import DamagedDataError
 from calm.paths import did_you_mean
 
 MANIFEST = "manifest.json"
@@ -29,16 +31,51 @@ def read_manifest(path: str | os.PathLike) -> dict:
         raise ValueError(f"no prepared data in {path}: {MANIFEST} is missing; `calm prepare` makes it.")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / MANIFEST} is damaged or cut short ({error!r}); run `calm prepare` again.") from error
-    for file in files:
-        expected = file["num_tokens"] * manifest["token_bytes"]
-        actual = (path / file["name"]).stat().st_size if (path / file["name"]).exists() else None
+        sizes = _file_sizes(manifest)
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path / MANIFEST} is damaged or cut short ({error!r:.200}); run `calm prepare` again."
+        ) from error
+    for name, expected in sizes.items():
+        actual = (path / name).stat().st_size if (path / name).exists() else None
         if actual != expected:
             state = "is missing" if actual is None else f"holds {actual} bytes instead of {expected}"
-            raise ValueError(f"prepared data in {path} are damaged: {file['name']} {state}; run `calm prepare` again.")
-    return manifest
+            raise ValueError(f"prepared data in {path} are damaged: {name} {state}; run `calm prepare` again.")
+    return _Manifest(path / MANIFEST, manifest)
+
+
+def _file_sizes(manifest: dict[str, Any]) -> dict[str, int]:
+    """Return the bytes of every token file; any exception where the manifest holds something else than it should."""
+    token_bytes, files = {2: 2, 4: 4}[manifest["token_bytes"]], manifest["files"]
+    counts = {str(file["name"]): file["num_tokens"] for file in files}
+    if not all(isinstance(number, int) and number >= 0 for number in (*counts.values(), manifest["vocab_size"])):
+        raise ValueError("a size is no whole number")
+    if sum(counts.values()) != manifest["num_tokens"]:
+        raise ValueError(f"num_tokens is {manifest['num_tokens']}, and its files hold {sum(counts.values())}")
+    return {name: count * token_bytes for name, count in counts.items()}
+
+
+class _Manifest(dict):
+    """A manifest whose missing keys are reported as damage of its file."""
+
+    def __init__(self, path: Path, values: dict[str, Any]):
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise DamagedDataError(f"{self.path} is damaged: it has no {key!r}; run `calm prepare` again.")
+
+    def __reduce__(self):
+        return type(self), (self.path, dict(self))
+
+
+def check_ids(ids: np.ndarray, manifest: dict[str, Any], place: str) -> None:
+    """Raise DamagedDataError for a token id beyond the vocabulary of the data."""
+    if ids.size and int(ids.max()) >= manifest["vocab_size"]:
+        raise DamagedDataError(
+            f"prepared data in {place} are damaged: token id {int(ids.max())}, and the vocabulary has "
+            f"{manifest['vocab_size']} tokens; run `calm prepare` again."
+        )
 
 
 def check_block_size(block_size: int, patch_size: int) -> None:
@@ -97,7 +134,9 @@ class TokenBlocks(Dataset):
             parts.append(self._files[file][begin : begin + missing])
             start += len(parts[-1])
             missing -= len(parts[-1])
-        ids = torch.from_numpy(np.concatenate(parts, dtype=np.int64))
+        tokens = np.concatenate(parts, dtype=np.int64)
+        check_ids(tokens, self.manifest, f"{self.path} (block {index})")
+        ids = torch.from_numpy(tokens)
         return {"input_ids": ids, "labels": ids.clone()}
 
     def spread(self, num_blocks: int | None) -> list[int]:

@@ -19,12 +19,14 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from calm.data.blocks import MANIFEST, check_block_size, read_manifest
-from calm.data.documents import BadRecordError, read_records
-from calm.data.output import draft_of, find_prepared, put_in_place
-from calm.data.sources import find_sources
-from calm.data.text import half_character
+from calm.data.blocks import MANIFEST, check_block_size, check_ids, read_manifest
+from calm.data.checksums import CHUNK_BYTES, DamagedDataError, file_checksums
+from calm.data.documents import BadRecordError, field_names, read_records
+from calm.data.output import find_prepared
+from calm.data.sources import find_sources, unread_summary
+from calm.data.text import encode_rendered, escape_control_tokens, half_character, render_chat
 from calm.data.tokenizer import tokenizer_hash
+from calm.files import only_writer, put_in_place, staging_of
 
 _TOKENS, _LENGTHS = "examples.ds", "lengths.npy"
 _IGNORED = -100
@@ -50,9 +52,8 @@ def prepare_conversations(
         the manifest.
     """
     output = Path(output)
-    counts: Counter = Counter()
-    skipped: dict[str, str] = {}
-    files = find_sources(sources, split, subset)
+    unread: list[str] = []
+    files = find_sources(sources, split, subset, unread)
     settings: dict[str, Any] = {
         "kind": "conversations",
         "sources": [{"path": file.path, "bytes": file.size} for file in files],
@@ -60,17 +61,30 @@ def prepare_conversations(
         "seed": seed,
         "tokenizer_sha256": tokenizer_hash(tokenizer),
     }
-    prepared = find_prepared(output, sources, settings)
-    if prepared is not None:
-        return prepared
-    paths = [file.path for file in files]
+    with only_writer(output):
+        prepared = find_prepared(output, sources, settings)
+        if prepared is not None:
+            return prepared
+        return _prepare(sources, tokenizer, output, settings, unread)
+
+
+def _prepare(
+    sources: Sequence[str | os.PathLike],
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    settings: dict[str, Any],
+    unread: list[str],
+) -> dict:
+    counts: Counter = Counter()
+    skipped: dict[str, str] = {}
+    paths, on_bad, seed = [file["path"] for file in settings["sources"]], settings["on_bad"], settings["seed"]
     records = read_records(paths, partial(_exchanges, tokenizer=tokenizer), on_bad, counts, skipped)
     pairs = (pair for exchanges in records for pair in exchanges)
     dtype = np.dtype(np.uint32 if len(tokenizer) > 2**16 else np.uint16)
     tokens: list[np.ndarray] = []
     lengths: list[tuple[int, int]] = []
     while batch := list(islice(pairs, _BATCH_SIZE)):
-        prompts, responses = (_encode(tokenizer, texts) for texts in zip(*batch, strict=True))
+        prompts, responses = (encode_rendered(tokenizer, texts) for texts in zip(*batch, strict=True))
         for prompt, response in zip(prompts, responses, strict=True):
             tokens.append(np.array(prompt + response, dtype))
             lengths.append((len(prompt), len(response)))
@@ -78,7 +92,7 @@ def prepare_conversations(
         raise ValueError(f"no prompts and responses in {', '.join(map(str, sources))}.")
 
     order = np.random.default_rng(seed).permutation(len(lengths))
-    draft = draft_of(output)
+    draft = staging_of(output)
     shutil.rmtree(draft, ignore_errors=True)
     tokenizer.save_pretrained(draft / "tokenizer")
     np.concatenate([tokens[index] for index in order]).tofile(draft / _TOKENS)
@@ -92,32 +106,33 @@ def prepare_conversations(
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         "token_bytes": dtype.itemsize,
-        "files": [{"name": _TOKENS, "num_tokens": num_tokens}],
+        "chunk_bytes": CHUNK_BYTES,
+        "files": [{"name": _TOKENS, "num_tokens": num_tokens, "checksums": file_checksums(draft / _TOKENS)}],
+        "other_files": [{"name": _LENGTHS, "checksums": file_checksums(draft / _LENGTHS)}],
+        "unread": unread_summary(unread),
     }
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     put_in_place(draft, output)
     return manifest
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-
-
 def _exchanges(
     record: dict[str, Any], place: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, str]] | BadRecordError:
-    """The prompts and responses of a record, as text."""
-    if record.get("messages") is not None:
+    """Return the prompts and responses of a record, as texts for ``encode_rendered``."""
+    if record.get("messages"):
         return _turns(record["messages"], place, tokenizer)
-    prompt, response = record.get("prompt"), record.get("response", record.get("completion"))
+    # Tables that were merged have all their columns in every row: a null is no answer.
+    answers = [answer for answer in (record.get("response"), record.get("completion")) if answer is not None]
+    prompt, response = record.get("prompt"), next(filter(None, answers), answers[0] if answers else None)
     if not isinstance(prompt, str) or not isinstance(response, str):
-        problem = f"holds neither messages nor the texts prompt and response (found: {', '.join(record)})."
+        problem = f"holds neither messages nor the texts prompt and response (found: {field_names(record)})."
         return BadRecordError(place, problem, "no prompt and response")
     if half_character(prompt + response) is not None:
         return BadRecordError(place, "holds half of a surrogate pair.", "not UTF-8 text")
     if not response:
         return BadRecordError(place, "has an empty response.", "empty response")
-    return [(prompt, response)]
+    return [(escape_control_tokens(tokenizer, prompt), escape_control_tokens(tokenizer, response))]
 
 
 def _turns(messages: Any, place: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]] | BadRecordError:
@@ -125,27 +140,47 @@ def _turns(messages: Any, place: str, tokenizer: PreTrainedTokenizerBase) -> lis
         # What every record would meet is no bad record.
         raise ValueError(f"{place} holds messages, and the tokenizer has no chat template to write them with.")
     good = isinstance(messages, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in messages
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
     )
     if not good:
         return BadRecordError(place, "has messages that are no list of role and content.", "bad messages")
-    if any(half_character(message["content"]) is not None for message in messages):
+    if half_character(json.dumps(messages, ensure_ascii=False, default=str)) is not None:
         return BadRecordError(place, "holds half of a surrogate pair.", "not UTF-8 text")
+    texts = [_text_of_content(message.get("content")) for message in messages]
+    if None in texts:
+        problem = "has a message whose content is neither a text nor a list of text parts."
+        return BadRecordError(place, problem, "bad messages")
+    messages = [message | {"content": text} for message, text in zip(messages, texts, strict=True)]
     turns = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+        if message["role"] != "assistant" or not (message["content"] or message.get("tool_calls")):
+            continue  # an answer without text teaches nothing, and is context for the next one
         try:
-            prompt = str(tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True))
-            whole = str(tokenizer.apply_chat_template(messages[: index + 1], tokenize=False))
+            prompt = render_chat(tokenizer, messages[:index], add_generation_prompt=True)
+            whole = render_chat(tokenizer, messages[: index + 1])
         except Exception as error:  # templates raise what they like
             return BadRecordError(place, f"does not suit the chat template ({error}).", "bad messages")
         if not whole.startswith(prompt):
             problem = "is written by the chat template so that a response does not follow its prompt."
             return BadRecordError(place, problem, "bad messages")
         turns.append((prompt, whole[len(prompt) :]))
-    return turns or BadRecordError(place, "has no message of the role assistant.", "bad messages")
+    return turns or BadRecordError(place, "has no message of the role assistant with a text.", "bad messages")
+
+
+def _text_of_content(content: Any) -> str | None:
+    """Return the text of a message's content: a text, null, or parts of type text; None for anything else."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return None
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            return None
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 class ConversationBlocks(Dataset):
@@ -169,7 +204,7 @@ class ConversationBlocks(Dataset):
         self.path, self.block_size, self.patch_size = Path(path), block_size, patch_size
         self.manifest = read_manifest(path)
         self.separator_id = self.manifest["eos_token_id"] if separator_id is None else separator_id
-        self.lengths = np.load(self.path / _LENGTHS)
+        self.lengths = _read_lengths(self.path / _LENGTHS, self.manifest)
         self._starts = np.concatenate([[0], self.lengths.sum(1).cumsum()])
         # The model has to end, so that a response is followed by at least one separator.
         patches = np.maximum(1, -(-self.lengths[:, 0] // patch_size)) + self.lengths[:, 1] // patch_size + 1
@@ -196,7 +231,9 @@ class ConversationBlocks(Dataset):
     def _example(self, example: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt and response in whole patches, together at most a block."""
         size, (num_prompt, _) = self.patch_size, self.lengths[example]
-        ids = torch.from_numpy(self._tokens[self._starts[example] : self._starts[example + 1]].astype(np.int64))
+        tokens = self._tokens[self._starts[example] : self._starts[example + 1]].astype(np.int64)
+        check_ids(tokens, self.manifest, f"{self.path} (example {example})")
+        ids = torch.from_numpy(tokens)
         prompt, response = ids[:num_prompt], ids[num_prompt:]
         response = torch.nn.functional.pad(response, (0, size - len(response) % size), value=self.separator_id)
         room = max(self.block_size - len(response), size)
@@ -212,6 +249,18 @@ class ConversationBlocks(Dataset):
     def __getstate__(self) -> dict:
         # Workers map the file themselves.
         return {name: value for name, value in self.__dict__.items() if name != "_tokens"}
+
+
+def _read_lengths(path: Path, manifest: dict[str, Any]) -> np.ndarray:
+    """Return the tokens of every prompt and response; DamagedDataError where they are not those of the manifest."""
+    try:
+        lengths = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise DamagedDataError(f"{path} cannot be read ({error!r:.200}); run `calm prepare` again.") from error
+    good = lengths.ndim == 2 and lengths.shape[1] == 2 and lengths.dtype.kind == "i" and bool((lengths >= 0).all())
+    if not good or int(lengths.sum()) != manifest["num_tokens"]:
+        raise DamagedDataError(f"{path} is damaged: it does not fit its manifest; run `calm prepare` again.")
+    return lengths
 
 
 def _fill(patches: np.ndarray, room: int) -> Iterator[int]:

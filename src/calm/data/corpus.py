@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from calm.files import write_whole
+from calm.files import only_writer, write_whole
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 _VALIDATION_SHARE = 0.05
@@ -43,6 +43,11 @@ def write_embedded_corpus(directory: str | os.PathLike) -> dict[str, Path]:
     ValueError where files of these names hold something else.
     """
     directory = Path(directory)
+    with only_writer(directory):
+        return _write(directory)
+
+
+def _write(directory: Path) -> dict[str, Path]:
     directory.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {"train": [], "validation": []}
     for name, text in stdlib_documents():

@@ -34,15 +34,3 @@ def find_prepared(
 def changed_settings(before: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """Names of the settings that differ."""
     return [name for name, value in settings.items() if before.get(name) != value]
-
-
-def draft_of(output: Path) -> Path:
-    """Where an output lies until it is complete."""
-    return output.with_name(f".{output.name}.partial")
-
-
-def put_in_place(draft: Path, output: Path) -> None:
-    """Make a complete draft the output."""
-    if output.exists():
-        output.rmdir()
-    draft.rename(output)

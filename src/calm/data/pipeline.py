@@ -16,13 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from fsspec.implementations.local import LocalFileSystem
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from tokenizers import Tokenizer
 
+from calm.data.checksums import file_checksums
 from calm.data.documents import read_documents, split_text
+from calm.files import write_whole
 
 EXECUTORS = ("local", "slurm", "ray")
 COUNTS, LOGS, UNSHUFFLED, JOBS = "counts", "logs", "unshuffled", "slurm_jobs"
+WORK = "work"  # tokenizer and locks of the tasks, checksums of what they wrote
+PLAIN_TOKENIZER = "plain_tokenizer.json"
+_WAIT_FOR_WORKERS = 60  # seconds
 # Documents that are tokenised at once, at some 100 bytes a character. Larger batches are hardly faster.
 _BATCH_SIZE = 10
 
@@ -68,6 +76,7 @@ class DocumentSource:
     def __call__(self, data=None, rank: int = 0, world_size: int = 1):
         from datatrove.data import Document
 
+        _hold_task_lock(self.draft, rank)
         counts: Counter = Counter()
         skipped: dict[str, str] = {}
         parent = os.getppid()
@@ -83,6 +92,54 @@ class DocumentSource:
         (folder / f"{rank:05d}.json").write_text(json.dumps({"counts": counts, "skipped": skipped}), encoding="utf-8")
 
 
+_task_lock: FileLock | None = None
+
+
+def _hold_task_lock(draft: Path, rank: int) -> None:
+    """Wait until no other process works on a task; it may be a worker whose preparation was killed.
+
+    The lock is held until this process begins its next task, or ends: until the token file is written.
+    """
+    global _task_lock
+    if _task_lock is not None:
+        _task_lock.release()
+    _task_lock = FileLock(draft / WORK / f"{rank:05d}.lock")
+    with suppress(NotImplementedError, OSError):  # file systems without locks
+        _task_lock.acquire()
+
+
+def _release_task_lock() -> None:
+    global _task_lock
+    if _task_lock is not None:
+        _task_lock.release()
+    _task_lock = None
+
+
+def wait_for_workers(draft: Path) -> None:
+    """Wait until the workers of a preparation that was killed have ended; ValueError when they do not."""
+    for path in sorted((draft / WORK).glob("*.lock")):
+        try:
+            with FileLock(path, timeout=_WAIT_FOR_WORKERS):
+                pass
+        except Timeout as error:
+            raise ValueError(
+                f"workers of an interrupted preparation are still writing in {draft}: end them, and repeat the command."
+            ) from error
+        except (NotImplementedError, OSError):
+            return  # file systems without locks
+
+
+class Checksums:
+    """Last step of the pipeline: the checksums of the file that the task wrote."""
+
+    def __init__(self, draft: Path):
+        self.draft = draft
+
+    def __call__(self, data=None, rank: int = 0, world_size: int = 1):
+        for path in self.draft.glob(f"{rank:05d}_*.ds"):
+            write_whole(self.draft / WORK / f"{path.name}.json", json.dumps(file_checksums(path)))
+
+
 class Finish:
     """The one step of the job that follows the tasks on Slurm."""
 
@@ -94,32 +151,44 @@ class Finish:
 
 
 def run_tasks(
-    executor: Executor, source: DocumentSource, num_tasks: int, separator: str, seed: int, finish: Callable[[], object]
+    executor: Executor,
+    source: DocumentSource,
+    num_tasks: int,
+    separator_id: int,
+    seed: int,
+    finish: Callable[[], object],
 ) -> bool:
     """Run the tasks and then ``finish``; False where they are only submitted."""
+    from datatrove.io import DataFolder
     from datatrove.pipeline.tokens import DocumentTokenizer
 
     _silence_datatrove()
     draft = source.draft
+    folder = lambda path: DataFolder(str(path), fs=LocalFileSystem())  # noqa: E731 -- a name may look like an address
+    tokenizer_path = str(draft / WORK / PLAIN_TOKENIZER)
     tokenize = DocumentTokenizer(
-        str(draft),
-        str(draft / "tokenizer" / "tokenizer.json"),
-        local_working_dir=str(draft / UNSHUFFLED),
-        eos_token=separator,
+        folder(draft),
+        tokenizer_path,
+        local_working_dir=folder(draft / UNSHUFFLED),
+        eos_token=Tokenizer.from_file(tokenizer_path).id_to_token(separator_id),
         batch_size=_BATCH_SIZE,
         seed=seed,
         save_index=False,
         save_final_metadata=False,
     )
-    common: dict[str, Any] = {"pipeline": [source, tokenize], "tasks": num_tasks, "logging_dir": str(draft / LOGS)}
+    pipeline = [source, tokenize, Checksums(draft)]
+    common: dict[str, Any] = {"pipeline": pipeline, "tasks": num_tasks, "logging_dir": folder(draft / LOGS)}
     if executor.kind == "slurm":
         _submit(executor, draft, common, finish)
         return False
-    with _progress(draft, num_tasks):
-        if executor.kind == "local":
-            _run_locally(executor, common)
-        else:
-            _run_on_ray(executor, draft, common)
+    try:
+        with _progress(draft, num_tasks):
+            if executor.kind == "local":
+                _run_locally(executor, common)
+            else:
+                _run_on_ray(executor, draft, common)
+    finally:
+        _release_task_lock()  # one worker runs in this process
     finish()
     return True
 
@@ -188,6 +257,7 @@ def _run_on_ray(executor: Executor, draft: Path, common: dict[str, Any]) -> None
 
 def _submit(executor: Executor, draft: Path, common: dict[str, Any], finish: Callable[[], object]) -> None:
     from datatrove.executor import SlurmPipelineExecutor
+    from datatrove.io import DataFolder
 
     options = {"job_name": "calm-prepare", "mail_type": "NONE"} | executor.options
     if sys.prefix != sys.base_prefix:
@@ -196,7 +266,12 @@ def _submit(executor: Executor, draft: Path, common: dict[str, Any], finish: Cal
     # Not in the draft: this job still writes its log when it has put that in place.
     logs = str(draft.with_name(draft.name.removesuffix(".partial") + ".slurm"))
     last = SlurmPipelineExecutor(
-        pipeline=[Finish(finish)], tasks=1, logging_dir=logs, depends=tasks, skip_completed=False, **options
+        pipeline=[Finish(finish)],
+        tasks=1,
+        logging_dir=DataFolder(logs, fs=LocalFileSystem()),
+        depends=tasks,
+        skip_completed=False,
+        **options,
     )
     for jobs in (tasks, last):
         # Their job would write into the draft after the last one has put it in place.

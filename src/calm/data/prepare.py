@@ -12,25 +12,30 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from calm.data.blocks import MANIFEST, read_manifest
-from calm.data.output import changed_settings, draft_of, find_prepared, put_in_place
+from calm.data.checksums import CHUNK_BYTES, file_checksums
+from calm.data.output import changed_settings, find_prepared
 from calm.data.pipeline import (
     COUNTS,
     JOBS,
     LOGS,
+    PLAIN_TOKENIZER,
     UNSHUFFLED,
+    WORK,
     DocumentSource,
     Executor,
     check_no_jobs,
     num_complete,
     run_tasks,
+    wait_for_workers,
     was_submitted,
 )
-from calm.data.sources import find_sources
+from calm.data.sources import find_sources, unread_summary
+from calm.data.text import plain_tokenizer
 from calm.data.tokenizer import load_tokenizer, tokenizer_hash
-from calm.files import write_whole
+from calm.files import only_writer, put_in_place, staging_of, write_whole
 
 _MAX_TASKS = 64
-_SETTINGS_FILE = "settings.json"
+_SETTINGS_FILE, _UNREAD_FILE = "settings.json", "unread.json"
 MAX_CHARACTERS = 100_000
 SEPARATORS = ("eos", "bos")
 
@@ -61,7 +66,7 @@ def prepare(
         seed: of the order of the documents.
         separator: what stands between documents: ``"eos"``, the end-of-text token, or ``"bos"``, the begin-of-text
             token, as the paper's models were trained.
-        max_characters: longer documents become several, cut at line breaks; None leaves them whole.
+        max_characters: longer documents become several, cut where a line or word begins; None leaves them whole.
         split, subset: of datasets, as :func:`datasets.load_dataset` calls them.
         num_tasks: pieces of the work, of whole files each; default one per file, at most 64.
         executor: where they run; default one process per core of this machine.
@@ -70,10 +75,11 @@ def prepare(
         the manifest; None where the work is only submitted.
     """
     output, executor = Path(output), executor or Executor()
-    separating_token = _separating_token(tokenizer, separator)
+    _separator_id(tokenizer, separator)
     if max_characters is not None and max_characters < 1:
         raise ValueError(f"max_characters must be at least 1, got {max_characters}.")
-    files = find_sources(sources, split, subset)
+    unread: list[str] = []
+    files = find_sources(sources, split, subset, unread)
     if num_tasks is not None and not 1 <= num_tasks <= len(files):
         raise ValueError(f"num_tasks must be 1 to {len(files)}, the number of files, got {num_tasks}.")
     settings: dict[str, Any] = {
@@ -86,19 +92,33 @@ def prepare(
         "max_characters": max_characters,
         "num_tasks": num_tasks or min(len(files), _MAX_TASKS),
     }
-    manifest = find_prepared(output, sources, settings)
-    if manifest is not None:
-        return manifest
+    with only_writer(output):
+        manifest = find_prepared(output, sources, settings)
+        if manifest is not None:
+            return manifest
+        return _prepare(sources, tokenizer, output, settings, executor, unread_summary(unread))
 
-    draft = draft_of(output)
+
+def _prepare(
+    sources: Sequence[str | os.PathLike],
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    settings: dict[str, Any],
+    executor: Executor,
+    unread: dict[str, Any],
+) -> dict | None:
+    draft = staging_of(output)
     check_no_jobs(draft)
     if _begin_or_go_on(draft, settings, tokenizer):
         _tidy_and_put_in_place(draft, output)
         return read_manifest(output)
-    source = DocumentSource([file.path for file in files], text_key, on_bad, max_characters, draft.absolute())
-    finish = partial(_finish, draft.absolute(), output.absolute(), [str(name) for name in sources])
+    write_whole(draft / WORK / _UNREAD_FILE, json.dumps(unread))
+    paths = [file["path"] for file in settings["sources"]]
+    source = DocumentSource(paths, settings["text_key"], settings["on_bad"], settings["max_characters"], draft)
+    finish = partial(_finish, draft, output.absolute(), [str(name) for name in sources])
+    separator_id = _separator_id(tokenizer, settings["separator"])
     try:
-        if not run_tasks(executor, source, settings["num_tasks"], separating_token, seed, finish):
+        if not run_tasks(executor, source, settings["num_tasks"], separator_id, settings["seed"], finish):
             return None
     except (ValueError, OSError) as error:
         if not num_complete(draft) and not was_submitted(draft):
@@ -109,10 +129,10 @@ def prepare(
     return read_manifest(output)
 
 
-def _separating_token(tokenizer: PreTrainedTokenizerBase, separator: str) -> str:
+def _separator_id(tokenizer: PreTrainedTokenizerBase, separator: str) -> int:
     if separator not in SEPARATORS:
         raise ValueError(f"separator must be one of {', '.join(SEPARATORS)}, got {separator!r}.")
-    token = tokenizer.eos_token if separator == "eos" else tokenizer.bos_token
+    token = tokenizer.eos_token_id if separator == "eos" else tokenizer.bos_token_id
     if token is None:
         raise ValueError(f"the tokenizer has no {separator} token to put between documents: take the other separator.")
     return token
@@ -135,12 +155,23 @@ def _begin_or_go_on(draft: Path, settings: dict[str, Any], tokenizer: PreTrained
                 f"(different: {', '.join(changed)}): repeat its command, or remove it."
             )
         if not changed:
+            _save_plain_tokenizer(draft, tokenizer)
             write_whole(path, json.dumps(settings))
             return (draft / MANIFEST).exists()
+    wait_for_workers(draft)
     shutil.rmtree(draft, ignore_errors=True)
     tokenizer.save_pretrained(draft / "tokenizer")
+    _save_plain_tokenizer(draft, tokenizer)
     write_whole(path, json.dumps(settings))
     return False
+
+
+def _save_plain_tokenizer(draft: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer of the tasks, which reads no control token from a document."""
+    path = draft / WORK / PLAIN_TOKENIZER
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, lambda partial_path: plain_tokenizer(tokenizer).save(str(partial_path)))
 
 
 def _finish(draft: Path, output: Path, sources: list[str]) -> None:
@@ -156,7 +187,7 @@ def _finish(draft: Path, output: Path, sources: list[str]) -> None:
 
 
 def _tidy_and_put_in_place(draft: Path, output: Path) -> None:
-    for name in (COUNTS, UNSHUFFLED, LOGS):
+    for name in (COUNTS, UNSHUFFLED, LOGS, WORK):
         shutil.rmtree(draft / name, ignore_errors=True)
     (draft / JOBS).unlink(missing_ok=True)
     put_in_place(draft, output)
@@ -174,7 +205,8 @@ def _describe(draft: Path) -> dict:
             skipped.setdefault(kind, {"count": 0, "first": first})["count"] += task["counts"][f"skipped: {kind}"]
     token_bytes = 4 if len(tokenizer) > 2**16 else 2
     files = [
-        {"name": path.name, "num_tokens": path.stat().st_size // token_bytes} for path in sorted(draft.glob("*.ds"))
+        {"name": path.name, "num_tokens": path.stat().st_size // token_bytes, "checksums": _checksums(draft, path)}
+        for path in sorted(draft.glob("*.ds"))
     ]
     return {
         "num_tokens": sum(file["num_tokens"] for file in files),
@@ -182,8 +214,16 @@ def _describe(draft: Path) -> dict:
         "num_empty": counts["empty"],
         "num_cuts": counts["cuts"],
         "skipped": skipped,
+        "unread": json.loads((draft / WORK / _UNREAD_FILE).read_text(encoding="utf-8")),
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         "token_bytes": token_bytes,
+        "chunk_bytes": CHUNK_BYTES,
         "files": files,
     }
+
+
+def _checksums(draft: Path, path: Path) -> list[str]:
+    """Return the checksums that the task has taken; take those of a task of an earlier release."""
+    taken = draft / WORK / f"{path.name}.json"
+    return json.loads(taken.read_text(encoding="utf-8")) if taken.exists() else file_checksums(path)

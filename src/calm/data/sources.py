@@ -2,13 +2,15 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import fsspec
 
-from calm.data.documents import SUFFIXES
+from calm.data.documents import FORMATS, is_readable
 from calm.paths import did_you_mean, looks_local
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -23,7 +25,10 @@ class SourceFile:
 
 
 def find_sources(
-    sources: Sequence[str | os.PathLike], split: str | None = None, subset: str | None = None
+    sources: Sequence[str | os.PathLike],
+    split: str | None = None,
+    subset: str | None = None,
+    unread: list[str] | None = None,
 ) -> list[SourceFile]:
     """The document files among ``sources``, in a fixed order; nothing is downloaded.
 
@@ -32,31 +37,42 @@ def find_sources(
             (``https://``, ``s3://``, ``hf://datasets/...``, with ``*`` and ``[0-9]``), and dataset ids of the hub such
             as ``monology/pile-uncopyrighted``.
         split, subset: of datasets; with one of them a folder, too, is read as a dataset of the hub's layout.
+        unread: gets the files of folders that are passed over because their names state another format. Hidden files
+            are left out.
 
     Raises ValueError that names a source that is not there or cannot be read.
     """
     found: list[SourceFile] = []
+    unread = [] if unread is None else unread
     for source in [os.fspath(given) for given in sources]:
         if "://" in source:
-            found += _remote_files(source)
+            found += _remote_files(source, unread)
         elif _is_dataset(source, split or subset):
             found += _dataset_files(source, split or "train", subset)
         else:
-            found += _local_files(Path(source))
+            found += _local_files(Path(source), unread)
     return found
 
 
 def _is_dataset(source: str, asked_for: str | None) -> bool:
     if Path(source).exists():
         return asked_for is not None and Path(source).is_dir()
-    return bool(_HUB_ID.fullmatch(source)) and not looks_local(source) and not source.endswith(SUFFIXES)
+    return bool(_HUB_ID.fullmatch(source)) and not looks_local(source) and not is_readable(source)
 
 
-def _local_files(source: Path) -> list[SourceFile]:
+def unread_summary(unread: Sequence[str]) -> dict[str, Any]:
+    """Return how many files a folder holds that are not read, by suffix, and the first of them."""
+    kinds = Counter(PurePosixPath(path).suffix.lower() or "none" for path in unread)
+    return {"count": len(unread), "suffixes": dict(kinds.most_common(10)), "first": list(unread[:3])}
+
+
+def _local_files(source: Path, unread: list[str]) -> list[SourceFile]:
     if source.is_dir():
-        paths = sorted(path for path in source.rglob("*") if path.is_file() and path.name.endswith(SUFFIXES))
+        files = sorted(path for path in source.rglob("*") if path.is_file())
+        paths = [path for path in files if is_readable(path.name)]
+        unread += [str(path) for path in files if not is_readable(path.name) and not _is_hidden(path, source)]
         if not paths:
-            raise ValueError(f"no documents in {source}: looked for {', '.join(SUFFIXES)}.")
+            raise ValueError(f"no documents in {source}: looked for {FORMATS}.")
     elif not source.exists():
         raise ValueError(f"no such file or folder: {source}{did_you_mean(source)}")
     else:
@@ -65,13 +81,19 @@ def _local_files(source: Path) -> list[SourceFile]:
     return [SourceFile(str(path), path.stat().st_size) for path in paths]
 
 
-def _remote_files(source: str) -> list[SourceFile]:
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _remote_files(source: str, unread: list[str]) -> list[SourceFile]:
     try:
         files, path = fsspec.core.url_to_fs(source)
         if "*" in path or ("[" in path and not files.exists(path)):
             paths = sorted(files.glob(path))
-        elif not path.endswith(SUFFIXES) and files.isdir(path):
-            paths = sorted(found for found in files.find(path) if found.endswith(SUFFIXES))
+        elif not is_readable(path) and files.isdir(path):
+            listed = sorted(files.find(path))
+            paths = [found for found in listed if is_readable(found)]
+            unread += [found for found in listed if not is_readable(found)]
         else:
             _check_suffix(source)
             paths = [path]
@@ -79,7 +101,7 @@ def _remote_files(source: str) -> list[SourceFile]:
     except (OSError, ImportError) as error:
         raise ValueError(f"cannot read {source}: {' '.join(str(error).split()) or type(error).__name__}.") from error
     if not found:
-        raise ValueError(f"no documents at {source}: looked for {', '.join(SUFFIXES)}.")
+        raise ValueError(f"no documents at {source}: looked for {FORMATS}.")
     for file in found:
         _check_suffix(file.path)
     return found
@@ -105,10 +127,10 @@ def _dataset_files(name: str, split: str, subset: str | None) -> list[SourceFile
         raise ValueError(f"the dataset {name} has no split {split!r}, but {', '.join(map(str, splits))}.")
     found = []
     for path in map(str, splits[split]):
-        found += _remote_files(path) if "://" in path else _local_files(Path(path))
+        found += _remote_files(path, []) if "://" in path else _local_files(Path(path), [])
     return found
 
 
 def _check_suffix(path: str) -> None:
-    if not path.endswith(SUFFIXES):
-        raise ValueError(f"cannot read {path}: documents are {', '.join(SUFFIXES)} files.")
+    if not is_readable(path):
+        raise ValueError(f"cannot read {path}: documents are {FORMATS} files.")

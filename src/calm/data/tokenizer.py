@@ -4,8 +4,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -19,6 +22,8 @@ END_TOKEN = "<|end_of_text|>"  # id 1, between documents
 MIN_VOCAB_SIZE = 258  # every byte and the two tokens above
 RELEASED_PAD_TOKEN = "[PAD]"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+MAX_WORD_CHARACTERS = 1000  # of what a tokenizer is trained on
+_RUNS, _LONG_SPACE = re.compile(r"\S++|\s++"), re.compile(rf"\s{{{MAX_WORD_CHARACTERS + 1}}}")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -41,7 +46,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=progress,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((part for text in texts for part in _without_long_words(text)), trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         raise ValueError(
             f"the text gives only {tokenizer.get_vocab_size()} tokens, not the {vocab_size} of vocab_size: add text or "
@@ -54,6 +59,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
         padding_side="left",  # prompts of a batch end together; generation needs that
         clean_up_tokenization_spaces=False,
     )
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """Yield a text, divided within runs of letters and signs, or of white space, of more than MAX_WORD_CHARACTERS.
+
+    Time and memory of training grow with the square of the longest word.
+    """
+    start = 0
+    if max(map(len, text.split()), default=0) > MAX_WORD_CHARACTERS or _LONG_SPACE.search(text):
+        for run in _RUNS.finditer(text):
+            for cut in range(run.start() + MAX_WORD_CHARACTERS, run.end(), MAX_WORD_CHARACTERS):
+                yield text[start:cut]
+                start = cut
+    yield text[start:]
 
 
 def has_tokenizer(path: str | os.PathLike) -> bool:
@@ -81,15 +100,20 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
             f"no tokenizer in {path}: expected {' or '.join(_TOKENIZER_FILES)}; `calm tokenizer train` makes one, and "
             "commands that load a model take --tokenizer."
         )
+    check_regular_expressions(path if path.is_file() else path / "tokenizer.json")
     try:
         tokenizer = _load(path)
-    except (OSError, ValueError) as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library raises Exception itself, and its panics are no Exception
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"the tokenizer in {path} needs code of its own to be loaded (auto_map in tokenizer_config.json), and "
                 "calm runs no code of a checkpoint: take a tokenizer of a type that transformers has."
             ) from error
-        raise ValueError(f"cannot load a tokenizer from {path}: {str(error).splitlines()[0]}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot load a tokenizer from {path}: {reason:.300}") from error
+    _check_ids(tokenizer, path)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer in {path} has no end-of-text token (eos_token): documents could not be told apart."
@@ -98,6 +122,70 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
         tokenizer.add_special_tokens({"pad_token": RELEASED_PAD_TOKEN})
     tokenizer.padding_side = "left"  # prompts of a batch end together; generation needs that
     return tokenizer
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Raise ValueError for a tokenizer that is not one of the tokenizers library, or that has gaps in its ids."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer in {path} has no tokenizer.json: save it with one (`tokenizer.save_pretrained`)."
+        )
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= len(tokenizer):
+        raise ValueError(
+            f"the tokenizer in {path} is damaged: it has {len(tokenizer)} tokens, and one has the id {highest}, beyond "
+            "that vocabulary."
+        )
+
+
+_PROBE = (
+    "import sys; from tokenizers import Tokenizer; "
+    "Tokenizer.from_file(sys.argv[1]).encode_batch(sys.stdin.read().splitlines(), add_special_tokens=False)"
+)
+_PROBE_SECONDS = 20
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+
+
+def check_regular_expressions(file: Path) -> None:
+    """Raise ValueError for a tokenizer.json with a regular expression whose time grows without bound.
+
+    Only an expression with a repeated group can do that, which tokenizers hardly have. Such a tokenizer is tried in a
+    process of its own, because it cannot be stopped in this one.
+    """
+    try:
+        text = file.read_text(encoding="utf-8") if file.suffix == ".json" else ""
+        expressions = "".join(_regular_expressions(json.loads(text))) if _REPEATED_GROUP.search(text) else ""
+    except (OSError, ValueError, RecursionError):
+        return  # loading it says what is wrong
+    if not _REPEATED_GROUP.search(expressions):
+        return
+    characters = sorted({*expressions, "a", " ", "0", "."})
+    probe = "\n".join(f"{character * 40}!" for character in characters if character.isprintable())
+    try:
+        command = [sys.executable, "-c", _PROBE, str(file)]
+        ended = subprocess.run(
+            command, input=probe, text=True, encoding="utf-8", capture_output=True, timeout=_PROBE_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(
+            f"the tokenizer in {file} has a regular expression that takes more than {_PROBE_SECONDS} seconds for a "
+            "short text: it cannot be used."
+        ) from error
+    if ended.returncode != 0:
+        reason = (ended.stderr.strip() or "no reason given").splitlines()[-1]
+        raise ValueError(f"cannot load a tokenizer from {file}: it does not encode a short text ({reason:.200}).")
+
+
+def _regular_expressions(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get("Regex"), str):
+            yield value["Regex"]
+        for name, part in value.items():
+            if name not in ("vocab", "merges"):
+                yield from _regular_expressions(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _regular_expressions(part)
 
 
 def _load(path: Path) -> PreTrainedTokenizerBase:

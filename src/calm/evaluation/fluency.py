@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.completions import SamplingSettings, continue_tokens, until_end
 from calm.data.blocks import TokenBlocks
+from calm.data.text import decode_continuation
 
 _AT_ONCE = 16
 _REPEATED = 4  # tokens of an n-gram that counts as said again
@@ -122,7 +123,7 @@ def _judged(
         num_texts=len(texts),
         num_tokens=count,
         samples=[
-            {"prompt": str(tokenizer.decode(prompt)), "text": str(tokenizer.decode(text))}
+            {"prompt": str(tokenizer.decode(prompt)), "text": decode_continuation(tokenizer, prompt, text)}
             for prompt, text in zip(prompts.tolist()[:4], texts, strict=False)
         ],
     )

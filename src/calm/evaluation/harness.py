@@ -18,6 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from calm.completions import SamplingSettings, complete
+from calm.data.text import encode_plain_text
 from calm.data.tokenizer import load_tokenizer
 from calm.device import resolve_device, resolve_dtype
 from calm.evaluation.likelihood import log_likelihoods
@@ -117,7 +118,7 @@ class CalmHarness(TemplateLM):
         return self.model.config.separator_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return list(self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"])
+        return encode_plain_text(self.tokenizer, string)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._check_likelihoods()

@@ -37,14 +37,19 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             "training.eval_strategy=steps training.eval_steps=500, or leave brier_blocks out."
         )
     _check_metric(recipe)
-    arguments = TrainingArguments(
-        output_dir=str(Path(recipe.output_dir) / "checkpoints"),
-        seed=recipe.seed,
-        remove_unused_columns=False,
-        prediction_loss_only=True,
-        logging_nan_inf_filter=False,  # such a loss ends the run
-        **values | {"save_total_limit": None},  # a checkpoint goes when a newer one is sealed
-    )
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(Path(recipe.output_dir) / "checkpoints"),
+            seed=recipe.seed,
+            remove_unused_columns=False,
+            prediction_loss_only=True,
+            logging_nan_inf_filter=False,  # such a loss ends the run
+            **values | {"save_total_limit": None},  # a checkpoint goes when a newer one is sealed
+        )
+    except (TypeError, AttributeError, LookupError) as error:  # what transformers raises for a value of another type
+        raise ValueError(
+            f"the settings in training do not fit transformers: {type(error).__name__}: {error}"
+        ) from error
     # Several GPUs are for several processes: one process would spread its batch over them by threads (DataParallel).
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments

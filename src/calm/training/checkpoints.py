@@ -3,6 +3,7 @@
 import json
 import shutil
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,23 @@ def seal(checkpoint: Path, about: dict[str, Any]) -> None:
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file()
     }
-    write_whole(checkpoint / SEAL, json.dumps(about | {"files": files}, indent=1))
+    content = about | {"files": files}
+    write_whole(checkpoint / SEAL, json.dumps(content | {"checksum": _content_checksum(content)}, indent=1))
 
 
 def read_seal(checkpoint: Path) -> dict[str, Any]:
-    return json.loads(_find_seal(checkpoint).read_text(encoding="utf-8"))
+    """Return what a checkpoint says about its run; ValueError where this does not have its own checksum."""
+    content = json.loads(_find_seal(checkpoint).read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise ValueError("no record of files")
+    # Checkpoints of an earlier release have no checksum here.
+    if "checksum" in content and content.pop("checksum") != _content_checksum(content):
+        raise ValueError("it does not have its own checksum")
+    return content
+
+
+def _content_checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _find_seal(checkpoint: Path) -> Path:
@@ -38,16 +51,20 @@ def sealed_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("checkpoint-*") if _find_seal(path).exists()), key=_step_of)
 
 
-def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+def find_checkpoint(folder: Path, needed: Collection[str] = ()) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and a sentence for each newer one that is damaged.
 
     One that a kill cut short is as good as not there: it has no seal.
+
+    Args:
+        folder: directory of the checkpoints.
+        needed: what a checkpoint must say about its run.
 
     Raises ValueError when there are checkpoints, and all of them are damaged.
     """
     complaints: list[str] = []
     for checkpoint in reversed(sealed_checkpoints(folder)):
-        damage = _damage(checkpoint)
+        damage = _damage(checkpoint, needed)
         if damage is None:
             return checkpoint, complaints
         complaints.append(f"{checkpoint} is damaged ({damage})")
@@ -74,12 +91,15 @@ def rotate(folder: Path, keep: int | None, best: str | None = None) -> None:
         shutil.rmtree(checkpoint)
 
 
-def _damage(checkpoint: Path) -> str | None:
+def _damage(checkpoint: Path, needed: Collection[str]) -> str | None:
     try:
-        files = read_seal(checkpoint)["files"]
-    except (ValueError, KeyError, TypeError):
-        return f"{_find_seal(checkpoint).name} cannot be read"
-    for name, (size, checksum) in files.items():
+        content = read_seal(checkpoint)
+        files = [(name, size, checksum) for name, (size, checksum) in content["files"].items()]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return f"{_find_seal(checkpoint).name} cannot be read: {error}"
+    if missing := sorted(set(needed) - content.keys()):
+        return f"{_find_seal(checkpoint).name} lacks {', '.join(missing)}"
+    for name, size, checksum in files:
         path = checkpoint / name
         if not path.exists():
             return f"{name} is missing"

@@ -56,6 +56,7 @@ from calm.training.recipe_checks import (
 
 FAMILY = "family of recipes"
 STAGES = ("autoencoder", "calm", "baseline")
+_MAX_CHARACTERS, _MAX_VALUES, _MAX_DEPTH = 1_000_000, 10_000, 50  # of a recipe
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 # The paper's optimiser, and habits that suit language models; a recipe may change every one of them.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -182,9 +183,10 @@ class Recipe:
             if not separator or not key:
                 raise ValueError(f"an override reads dotted.key=value, got {override!r}.")
             try:
-                parsed = yaml.load(value, _Loader)
-            except yaml.YAMLError as error:
-                raise ValueError(f"override {override!r}: {value!r} is not valid YAML; quote it.") from error
+                parsed = _parse_yaml(value)
+            except (yaml.YAMLError, ValueError) as error:
+                problem = error if isinstance(error, _TooMuchError) else "is not valid YAML; quote it."
+                raise ValueError(f"override {override!r:.200}: {value!r:.100} {problem}") from error
             _set_dotted(values, key.split("."), parsed, override)
         return cls.from_dict(values)
 
@@ -223,9 +225,51 @@ def find_recipe(path: str | os.PathLike, kind: str = "recipe") -> Path:
 def read_yaml(path: str | os.PathLike) -> Any:
     """The content of a YAML file, with numbers as people write them; ValueError where it is none."""
     try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return _parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except _TooMuchError as error:
+        raise ValueError(f"{path} {error}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that does not exist
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+class _TooMuchError(ValueError):
+    """A YAML text that no recipe needs."""
+
+
+def _parse_yaml(text: str) -> Any:
+    """Return the content of a YAML text; the time is bounded, whatever its aliases and brackets would expand to."""
+    if len(text) > _MAX_CHARACTERS:
+        raise _TooMuchError(f"has {len(text):,} characters, and at most {_MAX_CHARACTERS:,} are read.")
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _num_values(node, {}, ()) > _MAX_VALUES:
+            raise _TooMuchError(f"has aliases that expand to more than {_MAX_VALUES:,} values: write it without them.")
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise _TooMuchError("is nested too deeply.") from error
+    finally:
+        loader.dispose()
+
+
+def _num_values(node: yaml.Node, known: dict[int, int], inside: tuple[int, ...]) -> int:
+    """Return how many values a node holds when its aliases are written out."""
+    if id(node) in known:
+        return known[id(node)]
+    if id(node) in inside:
+        raise _TooMuchError("has an alias of a value within that value.")
+    inside = (*inside, id(node))
+    if len(inside) > _MAX_DEPTH:
+        raise _TooMuchError(f"is nested more than {_MAX_DEPTH} levels deep.")
+    count = 1
+    if isinstance(node, yaml.MappingNode):
+        count += sum(_num_values(part, known, inside) for pair in node.value for part in pair)
+    elif isinstance(node, yaml.SequenceNode):
+        count += sum(_num_values(part, known, inside) for part in node.value)
+    known[id(node)] = count
+    return count
 
 
 def _set_dotted(values: dict[str, Any], path: list[str], value: Any, override: str) -> None:

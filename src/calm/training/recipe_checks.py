@@ -97,7 +97,13 @@ def training_fields() -> Collection[str]:
 
 
 def _check_setting(name: str, value: Any, kind: Any) -> None:
-    """Numbers and truth values; what else a setting may be, transformers checks."""
+    """Check numbers, truth values and lists of plain values; what else a setting may be, transformers checks."""
+    if isinstance(value, list) and any(isinstance(part, list | dict) for part in value):
+        raise ValueError(
+            f"{name} must be a value or a list of values, got a list of {type(value[0]).__name__}: {value!r:.100}."
+        )
+    if isinstance(value, dict) and "dict" not in str(kind):
+        raise ValueError(f"{name} must be a value, got a mapping: {value!r:.100}.")
     kinds = set(get_args(kind) or (kind,))
     if type(None) in kinds and value is None:
         return

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from calm.data.blocks import MANIFEST
 from calm.training.checkpoints import find_checkpoint, read_seal, remove_unsealed
@@ -26,9 +28,23 @@ _UNLIKE_OTHERS = "reduce_lr_on_plateau"  # the one schedule whose state means no
 
 
 def is_complete(recipe: Recipe) -> bool:
-    """Whether the recipe's directory holds its finished run."""
+    """Whether the recipe's directory holds its finished run, with the model."""
     output = Path(recipe.output_dir)
-    return (output / COMPLETE).exists() and not _differences(output, recipe)
+    return (output / COMPLETE).exists() and not _differences(output, recipe) and _has_model(output)
+
+
+def _has_model(output: Path) -> bool:
+    """Whether the weights of a finished run are there; their last checkpoint restores them otherwise."""
+    index, names = output / SAFE_WEIGHTS_INDEX_NAME, {SAFE_WEIGHTS_NAME}
+    try:
+        if index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in names:
+            with safe_open(output / name, "pt"):  # reads the header, and compares the sizes
+                pass
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError):
+        return False
+    return (output / CONFIG_NAME).is_file()
 
 
 def check_output(recipe: Recipe, allow_recipe_change: bool = False) -> None:
@@ -100,7 +116,7 @@ def checkpoint_to_resume(trainer: CalmTrainer, recipe: Recipe, say: Callable[[st
     if trainer.is_world_process_zero():
         try:
             remove_unsealed(folder)
-            checkpoint, complaints = find_checkpoint(folder)
+            checkpoint, complaints = find_checkpoint(folder, ("data", "blocks_per_step", "num_processes"))
             for complaint in complaints:
                 say(f"{complaint}: going on from {checkpoint}")
             if checkpoint is not None:

@@ -4,24 +4,24 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from rich.progress import Progress
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 
 from calm.data.blocks import TokenBlocks, read_manifest
+from calm.data.checksums import check_checksums
 from calm.data.conversations import ConversationBlocks
 from calm.data.tokenizer import load_tokenizer
 from calm.evaluation.brier_lm import check_scorable
-from calm.files import write_whole
+from calm.files import hold_lock, write_whole
 from calm.functional.tiles import is_out_of_memory
 from calm.models.context import patch_size_of
 from calm.training.arguments import check_processes, training_arguments
@@ -45,13 +45,16 @@ from calm.training.trainer import CalmTrainer
 Blocks = TokenBlocks | ConversationBlocks
 
 
-def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change: bool = False) -> Path:
+def train(
+    recipe: Recipe, progress: Progress | None = None, allow_recipe_change: bool = False, verify: bool = False
+) -> Path:
     """Carry a recipe out. Interrupted, the same call goes on from the last checkpoint; complete, it returns at once.
 
     Under torchrun or `accelerate launch` all processes call it; the result is that of one process on the same steps.
 
     Args:
         allow_recipe_change: go on with a run that another recipe began (more steps, another learning rate).
+        verify: compare all prepared data with their checksums; by default a sample of them.
 
     Returns:
         the output directory: model, tokenizer, ``recipe.yaml``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``.
@@ -69,14 +72,34 @@ def train(recipe: Recipe, progress: Progress | None = None, allow_recipe_change:
         arguments = training_arguments(recipe)
         check_processes(recipe, arguments)
         trainer = _make_trainer(recipe, arguments)
-        with _alone_in(output, arguments, partial(check_output, recipe, allow_recipe_change)):
+        with _alone_in(output, arguments, partial(_check_start, recipe, allow_recipe_change, verify)):
             _run(trainer, recipe, progress)
     except (ImportError, RuntimeError) as error:
+        if _is_lost_connection(error):
+            raise ConnectionError(
+                f"another process of this run ended before its time, and this one cannot go on alone ({error!s:.150}). "
+                "The output of that process has the reason; the same command resumes from the last checkpoint."
+            ) from error
         # transformers and accelerate ask for what a setting needs in many words, and with either error.
         if "instal" not in str(error):
             raise
         raise ValueError(f"a setting of this recipe needs a library that is not installed: {error}") from error
     return output
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether an error says that the other processes of a distributed run cannot be reached."""
+    if isinstance(error, getattr(torch.distributed, "DistError", ())):
+        return True
+    text = str(error).lower()
+    lost = (
+        "connection closed by peer",
+        "connection reset by peer",
+        "broken pipe",
+        "timed out waiting",
+        "connection refused",
+    )
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(part in text for part in lost)
 
 
 def _make_trainer(recipe: Recipe, arguments: TrainingArguments) -> CalmTrainer:
@@ -110,34 +133,25 @@ def _alone_in(output: Path, arguments: TrainingArguments, check: Callable[[], No
     Args:
         check: ValueError where the directory holds something else, which another run may have put there meanwhile.
     """
-    lock = FileLock(output / LOCK, blocking=False)
     error: list[str | None] = [None]
-    if arguments.process_index == 0:
-        try:
-            _acquire(lock, output)
-            check()
-        except ValueError as other:
-            error = [str(other)]
-    try:
+    with ExitStack() as held:
+        if arguments.process_index == 0:
+            problem = f"another process is training in {output}: wait for it, or take another output_dir."
+            try:
+                held.enter_context(hold_lock(output / LOCK, problem, keep=True))
+                check()
+            except (ValueError, OSError) as other:
+                error = [str(other)]
         (message,) = broadcast_object_list(error)
         if message is not None:
             raise ValueError(message)
         yield
-    finally:
-        lock.release()
 
 
-def _acquire(lock: FileLock, output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(
-            f"another process is training in {output}: wait for it, or take another output_dir. (It holds "
-            f"{lock.lock_file}; remove that if the process is gone.)"
-        ) from error
-    except (NotImplementedError, OSError):
-        pass  # some network file systems know no locks
+def _check_start(recipe: Recipe, allow_recipe_change: bool, verify: bool) -> None:
+    check_output(recipe, allow_recipe_change)
+    for path in filter(None, (recipe.data.train, recipe.data.validation)):
+        check_checksums(Path(path), read_manifest(path), every_chunk=verify)
 
 
 def _run(trainer: CalmTrainer, recipe: Recipe, progress: Progress | None) -> None:
