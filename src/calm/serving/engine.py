@@ -43,6 +43,15 @@ class Chunk:
     milliseconds: float = 0.0
     finish_reason: str | None = None
 
+    def join(self, later: "Chunk") -> None:
+        """Add the chunk that follows this one."""
+        self.text += later.text
+        self.num_tokens += later.num_tokens
+        self.num_drawn += later.num_drawn
+        self.num_decoded += later.num_decoded
+        self.milliseconds += later.milliseconds
+        self.finish_reason = later.finish_reason
+
 
 @dataclass
 class Job:
@@ -199,7 +208,7 @@ class Engine:
                 self.cache.put(slot, cache)
                 self._conditions = torch.cat([self._conditions[:slot].to(condition), condition])
                 generator = torch.Generator(self.stepper.device).manual_seed(job.seed)
-                text = TextStream(self.tokenizer, job.stop)
+                text = TextStream(self.tokenizer, job.stop, job.prompt_ids)
             except Exception:
                 log.exception("a prompt could not be read")
                 self._finish(job, Chunk("", 0, finish_reason="error"))
