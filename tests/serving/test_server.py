@@ -130,6 +130,69 @@ def test_neutral_values_of_the_same_parameters_are_fine(client):
     )  # fmt: skip
 
 
+def test_a_stream_names_the_role_once(client):
+    """The official client adds up the fields of all deltas."""
+    settings = {"model": "chat", "messages": [{"role": "user", "content": "fox"}], "max_tokens": 30, "seed": 2, "n": 2}
+    events = list(client.chat.completions.create(**settings, stream=True))
+    roles = [[e.choices[0].delta.role for e in events if e.choices[0].index == index] for index in range(2)]
+    assert all(of_text[0] == "assistant" and set(of_text[1:]) == {None} for of_text in roles)
+    with client.chat.completions.stream(**settings) as stream:
+        try:
+            message = stream.get_final_completion().choices[0].message
+        except openai.LengthFinishReasonError as error:
+            message = error.completion.choices[0].message
+    assert message.role == "assistant"
+
+
+def test_fields_that_ask_for_nothing_are_accepted_wherever_they_stand(client):
+    user = {"role": "user", "content": "fox"}
+    answer = client.chat.completions.create(model="chat", messages=[user], max_tokens=4, seed=1).choices[0].message
+    histories = [
+        [user, answer.model_dump(), user],
+        [user, {"role": "assistant", "content": "x", "tool_calls": [], "annotations": []}, user],
+        [user, {"role": "assistant", "content": None, "refusal": None}, user],
+        [{"role": "user", "content": [{"type": "text", "text": "fox"}], "name": None}],
+    ]
+    nothing = dict.fromkeys(
+        ["reasoning_effort", "verbosity", "audio", "prediction", "web_search_options", "unheard_of"]
+    )  # fmt: skip
+    for messages in histories:
+        for parallel in (None, True, False):
+            extra = nothing | {"parallel_tool_calls": parallel}
+            assert client.chat.completions.create(
+                model="chat", messages=messages, max_tokens=4, extra_body=extra
+            ).choices
+    options = {"stream_options": {"include_usage": None}}
+    assert list(
+        client.chat.completions.create(model="chat", messages=[user], max_tokens=4, stream=True, extra_body=options)
+    )
+    for extra, message in (
+        ({"reasoning_effort": "high"}, "reasoning_effort is not supported: the model does not reason"),
+        ({"prediction": {"type": "content", "content": "x"}}, "prediction is not supported"),
+        ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage: Input should be a valid boolean"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.chat.completions.create(model="chat", messages=[user], max_tokens=4, extra_body=extra)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    with pytest.raises(openai.BadRequestError, match="tool_calls of a message is not supported"):
+        client.chat.completions.create(
+            model="chat", messages=[user, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        )
+
+
+def test_text_that_spells_a_control_token_is_text(client, tokenizer):
+    end = tokenizer.eos_token
+    answer = client.completions.create(model="calm", prompt=f"fox{end}", max_tokens=3)
+    assert answer.usage.prompt_tokens > len(tokenizer("fox")["input_ids"]) + 1
+    counts = [
+        client.chat.completions.create(
+            model="chat", messages=[{"role": "user", "content": text}], max_tokens=3
+        ).usage.prompt_tokens
+        for text in ("", end)
+    ]
+    assert counts[1] > counts[0] + 1
+
+
 def test_a_body_that_never_arrives_is_given_up():
     sent = []
 

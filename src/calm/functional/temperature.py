@@ -17,6 +17,7 @@ Shapes: R rows (contexts), S draws of a row, A attempts, K tokens of a chunk.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -142,6 +143,17 @@ def sample_exact(draws: Draws, temperature: float, max_draws: int = 4096) -> tup
     Returns:
         ``(chunks [R, K], accepted [R] bool)``; rows with ``accepted = False`` hold nothing.
     """
+    *_, last = exact_rounds(draws, temperature, max_draws)
+    return last
+
+
+def exact_rounds(draws: Draws, temperature: float, max_draws: int = 4096) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run :func:`sample_exact` round by round; a round has at most 64 draws of a row, or those of one attempt.
+
+    Yields:
+        the same two tensors after every round, updated in place; the last time all rows are accepted or the budget is
+        spent.
+    """
     exponent = check_temperature(temperature)
     whole = math.floor(exponent)
     remainder = exponent - whole
@@ -175,7 +187,8 @@ def sample_exact(draws: Draws, temperature: float, max_draws: int = 4096) -> tup
             result[draws.rows[done]] = draws.part(done).chunks(sought[done])
             draws, sought, to_go = draws.part(~done), sought[~done], to_go[~done]
         attempts = min(2 * attempts, max(1, _ROUND_LIMIT // width))
-    return result, accepted
+        yield result, accepted
+    yield result, accepted
 
 
 def _attempt(draws: Draws, slots: Tensor, whole: int, limit: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:

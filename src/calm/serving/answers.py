@@ -38,10 +38,12 @@ class Answer:
             content = {"message": {"role": "assistant", "content": text}}
         return {"index": index, **content, "finish_reason": finish_reason, "logprobs": None}
 
-    def delta(self, index: int, chunk: Chunk) -> dict:
+    def delta(self, index: int, chunk: Chunk, is_first: bool) -> dict:
         content: dict[str, Any] = {"text": chunk.text}
         if self.kind == "chat.completion":
-            content = {"delta": {"role": "assistant", "content": chunk.text}}
+            # Clients add up the fields of all deltas.
+            role = {"role": "assistant"} if is_first else {}
+            content = {"delta": role | {"content": chunk.text}}
         return {"index": index, **content, "finish_reason": chunk.finish_reason, "logprobs": None}
 
 
@@ -136,6 +138,7 @@ async def _collect(jobs: list[Job], events: Unread, gone: asyncio.Task) -> tuple
 async def _events(answer: Answer, jobs: list[Job], events: Unread, usage: dict, with_usage: bool) -> AsyncIterator[str]:
     """Server-sent events."""
     running = len(jobs)
+    begun: set[int] = set()
     while running:
         index, chunk = await events.get()
         running -= chunk.finish_reason is not None
@@ -147,7 +150,8 @@ async def _events(answer: Answer, jobs: list[Job], events: Unread, usage: dict, 
             "milliseconds": round(chunk.milliseconds, 2),
         }  # fmt: skip
         more = {"usage": None} if with_usage else {}
-        yield _event(answer.document([answer.delta(index, chunk)], chunk=True, calm=about, **more))
+        yield _event(answer.document([answer.delta(index, chunk, index not in begun)], chunk=True, calm=about, **more))
+        begun.add(index)
     if with_usage:
         _count(usage, jobs)
         yield _event(answer.document([], chunk=True, usage=usage))

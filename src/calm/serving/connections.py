@@ -1,7 +1,7 @@
 """Connections that cannot hold the server: what uvicorn has no setting for, added to its HTTP protocol.
 
-uvicorn closes a connection that is idle *between* requests. It has no time-out for the headers of a request and none for
-a client that does not read its answer, and it accepts connections until no descriptor is left.
+uvicorn closes a connection that is idle *between* requests. It has no time-out for the headers of a request and none
+for a client that does not read its answer, and it accepts connections until no descriptor is left.
 """
 
 import asyncio

@@ -112,8 +112,8 @@ class _Server(uvicorn.Server):
         unanswered = sum(engine.num_running + engine.num_waiting for engine in self.engines)
         if unanswered:
             print(
-                f"{unanswered} sequence(s) to finish first, for at most {self.shutdown_timeout:g} seconds; Ctrl-C again "
-                "ends the server at once",
+                f"{unanswered} sequence(s) to finish first; Ctrl-C again ends the server at once; otherwise it "
+                f"ends within {self.shutdown_timeout:g} seconds",
                 flush=True,
             )
 
