@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from calm.data.text import half_character
+from calm.data.text import decode_continuation, encode_plain_text, encode_plain_texts, half_character
 from calm.functional.temperature import LOWEST_TEMPERATURE, check_positive
 from calm.models.context import context_of, patch_size_of, positions_needed, room_for_new
 from calm.models.modeling_calm import CalmForCausalLM
@@ -88,11 +88,11 @@ def complete(
     seconds = time.perf_counter() - started
     results = [
         {
-            "text": tokenizer.decode(tokens, skip_special_tokens=True),
+            "text": decode_continuation(tokenizer, prompt[given.bool()].tolist(), tokens),
             "tokens": len(tokens),
             "tokens_per_second": round(sum(map(len, new)) / seconds, 1),
         }
-        for tokens in new
+        for prompt, given, tokens in zip(ids, mask, new, strict=True)
     ]
     if isinstance(model, CalmForCausalLM):
         for result, drawn, decoded in zip(results, out.num_drawn, out.num_decoded, strict=True):
@@ -165,7 +165,7 @@ def complete_file(
     numbered, output = _read_prompts(source), Path(output)
     records = [record for _, record in numbered]
     _check_absent(output)
-    prompts = [tokenizer(record["prompt"], add_special_tokens=False, verbose=False)["input_ids"] for record in records]
+    prompts = encode_plain_texts(tokenizer, (record["prompt"] for record in records))
     _check_lengths(model, [number for number, _ in numbered], prompts, source, settings)
     draft = output.with_name(f".{output.name}.partial")
     said = {"model": str(getattr(model, "name_or_path", ""))} | {
@@ -249,10 +249,7 @@ def _encode(
     for prompt in prompts:
         if isinstance(prompt, str) and (place := half_character(prompt)) is not None:
             raise ValueError(f"the prompt {prompt!r:.60} is not UTF-8 text (character {place}).")
-    rows = [
-        tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
+    rows = [encode_plain_text(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     if not isinstance(model, CalmForCausalLM):
         rows = [row or [tokenizer.eos_token_id] for row in rows]
     ids, mask = left_padded(rows, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)

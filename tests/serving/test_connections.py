@@ -10,9 +10,7 @@ import pytest
 import uvicorn
 
 from calm.serving import connections
-from calm.serving.answers import Unread
 from calm.serving.connections import BoundedProtocol, ConnectionLimits, descriptor_limits
-from calm.serving.engine import Chunk
 
 PIECE = b"x" * 2**16
 
@@ -125,23 +123,3 @@ def test_connections_leave_descriptors_for_what_is_accepted_at_once(monkeypatch,
     monkeypatch.setattr(resource, "getrlimit", lambda _: (16, 16))
     with pytest.raises(ValueError, match="limit of 16 open files leaves none for connections: raise it with"):
         descriptor_limits()
-
-
-def test_what_a_client_does_not_take_is_joined_and_not_lost():
-    async def take():
-        unread = Unread(most=4)
-        for step in range(1000):
-            for index in range(2):
-                unread.put(index, Chunk(f"{index}{step},", 1, 2, 3, 0.5, "length" if step == 999 else None))
-        assert len(unread) <= 4
-        texts, tokens, reasons = ["", ""], [0, 0], [None, None]
-        while not all(reasons):
-            index, chunk = await unread.get()
-            texts[index] += chunk.text
-            tokens[index] += chunk.num_tokens
-            reasons[index] = chunk.finish_reason
-        return texts, tokens
-
-    texts, tokens = asyncio.run(take())
-    assert texts == ["".join(f"{index}{step}," for step in range(1000)) for index in range(2)]
-    assert tokens == [1000, 1000]

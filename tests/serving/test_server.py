@@ -14,6 +14,8 @@ import torch
 from conftest import TEMPLATE, serving
 from prometheus_client.parser import text_string_to_metric_families
 
+from calm.serving.answers import Unread
+from calm.serving.engine import Chunk
 from calm.serving.guard import Guard
 from calm.serving.service import Limits
 from calm.serving.telemetry import Metrics
@@ -255,6 +257,26 @@ def test_many_clients_get_their_own_answers(server, calm, tokenizer):
     for number, text in enumerate(texts):
         assert text == alone(calm, tokenizer, f"fox {number}", number, 6 + number % 9, **settings[number % 4]), number
     assert services[0].engine.num_running == services[0].engine.num_waiting == 0
+
+
+def test_what_a_client_does_not_take_is_joined_and_not_lost():
+    async def take():
+        unread = Unread(most=4)
+        for step in range(1000):
+            for index in range(2):
+                unread.put(index, Chunk(f"{index}{step},", 1, 2, 3, 0.5, "length" if step == 999 else None))
+        assert len(unread) <= 4
+        texts, tokens, reasons = ["", ""], [0, 0], [None, None]
+        while not all(reasons):
+            index, chunk = await unread.get()
+            texts[index] += chunk.text
+            tokens[index] += chunk.num_tokens
+            reasons[index] = chunk.finish_reason
+        return texts, tokens
+
+    texts, tokens = asyncio.run(take())
+    assert texts == ["".join(f"{index}{step}," for step in range(1000)) for index in range(2)]
+    assert tokens == [1000, 1000]
 
 
 def metric(address, name, **labels):

@@ -63,8 +63,7 @@ class Stepper(ABC):
         longest = max(map(len, prompts))
         ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts], device=self.device)
         lengths = [len(ids) // self.patch_size for ids in prompts]
-        positions = torch.arange(longest // self.patch_size, device=self.device).expand(len(prompts), -1)
-        outputs = self.reader(ids, position_ids=positions, use_cache=True)
+        outputs = self.reader(ids, use_cache=True)
         last = torch.tensor(lengths, device=self.device) - 1
         hidden = outputs.last_hidden_state
         return hidden[torch.arange(len(prompts), device=self.device), last], outputs.past_key_values, lengths
