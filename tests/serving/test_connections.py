@@ -29,6 +29,7 @@ def server_of():
                 leaving = asyncio.create_task(wait_for_disconnect(receive))
                 while not leaving.done():
                     await send({"type": "http.response.body", "body": PIECE, "more_body": True})
+                    await asyncio.sleep(0)
                 gone.set()
             await send({"type": "http.response.body", "body": b"here"})
 

@@ -318,12 +318,12 @@ class Engine:
         """Draw chunks into ``chunks``; where memory does not suffice, for half of the sequences at a time."""
         generators = [self._running[slot].generator for slot in slots]
         states = [generator.get_state() for generator in generators]
+        chunk: NextChunk | None = None
         try:
             chunk = self.stepper.draw(self._conditions[slots], sampling, generators)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            chunk = None
         if chunk is not None:
             _put(chunk, range(len(slots)), chunks, slots, is_drawn)
         elif len(slots) == 1:
