@@ -26,7 +26,8 @@ def model(calm, tokenizer, tmp_path_factory):
 @pytest.fixture
 def process(model):
     started = subprocess.Popen(
-        [sys.executable, "-m", "calm.cli.main", "serve", str(model), "--port", "0", "--max-batch", "2", "--shutdown-timeout", "600"],
+        [sys.executable, "-m", "calm.cli.main", "serve", str(model), "--port", "0", "--max-batch", "2",
+         "--shutdown-timeout", "600"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     yield started
