@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm.functional import batch_temperature_sample
 from calm.functional.draws import Draws
@@ -174,6 +175,65 @@ def test_batch_sampler_falls_back_row_by_row():
     assert set(chosen[:, 0].tolist()) == {5}
     assert set(chosen[:, 1].tolist()) == {7, 9}
     assert set(chosen[:, 2].tolist()) == {0, 1, 2, 3, 4}
+
+
+class Work(TorchDispatchMode):
+    """Counts the operations and the numbers they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.operations += 1
+        self.numbers += sum(
+            each.numel() for each in (out if isinstance(out, tuple) else [out]) if torch.is_tensor(each)
+        )
+        return out
+
+
+@pytest.mark.parametrize("kind", ["all_different", "pairs", "all_sizes"])
+def test_the_work_of_the_batch_sampler_grows_with_the_candidates_and_not_with_their_square(kind):
+    """At T = 1/N every exponent from N down to the largest count would have to be tried."""
+
+    def work(num_candidates):
+        pool = torch.arange(num_candidates)
+        if kind == "pairs":
+            pool = pool // 2
+        if kind == "all_sizes":  # 1 x A, 2 x B, 3 x C, ...: each is a bound that may have to be looked at
+            pool = ((8 * pool.double() + 1).sqrt() / 2 + 0.5).long()
+        # A chunk begins with the token of its group and ends with a token of its own: nothing agrees in the end.
+        pool = torch.stack([pool, torch.arange(num_candidates)], dim=1)[None]
+        with Work() as counted:
+            batch_temperature_sample(pool, 1 / num_candidates, torch.Generator().manual_seed(1))
+        return counted
+
+    small, large = work(50), work(800)
+    growth = 16 if kind != "all_sizes" else 16 * 4  # as many bounds as there are sizes, the root of N
+    assert large.numbers < 1.5 * growth * small.numbers
+    assert large.operations < 1.5 * growth / 16 * small.operations
+
+
+@pytest.mark.parametrize("temperature", [1 / 6, 0.3])
+def test_lowering_the_exponent_at_once_takes_the_random_numbers_of_lowering_it_by_one(temperature):
+    """A seed gives the text it gave when every exponent was tried."""
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        pool = torch.multinomial(torch.full((40,), 1 / 40), 12, True, generator=generator)
+        generator.manual_seed(seed)
+        chosen = batch_temperature_sample(pool[None, :, None], temperature, generator)[0, 0]
+        generator.manual_seed(seed)
+        exponent, copies = 1 / temperature, (pool[:, None] == pool).sum(1).double()
+        while exponent > 1 and copies.max() < exponent:
+            torch.rand(1, generator=generator, dtype=torch.float64)
+            exponent -= 1
+        weight = torch.ones(12).double()
+        if exponent > 1:
+            weight = torch.lgamma(copies + 1) - torch.lgamma((copies - exponent + 1).clamp(min=1e-9)) - copies.log()
+            weight = torch.where(copies >= exponent, weight.exp(), 0)
+        place = torch.rand(1, generator=generator, dtype=torch.float64) * weight.sum()
+        assert chosen == pool[torch.searchsorted(weight.cumsum(0), place, right=True)[0]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, 1.01, float("nan")])

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +26,8 @@ def model(calm, tokenizer, tmp_path_factory):
 @pytest.fixture
 def process(model):
     started = subprocess.Popen(
-        [sys.executable, "-m", "calm.cli.main", "serve", str(model), "--port", "0", "--max-batch", "2"],
+        [sys.executable, "-m", "calm.cli.main", "serve", str(model), "--port", "0", "--max-batch", "2",
+         "--shutdown-timeout", "600"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     yield started
@@ -67,16 +69,50 @@ def test_a_server_that_is_told_to_end_answers_what_it_was_asked(process):
         httpx.get(f"{address}/health")
 
 
-def test_a_second_ctrl_c_ends_the_server_at_once(process):
+@pytest.mark.parametrize("again", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_server_at_once(process, again):
     body = {"prompt": "a", "max_tokens": 700, "n": 100, "seed": 0, "stream": True}  # two run, the others wait
     address = address_of(process)
     with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as answer:
         next(answer.iter_lines())
         process.send_signal(signal.SIGINT)
         assert "sequence(s) to finish first; Ctrl-C again ends" in process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 128 + signal.SIGINT
+        process.send_signal(again)
+        assert process.wait(timeout=60) == 128 + again
     assert process.stderr.read() == ""
+
+
+def test_a_stream_that_is_never_read_does_not_keep_the_server_from_ending(model):
+    command = [sys.executable, "-m", "calm.cli.main", "serve", str(model), "--port", "0", "--max-batch", "2"]
+    process = subprocess.Popen(
+        [*command, "--shutdown-timeout", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        host, port = address_of(process).removeprefix("http://").split(":")
+        body = json.dumps({"prompt": "a", "max_tokens": 700, "n": 100, "seed": 0, "stream": True})
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # little is stored on the way
+        client.connect((host, int(port)))
+        client.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        assert client.recv(1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        client.close()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_missing_extra_is_named(model, monkeypatch):
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            result = CliRunner().invoke(app, ["serve", str(model)])
+        assert isinstance(result.exception, ValueError)
+        assert str(result.exception).endswith("which is not installed: pip install 'calm-lm[serve]'.")
 
 
 def test_comments_in_a_file_of_keys_are_no_keys(tmp_path):

@@ -4,6 +4,9 @@ import queue
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedTokenizerFast
 
 from calm.serving.engine import Engine, Job, QueueFullError
 from calm.serving.stepping import Sampling, stepper_of
@@ -166,6 +169,129 @@ def test_what_cannot_be_done_is_refused_before_it_waits(calm, tokenizer, engine_
     engine.stop()
     with pytest.raises(QueueFullError, match="shutting down"):
         engine.submit([Collected([], 5, Sampling(), 0).job])
+
+
+class HostReads(TorchFunctionMode):
+    """Counts what has to wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        reads = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "nonzero", "numpy")
+        self.count += getattr(function, "__name__", "") in reads
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, "token_prediction")])
+def test_a_step_reads_the_device_once(calm, tokenizer, engine_of, sampling):
+    engine, counts = engine_of(calm), []
+    engine.stepper.end_ids = set()
+    step = engine._step
+
+    def counted():
+        with HostReads() as reads:
+            step()
+        counts.append(reads.count)
+
+    engine._step = counted
+    jobs = [Collected(ids_of(tokenizer, "fox"), 9 + 3 * i, sampling, i) for i in range(4)]
+    engine.submit([each.job for each in jobs])
+    for each in jobs:
+        each.chunks()
+    assert set(counts) == {1}
+
+
+def test_prompts_are_read_together(calm, baseline, tokenizer, engine_of):
+    """Prompts of different lengths, all of them waiting when the engine looks: one pass of the model."""
+    for model in (calm, baseline):
+        engine, sizes = engine_of(model), []
+        prefill = engine.stepper.prefill
+        engine.stepper.prefill = lambda prompts, sizes=sizes, prefill=prefill: (
+            sizes.append(len(prompts)) or prefill(prompts)
+        )
+        jobs = [Collected(ids_of(tokenizer, "the quick brown fox"[: 4 * i]), 6, Sampling(), i) for i in range(1, 5)]
+        engine.submit([each.job for each in jobs])
+        for each in jobs:
+            assert each.chunks()[-1].finish_reason in ("length", "stop")
+        assert sizes == [4]
+
+
+def out_of_memory_beyond(most, function, size):
+    """A function that runs out of memory where it is asked for more than ``most`` sequences."""
+
+    def bounded(*arguments):
+        out = function(*arguments)  # after it has taken its random numbers
+        if size(arguments) > most:
+            raise torch.OutOfMemoryError("no memory left")
+        return out
+
+    return bounded
+
+
+def test_where_memory_does_not_suffice_for_all_the_texts_are_drawn_in_parts(calm, tokenizer, engine_of):
+    asked = [(ids_of(tokenizer, "the quick"), 12, Sampling(0.5, "batch", 16), seed) for seed in range(4)]
+    expected = [Collected(*request) for request in asked]
+    engine_of(calm).submit([each.job for each in expected])
+    engine = engine_of(calm)
+    engine.stepper.draw = out_of_memory_beyond(1, engine.stepper.draw, lambda arguments: len(arguments[0]))
+    engine.stepper.prefill = out_of_memory_beyond(1, engine.stepper.prefill, lambda arguments: len(arguments[0]))
+    got = [Collected(*request) for request in asked]
+    engine.submit([each.job for each in got])
+    assert [each.text() for each in got] == [each.text() for each in expected]
+
+
+def test_where_memory_does_not_suffice_for_a_step_the_newest_texts_end(calm, tokenizer, engine_of, caplog):
+    engine = engine_of(calm)
+    engine.stepper.end_ids = set()
+    engine.stepper.step = out_of_memory_beyond(2, engine.stepper.step, lambda arguments: len(arguments[0]))
+    jobs = [Collected(ids_of(tokenizer, "fox"), 30, Sampling(), seed) for seed in range(4)]
+    engine.submit([each.job for each in jobs])
+    assert [each.chunks()[-1].finish_reason for each in jobs] == ["length", "length", "error", "error"]
+    assert "no memory for a step of 4 sequences: the newest one ends" in caplog.text
+
+
+def test_exact_sampling_takes_a_bounded_number_of_draws_in_a_step(calm, tokenizer, engine_of):
+    """Thousands of draws for one chunk do not hold up the other texts."""
+    engine, most, in_step = engine_of(calm), [], [0]
+    engine.stepper.end_ids = set()
+    sample, step = calm.head.sample, engine._step
+
+    def counted(hidden, **options):
+        in_step[0] = max(in_step[0], options.get("num_samples") or 1)
+        return sample(hidden, **options)
+
+    def stepped():
+        in_step[0] = 0
+        step()
+        most.append(in_step[0])
+
+    engine._step = stepped
+    hard = Collected(ids_of(tokenizer, "the quick"), 9, Sampling(0.2, "exact", 16), 0)
+    other = Collected(ids_of(tokenizer, "a"), 30, Sampling(), 1)
+    try:
+        calm.head.sample = counted
+        engine.submit([hard.job, other.job])
+        chunks = hard.chunks()
+        other.chunks()
+    finally:
+        del calm.head.sample
+    assert max(chunk.num_drawn for chunk in chunks) > 64
+    assert max(most) <= 64
+
+
+def test_an_answer_keeps_the_space_before_its_first_word():
+    """Tokenizers of the SentencePiece type drop it where a text begins."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    model.decoder = decoders.Metaspace(prepend_scheme="first")
+    model.train_from_iterator(["the quick brown fox"] * 9, trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    metaspace = PreTrainedTokenizerFast(tokenizer_object=model)
+    whole, prompt = (ids_of(metaspace, text) for text in ("the quick brown fox", "the quick"))
+    assert whole[: len(prompt)] == prompt
+    stream = TextStream(metaspace, (), prompt)
+    assert "".join(stream.add([token]) for token in whole[len(prompt) :]) == " brown fox"
 
 
 def test_a_step_that_fails_is_told_and_the_engine_goes_on(calm, tokenizer, engine_of, monkeypatch, caplog):

@@ -14,6 +14,8 @@ import torch
 from conftest import TEMPLATE, serving
 from prometheus_client.parser import text_string_to_metric_families
 
+from calm.serving.answers import Unread
+from calm.serving.engine import Chunk
 from calm.serving.guard import Guard
 from calm.serving.service import Limits
 from calm.serving.telemetry import Metrics
@@ -130,6 +132,69 @@ def test_neutral_values_of_the_same_parameters_are_fine(client):
     )  # fmt: skip
 
 
+def test_a_stream_names_the_role_once(client):
+    """The official client adds up the fields of all deltas."""
+    settings = {"model": "chat", "messages": [{"role": "user", "content": "fox"}], "max_tokens": 30, "seed": 2, "n": 2}
+    events = list(client.chat.completions.create(**settings, stream=True))
+    roles = [[e.choices[0].delta.role for e in events if e.choices[0].index == index] for index in range(2)]
+    assert all(of_text[0] == "assistant" and set(of_text[1:]) == {None} for of_text in roles)
+    with client.chat.completions.stream(**settings) as stream:
+        try:
+            message = stream.get_final_completion().choices[0].message
+        except openai.LengthFinishReasonError as error:
+            message = error.completion.choices[0].message
+    assert message.role == "assistant"
+
+
+def test_fields_that_ask_for_nothing_are_accepted_wherever_they_stand(client):
+    user = {"role": "user", "content": "fox"}
+    answer = client.chat.completions.create(model="chat", messages=[user], max_tokens=4, seed=1).choices[0].message
+    histories = [
+        [user, answer.model_dump(), user],
+        [user, {"role": "assistant", "content": "x", "tool_calls": [], "annotations": []}, user],
+        [user, {"role": "assistant", "content": None, "refusal": None}, user],
+        [{"role": "user", "content": [{"type": "text", "text": "fox"}], "name": None}],
+    ]
+    nothing = dict.fromkeys(
+        ["reasoning_effort", "verbosity", "audio", "prediction", "web_search_options", "unheard_of"]
+    )  # fmt: skip
+    for messages in histories:
+        for parallel in (None, True, False):
+            extra = nothing | {"parallel_tool_calls": parallel}
+            assert client.chat.completions.create(
+                model="chat", messages=messages, max_tokens=4, extra_body=extra
+            ).choices
+    options = {"stream_options": {"include_usage": None}}
+    assert list(
+        client.chat.completions.create(model="chat", messages=[user], max_tokens=4, stream=True, extra_body=options)
+    )
+    for extra, message in (
+        ({"reasoning_effort": "high"}, "reasoning_effort is not supported: the model does not reason"),
+        ({"prediction": {"type": "content", "content": "x"}}, "prediction is not supported"),
+        ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage: Input should be a valid boolean"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.chat.completions.create(model="chat", messages=[user], max_tokens=4, extra_body=extra)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    with pytest.raises(openai.BadRequestError, match="tool_calls of a message is not supported"):
+        client.chat.completions.create(
+            model="chat", messages=[user, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        )
+
+
+def test_text_that_spells_a_control_token_is_text(client, tokenizer):
+    end = tokenizer.eos_token
+    answer = client.completions.create(model="calm", prompt=f"fox{end}", max_tokens=3)
+    assert answer.usage.prompt_tokens > len(tokenizer("fox")["input_ids"]) + 1
+    counts = [
+        client.chat.completions.create(
+            model="chat", messages=[{"role": "user", "content": text}], max_tokens=3
+        ).usage.prompt_tokens
+        for text in ("", end)
+    ]
+    assert counts[1] > counts[0] + 1
+
+
 def test_a_body_that_never_arrives_is_given_up():
     sent = []
 
@@ -154,6 +219,7 @@ def test_other_requests_get_a_json_error_too(server):
     address, _ = server
     as_json = {"content-type": "application/json"}
     half = b'{"prompt": "\\ud800"}'
+    half_of_a_name = b'{"\\ud800": 1}'
     with httpx.Client(base_url=address) as http:
         cases = [
             (http.post("/v1/completions", content="{", headers=as_json), 400, "valid JSON"),
@@ -161,6 +227,7 @@ def test_other_requests_get_a_json_error_too(server):
             (http.post("/v1/completions", content='{"prompt": "a"}'), 400, "sent as application/json"),
             (http.post("/v1/completions", json={"prompt": "a", "model": "gpt"}), 404, "no model 'gpt' here, but calm"),
             (http.post("/v1/completions", content=half, headers=as_json), 400, "half of a surrogate pair"),
+            (http.post("/v1/completions", content=half_of_a_name, headers=as_json), 400, "this parameter is not known"),
             (http.post("/v1/completions", content=b" " * (2**20 + 1)), 413, "larger than 1,048,576 bytes"),
             (http.post("/v1/completions", content=iter([b" " * 2**19] * 3)), 413, "larger than 1,048,576 bytes"),
             (http.get("/v1/completions"), 405, "Method Not Allowed"),
@@ -192,6 +259,26 @@ def test_many_clients_get_their_own_answers(server, calm, tokenizer):
     for number, text in enumerate(texts):
         assert text == alone(calm, tokenizer, f"fox {number}", number, 6 + number % 9, **settings[number % 4]), number
     assert services[0].engine.num_running == services[0].engine.num_waiting == 0
+
+
+def test_what_a_client_does_not_take_is_joined_and_not_lost():
+    async def take():
+        unread = Unread(most=4)
+        for step in range(1000):
+            for index in range(2):
+                unread.put(index, Chunk(f"{index}{step},", 1, 2, 3, 0.5, "length" if step == 999 else None))
+        assert len(unread) <= 4
+        texts, tokens, reasons = ["", ""], [0, 0], [None, None]
+        while not all(reasons):
+            index, chunk = await unread.get()
+            texts[index] += chunk.text
+            tokens[index] += chunk.num_tokens
+            reasons[index] = chunk.finish_reason
+        return texts, tokens
+
+    texts, tokens = asyncio.run(take())
+    assert texts == ["".join(f"{index}{step}," for step in range(1000)) for index in range(2)]
+    assert tokens == [1000, 1000]
 
 
 def metric(address, name, **labels):

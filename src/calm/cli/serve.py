@@ -26,12 +26,23 @@ def serve(
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer, where the model has none beside it")] = None,
     name: Annotated[str | None, typer.Option(help="name of the model in requests; default its directory's")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    shutdown_timeout: Annotated[
+        float, typer.Option(min=0, help="seconds that requests have to finish when the server is told to end")
+    ] = 30.0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; auto is float32 on a CPU")] = "auto",
 ) -> None:
     """Serve a model: OpenAI's API with continuous batching, and a page to play with.
 
     Example: `calm serve runs/quickstart/finished --baseline runs/quickstart/baseline`, then open http://127.0.0.1:8000
     """
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"calm serve needs {error.name}, which is not installed: pip install 'calm-lm[serve]'."
+        ) from error
     from calm.serving.run import run_server
     from calm.serving.service import Limits
 
@@ -41,7 +52,17 @@ def serve(
         other = _name_of(baseline)
         models[other if other not in models else f"{other}-baseline"] = (baseline, baseline)
     limits = Limits(max_batch, max_queue, context, max_candidates)
-    run_server(models, limits, host, port, api_keys=keys, insecure=insecure, device=device, dtype=dtype)
+    run_server(
+        models,
+        limits,
+        host,
+        port,
+        api_keys=keys,
+        insecure=insecure,
+        device=device,
+        dtype=dtype,
+        shutdown_timeout=shutdown_timeout,
+    )
 
 
 def _read_keys(path: Path) -> list[str]:

@@ -17,6 +17,7 @@ Shapes: R rows (contexts), S draws of a row, A attempts, K tokens of a chunk.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -142,6 +143,17 @@ def sample_exact(draws: Draws, temperature: float, max_draws: int = 4096) -> tup
     Returns:
         ``(chunks [R, K], accepted [R] bool)``; rows with ``accepted = False`` hold nothing.
     """
+    *_, last = exact_rounds(draws, temperature, max_draws)
+    return last
+
+
+def exact_rounds(draws: Draws, temperature: float, max_draws: int = 4096) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run :func:`sample_exact` round by round; a round has at most 64 draws of a row, or those of one attempt.
+
+    Yields:
+        the same two tensors after every round, updated in place; the last time all rows are accepted or the budget is
+        spent.
+    """
     exponent = check_temperature(temperature)
     whole = math.floor(exponent)
     remainder = exponent - whole
@@ -175,7 +187,8 @@ def sample_exact(draws: Draws, temperature: float, max_draws: int = 4096) -> tup
             result[draws.rows[done]] = draws.part(done).chunks(sought[done])
             draws, sought, to_go = draws.part(~done), sought[~done], to_go[~done]
         attempts = min(2 * attempts, max(1, _ROUND_LIMIT // width))
-    return result, accepted
+        yield result, accepted
+    yield result, accepted
 
 
 def _attempt(draws: Draws, slots: Tensor, whole: int, limit: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,23 +247,27 @@ def _settle(draws: Draws, slot: Tensor, limit: Tensor, exponent: float, num_cand
 
 
 def _choose_by_counts(draws: Draws, exponent: float) -> Tensor:
-    """Choose among all draws, with weight c! / (c - exponent)! for a chunk that is there c times: ``[R, K]``."""
+    """Choose among all draws, with weight c! / (c - exponent)! for a chunk that is there c times: ``[R, K]``.
+
+    Where no chunk of a row is there ``exponent`` times, the exponent of that row is lowered by the least whole number
+    that makes a chunk eligible, and down to a plain draw at most.
+    """
     num_rows, count, patch_size = draws.tokens.shape
     result = draws.tokens.new_zeros(num_rows, patch_size)
     left = torch.arange(num_rows, device=result.device)
+    most = torch.full_like(draws.tokens[:, :, 0], count)  # copies that a draw may have, by what of it is decoded
     while len(left) > 0:
+        # No exponent between this one and the next that any row can reach needs a look; each has its random number.
+        skipped = max(0, math.ceil(min(exponent - int(most.max()), exponent - 1)))
+        if skipped:
+            draws.uniform(skipped, 1)
+            exponent -= skipped
         if exponent <= 1:
             chosen = (draws.uniform(1)[:, 0] * count).long()
             result[left] = draws.chunks(chosen)
             break
-        alive = torch.ones(draws.tokens.shape[:2], dtype=torch.bool, device=result.device)
-        same = alive[:, :, None]
-        for position in range(patch_size):
-            token = draws.decode(alive, position)
-            same = same & (token[:, :, None] == token[:, None])
-            copies = same.sum(-1).to(finest(same.device))
-            # What is too rare in its first tokens is too rare as a chunk.
-            alive = alive & (copies >= exponent)
+        alive = _count_copies(draws, most, exponent)
+        copies = most.to(finest(most.device))
         # A chunk stands c times among the draws, so each copy carries 1/c of the chunk's weight.
         log_weight = torch.lgamma(copies + 1) - torch.lgamma((copies - exponent + 1).clamp(min=1e-9)) - copies.log()
         weight = (log_weight.masked_fill(~alive, -math.inf) - log_weight.masked_fill(~alive, 0).amax(1, True)).exp()
@@ -260,6 +277,31 @@ def _choose_by_counts(draws: Draws, exponent: float) -> Tensor:
         if some.any():
             chosen = torch.searchsorted(cumulative[some], uniforms[some], right=True)[:, 0].clamp(max=count - 1)
             result[left[some]] = draws.part(some).chunks(chosen)
-        draws, left = draws.part(~some), left[~some]
+        draws, left, most = draws.part(~some), left[~some], most[~some]
         exponent -= 1
     return result
+
+
+def _count_copies(draws: Draws, most: Tensor, exponent: float) -> Tensor:
+    """Count the copies of all draws that may have ``exponent`` of them.
+
+    Sorting finds copies in O(S log S). A draw that is too rare in its first tokens is too rare as a chunk, and is
+    decoded no further.
+
+    Args:
+        most (``[R, S]``): upper bounds of the copies of every draw; lowered to what was counted.
+
+    Returns:
+        mask ``[R, S]`` of the draws that have ``exponent`` copies; for these ``most`` is exact.
+    """
+    alive = most >= exponent
+    group = torch.zeros_like(most)  # draws that agree in all tokens so far have the same number
+    for position in range(draws.tokens.shape[2]):
+        token = draws.decode(alive, position)
+        ordered, order = ((group << 32) + token).sort(1)
+        is_new = ordered.diff(dim=1, prepend=ordered[:, :1]) != 0
+        group = torch.zeros_like(group).scatter(1, order, is_new.cumsum(1))
+        copies = torch.zeros_like(most).scatter_add(1, group, torch.ones_like(group)).gather(1, group)
+        most.copy_(torch.where(alive, copies, most))
+        alive = most >= exponent
+    return alive

@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,11 +38,47 @@ class Answer:
             content = {"message": {"role": "assistant", "content": text}}
         return {"index": index, **content, "finish_reason": finish_reason, "logprobs": None}
 
-    def delta(self, index: int, chunk: Chunk) -> dict:
+    def delta(self, index: int, chunk: Chunk, is_first: bool) -> dict:
         content: dict[str, Any] = {"text": chunk.text}
         if self.kind == "chat.completion":
-            content = {"delta": {"role": "assistant", "content": chunk.text}}
+            # Clients add up the fields of all deltas.
+            role = {"role": "assistant"} if is_first else {}
+            content = {"delta": role | {"content": chunk.text}}
         return {"index": index, **content, "finish_reason": chunk.finish_reason, "logprobs": None}
+
+
+class Unread:
+    """Chunks of a request that its client has not taken yet.
+
+    A client that reads slowly, or never, does not make the server hold a chunk for every step: beyond ``most`` chunks a
+    text's next chunk is joined to its last one.
+    """
+
+    def __init__(self, most: int = 1024):
+        self.most = most
+        self._chunks: deque[tuple[int, Chunk]] = deque()
+        self._last: dict[int, Chunk] = {}  # by text
+        self._ready = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def put(self, index: int, chunk: Chunk) -> None:
+        if len(self._chunks) >= self.most and index in self._last:
+            self._last[index].join(chunk)
+            return
+        self._chunks.append((index, chunk))
+        self._last[index] = chunk
+        self._ready.set()
+
+    async def get(self) -> tuple[int, Chunk]:
+        while not self._chunks:
+            self._ready.clear()
+            await self._ready.wait()
+        index, chunk = self._chunks.popleft()
+        if self._last[index] is chunk:
+            del self._last[index]
+        return index, chunk
 
 
 async def respond(
@@ -53,12 +90,12 @@ async def respond(
         kind: of the answer, ``"text_completion"`` or ``"chat.completion"``.
     """
     answer = Answer(kind, service.name)
-    events: asyncio.Queue[tuple[int, Chunk]] = asyncio.Queue()
+    events = Unread()
     loop = asyncio.get_running_loop()
 
     def emit(index: int, chunk: Chunk) -> None:
         with suppress(RuntimeError):  # the server has ended, and nobody waits for this
-            loop.call_soon_threadsafe(events.put_nowait, (index, chunk))
+            loop.call_soon_threadsafe(events.put, index, chunk)
 
     jobs = service.jobs(body, prompts, max_tokens, emit)
     service.engine.submit(jobs)
@@ -81,9 +118,7 @@ async def respond(
     return JSONResponse(answer.document(choices, chunk=False, usage=usage))
 
 
-async def _collect(
-    jobs: list[Job], events: "asyncio.Queue[tuple[int, Chunk]]", gone: asyncio.Task
-) -> tuple[list[str], list[str]]:
+async def _collect(jobs: list[Job], events: Unread, gone: asyncio.Task) -> tuple[list[str], list[str]]:
     """All texts; they stay short when the client is gone, and nobody will see them."""
     texts, reasons = [""] * len(jobs), [""] * len(jobs)
     while not all(reasons):
@@ -100,11 +135,10 @@ async def _collect(
     return texts, reasons
 
 
-async def _events(
-    answer: Answer, jobs: list[Job], events: "asyncio.Queue[tuple[int, Chunk]]", usage: dict, with_usage: bool
-) -> AsyncIterator[str]:
+async def _events(answer: Answer, jobs: list[Job], events: Unread, usage: dict, with_usage: bool) -> AsyncIterator[str]:
     """Server-sent events."""
     running = len(jobs)
+    begun: set[int] = set()
     while running:
         index, chunk = await events.get()
         running -= chunk.finish_reason is not None
@@ -116,7 +150,8 @@ async def _events(
             "milliseconds": round(chunk.milliseconds, 2),
         }  # fmt: skip
         more = {"usage": None} if with_usage else {}
-        yield _event(answer.document([answer.delta(index, chunk)], chunk=True, calm=about, **more))
+        yield _event(answer.document([answer.delta(index, chunk, index not in begun)], chunk=True, calm=about, **more))
+        begun.add(index)
     if with_usage:
         _count(usage, jobs)
         yield _event(answer.document([], chunk=True, usage=usage))

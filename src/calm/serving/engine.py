@@ -8,12 +8,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from calm.functional.tiles import is_out_of_memory
 from calm.models.context import positions_needed, room_for_new
 from calm.models.generation import NextChunk
 from calm.serving.slots import SlotCache
@@ -22,6 +23,7 @@ from calm.serving.telemetry import Telemetry
 from calm.serving.text import TextStream
 
 log = logging.getLogger(__name__)
+_PREFILL_TOKENS = 16384  # tokens of prompts that are read together, with what fills up the shorter ones
 
 
 class QueueFullError(RuntimeError):
@@ -42,6 +44,15 @@ class Chunk:
     num_decoded: int = 0
     milliseconds: float = 0.0
     finish_reason: str | None = None
+
+    def join(self, later: "Chunk") -> None:
+        """Add the chunk that follows this one."""
+        self.text += later.text
+        self.num_tokens += later.num_tokens
+        self.num_drawn += later.num_drawn
+        self.num_decoded += later.num_decoded
+        self.milliseconds += later.milliseconds
+        self.finish_reason = later.finish_reason
 
 
 @dataclass
@@ -75,6 +86,16 @@ class _Running:
     text: TextStream
     position: int
     since: float
+    search: "_Search | None" = None  # for the next chunk
+    failed: bool = False
+
+
+@dataclass
+class _Search:
+    """Sequences whose next chunk is drawn in rounds, one in every step."""
+
+    rows: list[_Running]
+    rounds: Iterator[tuple[NextChunk, torch.Tensor]]
 
 
 class Engine:
@@ -187,64 +208,149 @@ class Engine:
                 self._free(slot)
 
     def _admit(self) -> None:
-        """Read the prompts of waiting jobs into free slots."""
-        while len(self._running) < self.max_batch:
-            with self._changed:
-                if not self._waiting:
-                    return
-                job = self._waiting.popleft()
-            slot = len(self._running)
-            try:
-                condition, cache, length = self.stepper.prefill(job.prompt_ids)
-                self.cache.put(slot, cache)
-                self._conditions = torch.cat([self._conditions[:slot].to(condition), condition])
-                generator = torch.Generator(self.stepper.device).manual_seed(job.seed)
-                text = TextStream(self.tokenizer, job.stop)
-            except Exception:
-                log.exception("a prompt could not be read")
-                self._finish(job, Chunk("", 0, finish_reason="error"))
-                continue
-            self._running.append(_Running(job, generator, text, length, time.perf_counter()))
+        """Read the prompts of waiting jobs into free slots, those of similar length together."""
+        with self._changed:
+            count = min(self.max_batch - len(self._running), len(self._waiting))
+            jobs = [self._waiting.popleft() for _ in range(count)]
+        group: list[Job] = []
+        for job in sorted(jobs, key=lambda job: len(job.prompt_ids)):
+            if group and (len(group) + 1) * len(job.prompt_ids) > _PREFILL_TOKENS:
+                self._read(group)
+                group = []
+            group.append(job)
+        if group:
+            self._read(group)
+
+    def _read(self, jobs: list[Job]) -> None:
+        try:
+            prompts = [self.stepper.whole_patches(job.prompt_ids) for job in jobs]
+            conditions, cache, lengths = self.stepper.prefill(prompts)
+            rows = [self._start(job, length) for job, length in zip(jobs, lengths, strict=True)]
+            first = len(self._running)
+            for row, length in enumerate(lengths):
+                self.cache.put(first + row, cache, row, length)
+            self._conditions = torch.cat([self._conditions[:first].to(conditions), conditions])
+            self._running += rows
+        except Exception:
+            if len(jobs) > 1:  # one prompt must not end the others, and one alone needs less memory
+                for job in jobs:
+                    self._read([job])
+                return
+            log.exception("a prompt could not be read")
+            self._finish(jobs[0], Chunk("", 0, finish_reason="error"))
+
+    def _start(self, job: Job, length: int) -> _Running:
+        generator = torch.Generator(self.stepper.device).manual_seed(job.seed)
+        text = TextStream(self.tokenizer, job.stop, job.prompt_ids)
+        return _Running(job, generator, text, length, time.perf_counter())
 
     def _step(self) -> None:
-        """A chunk for every running sequence, and a step of the backbone for those that go on."""
+        """A chunk for every running sequence, and a step of the backbone for those that continue."""
         if not self._running:
             return
         self.telemetry.batch.observe(len(self._running))
-        chunks = self._draw()
-        rows = [row.tolist() for row in chunks.tokens]
-        drawn, decoded = chunks.num_drawn.tolist(), chunks.num_decoded.tolist()
+        chunks, is_drawn = self._draw()
+        # The device is read once.
+        rows = torch.cat([chunks.tokens, chunks.num_drawn[:, None], chunks.num_decoded[:, None]], dim=1).tolist()
         ended = [
-            self._take(running, rows[slot], drawn[slot], decoded[slot]) for slot, running in enumerate(self._running)
+            running.failed or (is_drawn[slot] and self._take(running, rows[slot][:-2], *rows[slot][-2:]))
+            for slot, running in enumerate(self._running)
         ]
         tokens = chunks.tokens
         for slot in reversed(range(len(ended))):
             if ended[slot]:
-                last = len(self._running) - 1
-                tokens[slot] = tokens[last]
-                self._free(slot)
-        if not self._running:
-            return
-        positions = torch.tensor([running.position for running in self._running], device=self.stepper.device)
-        mask = self.cache.next_step(positions)
-        self._conditions = self.stepper.step(tokens[: len(positions)], positions, mask, self.cache)
-        for running in self._running:
-            running.position += 1
+                if self._running[slot].failed:
+                    self._finish(self._running[slot].job, Chunk("", 0, finish_reason="error"))
+                self._remove(slot, tokens, is_drawn)
+        self._extend(tokens, is_drawn)
 
-    def _draw(self) -> NextChunk:
-        """Chunks of all running sequences; those with the same settings are drawn together."""
+    def _extend(self, tokens: torch.Tensor, is_drawn: list[bool]) -> None:
+        """Feed chunks back; where memory does not suffice, end the newest sequences until it does."""
+        while any(is_drawn[: len(self._running)]):
+            count = len(self._running)
+            # A sequence without its next chunk writes where that chunk will be written. Its last chunk is not fed back.
+            last = self.cache.num_positions - 1
+            places = [min(running.position, last) for running in self._running]
+            positions = torch.tensor(places, device=self.stepper.device)
+            mask = self.cache.next_step(positions, max(places) + 1)
+            try:
+                conditions = self.stepper.step(tokens[:count], positions, mask, self.cache)
+            except Exception as error:
+                if count == 1 or not is_out_of_memory(error):
+                    raise
+                log.error("no memory for a step of %d sequences: the newest one ends", count)
+                newest = max(range(count), key=lambda slot: self._running[slot].job.arrived)
+                self._finish(self._running[newest].job, Chunk("", 0, finish_reason="error"))
+                self._remove(newest, tokens, is_drawn)
+                continue
+            if not all(is_drawn[:count]):
+                drawn = torch.tensor(is_drawn[:count], device=conditions.device)
+                conditions = torch.where(drawn[:, None], conditions, self._conditions)
+            self._conditions = conditions
+            for slot, running in enumerate(self._running):
+                running.position += is_drawn[slot]
+            return
+
+    def _draw(self) -> tuple[NextChunk, list[bool]]:
+        """Draw chunks of all running sequences, those with the same settings together; return also which have one."""
         groups: dict[Sampling, list[int]] = {}
         for slot, running in enumerate(self._running):
-            groups.setdefault(running.job.sampling, []).append(slot)
+            if running.search is None:
+                groups.setdefault(running.job.sampling, []).append(slot)
         count, size = len(self._running), self.stepper.patch_size
-        tokens = torch.empty((count, size), dtype=torch.long, device=self.stepper.device)
-        effort = torch.empty((2, count), dtype=torch.long, device=self.stepper.device)
+        tokens = torch.zeros((count, size), dtype=torch.long, device=self.stepper.device)
+        chunks = NextChunk(tokens, *torch.zeros((2, count), dtype=torch.long, device=self.stepper.device))
+        is_drawn = [False] * count
         for sampling, slots in groups.items():
-            generators = [self._running[slot].generator for slot in slots]
+            rows = [self._running[slot] for slot in slots]
+            rounds = self.stepper.draw_in_rounds(self._conditions[slots], sampling, [row.generator for row in rows])
+            if rounds is None:
+                self._draw_at_once(slots, sampling, chunks, is_drawn)
+            else:
+                search = _Search(rows, rounds)
+                for row in rows:
+                    row.search = search
+        for search in {id(row.search): row.search for row in self._running if row.search is not None}.values():
+            self._draw_round(search, chunks, is_drawn)
+        return chunks, is_drawn
+
+    def _draw_at_once(self, slots: list[int], sampling: Sampling, chunks: NextChunk, is_drawn: list[bool]) -> None:
+        """Draw chunks into ``chunks``; where memory does not suffice, for half of the sequences at a time."""
+        generators = [self._running[slot].generator for slot in slots]
+        states = [generator.get_state() for generator in generators]
+        chunk: NextChunk | None = None
+        try:
             chunk = self.stepper.draw(self._conditions[slots], sampling, generators)
-            tokens[slots] = chunk.tokens
-            effort[:, slots] = torch.stack([chunk.num_drawn, chunk.num_decoded])
-        return NextChunk(tokens, effort[0], effort[1])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        if chunk is not None:
+            _put(chunk, range(len(slots)), chunks, slots, is_drawn)
+        elif len(slots) == 1:
+            log.error("no memory for the next chunk of a sequence")
+            self._running[slots[0]].failed = True
+        else:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+            half = len(slots) // 2
+            self._draw_at_once(slots[:half], sampling, chunks, is_drawn)
+            self._draw_at_once(slots[half:], sampling, chunks, is_drawn)
+
+    def _draw_round(self, search: _Search, chunks: NextChunk, is_drawn: list[bool]) -> None:
+        slots = {id(running): slot for slot, running in enumerate(self._running) if running.search is search}
+        try:
+            chunk, final = next(search.rounds)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.error("no memory for the next chunks of %d sequence(s)", len(slots))
+            for slot in slots.values():
+                self._running[slot].failed = True
+            return
+        done = [row for row, is_final in enumerate(final.tolist()) if is_final and id(search.rows[row]) in slots]
+        _put(chunk, done, chunks, [slots[id(search.rows[row])] for row in done], is_drawn)
+        for row in done:
+            search.rows[row].search = None
 
     def _take(self, running: _Running, tokens: list[int], drawn: int, decoded: int) -> bool:
         """Give a sequence its chunk; returns whether that ends it."""
@@ -283,6 +389,12 @@ class Engine:
             log.exception("a chunk could not be handed over")
             job.cancel()
 
+    def _remove(self, slot: int, tokens: torch.Tensor, is_drawn: list[bool]) -> None:
+        """End a slot, as :meth:`_free`, with what was drawn for it."""
+        last = len(self._running) - 1
+        tokens[slot], is_drawn[slot] = tokens[last], is_drawn[last]
+        self._free(slot)
+
     def _free(self, slot: int) -> None:
         """End a slot; the last running sequence takes its place."""
         last = self._running.pop()
@@ -291,3 +403,12 @@ class Engine:
             self._conditions[slot] = self._conditions[len(self._running)]
             self._running[slot] = last
         self._conditions = self._conditions[: len(self._running)]
+
+
+def _put(chunk: NextChunk, rows: Sequence[int], chunks: NextChunk, slots: list[int], is_drawn: list[bool]) -> None:
+    """Copy rows of a chunk to the slots of their sequences."""
+    rows = list(rows)
+    chunks.tokens[slots] = chunk.tokens[rows]
+    chunks.num_drawn[slots], chunks.num_decoded[slots] = chunk.num_drawn[rows], chunk.num_decoded[rows]
+    for slot in slots:
+        is_drawn[slot] = True

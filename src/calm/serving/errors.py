@@ -15,9 +15,15 @@ _FAILED = "the server failed at this request"
 
 
 def error_document(status: int, message: str, code: str, param: str | None = None) -> dict:
-    """An error as OpenAI's clients expect it."""
+    """An error as OpenAI's clients expect it; what of a request is quoted in it may be no text."""
+    message, param = _as_text(message), None if param is None else _as_text(param)
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _as_text(text: str) -> str:
+    """Write halves of surrogate pairs, which JSON allows and UTF-8 does not, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -1,11 +1,12 @@
 """Loading models and running the server until it is told to stop."""
 
+import asyncio
 import ipaddress
 import logging
 import os
-import signal
 import socket
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 
 import torch
@@ -16,6 +17,7 @@ from calm.device import resolve_device, resolve_dtype
 from calm.functional.tiles import is_out_of_memory
 from calm.models.loading import load_language_model
 from calm.serving.app import create_app
+from calm.serving.connections import BoundedProtocol, ConnectionLimits, descriptor_limits
 from calm.serving.guard import LOOPBACK
 from calm.serving.service import Limits, Service
 from calm.serving.telemetry import Metrics
@@ -30,13 +32,17 @@ def run_server(
     insecure: bool = False,
     device: str = "auto",
     dtype: str = "auto",
+    shutdown_timeout: float = 30.0,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; requests that run then are finished, new ones refused.
 
     Args:
         models: by name, the directory or hub id of a model and of its tokenizer; the first is the default.
         insecure: allow an address that others can reach without a key.
+        shutdown_timeout: seconds that requests have to finish; then their connections are closed.
     """
+    if not 0 <= shutdown_timeout < float("inf"):
+        raise ValueError(f"shutdown_timeout must be a number of seconds, 0 or more, got {shutdown_timeout}.")
     local = _is_loopback(host)
     if not (local or api_keys or insecure):
         raise ValueError(
@@ -76,26 +82,55 @@ def run_server(
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listener.getsockname()[1]}  (Ctrl-C ends it when all requests are answered)", flush=True)
     logging.basicConfig(level=logging.WARNING)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=30)
-    _Server(config, services).run(sockets=[listener])
+    max_connections, backlog = descriptor_limits()
+    connection_limits = ConnectionLimits(max_connections)
+    config = uvicorn.Config(
+        app,
+        http=partial(BoundedProtocol, limits=connection_limits),  # type: ignore[arg-type]
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=int(connection_limits.idle_timeout),
+        backlog=backlog,
+    )
+    _Server(config, services, shutdown_timeout).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
-    """Ends in its own time and without an error when it is told to; a second Ctrl-C ends it at once."""
+    """Ends without an error when requests are answered or their time is over; a second signal ends it at once."""
 
-    def __init__(self, config: uvicorn.Config, services: Sequence[Service]):
+    def __init__(self, config: uvicorn.Config, services: Sequence[Service], shutdown_timeout: float):
         super().__init__(config)
         self.engines = [service.engine for service in services]
+        self.shutdown_timeout = shutdown_timeout
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit and sig == signal.SIGINT:
+        if self.should_exit:
             # Nothing is half-written that would have to be put in order, and a step may take long.
             os._exit(128 + sig)
-        first = not self.should_exit
-        self.should_exit = True  # before anything is said: the next signal may come at once
+        self.should_exit = True  # before anything is printed: the next signal may come at once
         unanswered = sum(engine.num_running + engine.num_waiting for engine in self.engines)
-        if first and unanswered:
-            print(f"{unanswered} sequence(s) to finish first; Ctrl-C again ends the server at once", flush=True)
+        if unanswered:
+            print(
+                f"{unanswered} sequence(s) to finish first; Ctrl-C again ends the server at once; otherwise it "
+                f"ends within {self.shutdown_timeout:g} seconds",
+                flush=True,
+            )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(1024)  # connections may wait to be accepted, though only few are accepted at once
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self.shutdown_timeout, self._end_connections)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+    def _end_connections(self) -> None:
+        """Close all connections at once; sequences end with the requests that asked for them."""
+        for connection in list(self.server_state.connections):
+            connection.end()  # type: ignore[union-attr]
 
 
 def _is_loopback(host: str) -> bool:

@@ -8,6 +8,8 @@ from calm.data.text import half_character
 
 _SAMPLES = "this server gives samples of text, not probabilities of tokens"
 _SAFER = f"{_SAMPLES}; a lower temperature makes text safer"
+_ONLY_TEXT = "this server reads and writes text alone"
+_NO_TOOLS = "this server has no tools"
 # Parameters without a meaning here: values that ask for nothing, and why others are refused.
 _REFUSED: dict[str, tuple[tuple, str]] = {
     "top_p": ((1,), _SAFER),
@@ -22,15 +24,30 @@ _REFUSED: dict[str, tuple[tuple, str]] = {
     "best_of": ((1,), f"{_SAMPLES}, so that none is known to be the best; ask for n"),
     "echo": ((False,), "the prompt is not repeated"),
     "suffix": (("",), "the model only continues"),
-    "tools": (([],), "this server knows no tools"),
-    "tool_choice": (("none", "auto"), "this server knows no tools"),
-    "functions": (([],), "this server knows no tools"),
-    "function_call": (("none", "auto"), "this server knows no tools"),
+    "tools": (([],), _NO_TOOLS),
+    "tool_choice": (("none", "auto"), _NO_TOOLS),
+    "parallel_tool_calls": ((True, False), _NO_TOOLS),
+    "functions": (([],), _NO_TOOLS),
+    "function_call": (("none", "auto"), _NO_TOOLS),
     "response_format": (({"type": "text"},), "text cannot be forced into a format"),
-    "modalities": ((["text"],), "this server gives text"),
+    "modalities": ((["text"],), _ONLY_TEXT),
+    "audio": ((), _ONLY_TEXT),
+    "prediction": ((), "this server does not use a predicted text"),
+    "web_search_options": ((), _NO_TOOLS),
+    "moderation": ((), "this server moderates nothing"),
+    "reasoning_effort": (("none",), "the model does not reason before it answers"),
+    "verbosity": (("medium",), "the length of an answer cannot be chosen but by max_tokens"),
 }
 # Parameters that ask nothing of the model.
-_IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+_IGNORED = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "prompt_cache_options",
+)  # fmt: skip
+# Fields of OpenAI's messages that this server has no use for, with values that say nothing.
+_EMPTY_IN_MESSAGES: dict[str, tuple] = {
+    "refusal": ("",), "annotations": ([],), "audio": (), "function_call": (), "tool_calls": ([],),
+    "tool_call_id": (), "reasoning_content": ("",), "reasoning": ("",),
+}  # fmt: skip
 
 Text = Annotated[str, StringConstraints(strict=True)]
 Token = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
@@ -40,9 +57,9 @@ Tokens = Annotated[list[Token], Field(fail_fast=True)]
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    include_usage: bool = False
-    include_obfuscation: bool = Field(False, description="accepted, and not done")
+    model_config = ConfigDict(extra="forbid", strict=True)
+    include_usage: bool | None = False
+    include_obfuscation: bool | None = Field(False, description="accepted, and not done")
 
 
 class SamplingRequest(BaseModel):
@@ -53,16 +70,18 @@ class SamplingRequest(BaseModel):
     model: Text | None = None
     temperature: float | None = Field(
         None,
-        description="in (0, 1], of a token model in (0, 2], with token_prediction above 0; default: the model's own",
+        description="in (0, 1]; of a token model in [0, 2], with direct and token_prediction from 0, where 0 is greedy; "
+        "default: the model's own",
     )
     seed: int | None = Field(None, ge=0, lt=2**63, description="the same seed gives the same text; default: a new one")
     n: int = Field(1, ge=1, le=128, description="texts of every prompt")
     stop: Text | list[Text] | None = Field(None, description="texts that end the answer, at most 16; left out of it")
     stream: bool = False
     stream_options: StreamOptions | None = None
-    sampler: Literal["batch", "exact", "token_prediction"] | None = Field(
+    sampler: Literal["batch", "exact", "direct", "token_prediction"] | None = Field(
         None,
-        description="batch (fast, approximate), exact, or token_prediction (without the head, where it was trained)",
+        description="batch (fast, approximate), exact, direct (a head with token probabilities), or token_prediction "
+        "(without the head, where it was trained)",
     )
     num_candidates: int | None = Field(None, ge=1, le=4096, description="draws the batch sampler chooses from")
 
@@ -72,13 +91,13 @@ class SamplingRequest(BaseModel):
         if not isinstance(values, dict):
             return values
         for name, (neutral, reason) in _REFUSED.items():
-            if name in values and values[name] is not None and not any(_equal(values[name], each) for each in neutral):
+            if name in values and not _is_neutral(values[name], neutral):
                 raise ValueError(f"{name} is not supported: {reason}")
-        # null stands for the default.
+        # null stands for the default, and asks for nothing where a parameter is not known here.
         return {
             name: value
             for name, value in values.items()
-            if name not in _REFUSED and name not in _IGNORED and not (value is None and name in cls.model_fields)
+            if value is not None and name not in _REFUSED and name not in _IGNORED
         }
 
     @field_validator("stop")
@@ -121,17 +140,37 @@ class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
     text: Text
+    prompt_cache_breakpoint: Any = Field(None, description="accepted, and without effect")
 
 
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
     role: Text
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
+        description="a text, or a list of parts that are text; null is an empty text"
+    )
     name: Text | None = None
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, values: Any) -> Any:
+        """Accept a message as clients send back what they got: with fields that say nothing."""
+        if not isinstance(values, dict):
+            return values
+        for name, empty in _EMPTY_IN_MESSAGES.items():
+            if name in values and not _is_neutral(values[name], empty):
+                raise ValueError(f"{name} of a message is not supported: {_ONLY_TEXT}")
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in _EMPTY_IN_MESSAGES and (value is not None or name == "content")
+        }
 
     @model_validator(mode="after")
     def _check(self) -> "Message":
@@ -150,6 +189,11 @@ def check_text(text: str) -> None:
     """ValueError for what JSON can say and no text can hold."""
     if (place := half_character(text)) is not None:
         raise ValueError(f"a text holds half of a surrogate pair (character {place})")
+
+
+def _is_neutral(value: Any, neutral: tuple) -> bool:
+    """Whether a value asks for nothing: null, or one of the neutral ones."""
+    return value is None or any(_equal(value, each) for each in neutral)
 
 
 def _equal(value: Any, neutral: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from calm.data.text import encode_chat, encode_plain_text
 from calm.models.context import context_of
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.serving.engine import Chunk, Engine, Job
@@ -99,7 +100,7 @@ class Service:
         """Token ids of all prompts; ValueError where there are none, or more texts than can run and wait."""
         prompts = request.prompts
         self._check_count(len(prompts), request.n)
-        return [prompt if isinstance(prompt, list) else self._encode(prompt) for prompt in prompts]
+        return [prompt if isinstance(prompt, list) else encode_plain_text(self.tokenizer, prompt) for prompt in prompts]
 
     def _check_count(self, num_prompts: int, num_texts: int) -> None:
         most = self.engine.max_batch + self.engine.max_queue
@@ -108,9 +109,6 @@ class Service:
                 f"{num_prompts} prompts with {num_texts} texts each were asked for; 1 to {most} texts are possible at "
                 "once"
             )
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def encode_chat(self, request: ChatRequest) -> list[int]:
         """ValueError when the tokenizer has no chat template, or it does not take the messages."""
@@ -122,10 +120,9 @@ class Service:
         self._check_count(1, request.n)
         messages = [{"role": message.role, "content": message.text} for message in request.messages]
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return encode_chat(self.tokenizer, messages, add_generation_prompt=True)
         except Exception as error:  # templates raise what they like
-            raise ValueError(f"the chat template does not take these messages: {error}") from error
-        return self._encode(str(text))
+            raise ValueError(f"the chat template does not accept these messages: {error}") from error
 
     def jobs(
         self, request: SamplingRequest, prompts: list[list[int]], max_tokens: int, emit: Callable[[int, Chunk], None]

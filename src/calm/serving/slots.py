@@ -31,11 +31,11 @@ class SlotCache(Cache):
         self.num_slots, self.num_positions = num_slots, num_positions
         self.num_bytes = sum(2 * layer.keys.nbytes for layer in self._slots)
 
-    def put(self, slot: int, cache: Any) -> None:
-        """Move a single sequence's keys and values into a slot."""
+    def put(self, slot: int, cache: Any, row: int, length: int) -> None:
+        """Copy the first ``length`` positions of a row of a prompts' cache into a slot."""
         for layer, source in zip(self._slots, cache.layers, strict=True):
-            length = source.keys.shape[2]
-            layer.keys[slot, :, :length], layer.values[slot, :, :length] = source.keys[0], source.values[0]
+            layer.keys[slot, :, :length] = source.keys[row, :, :length]
+            layer.values[slot, :, :length] = source.values[row, :, :length]
             # Nothing of a former sequence stays: masked positions are weighted 0, and 0 times NaN is NaN.
             layer.keys[slot, :, length:], layer.values[slot, :, length:] = 0, 0
 
@@ -45,9 +45,8 @@ class SlotCache(Cache):
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]
 
-    def next_step(self, positions: Tensor) -> Tensor:
-        """Set where the next step writes, ``[n]``; returns its attention mask ``[n, 1, 1, P]``."""
-        length = int(positions.max()) + 1
+    def next_step(self, positions: Tensor, length: int) -> Tensor:
+        """Set where the next step writes, ``[n]``, all before ``length``; return its mask ``[n, 1, 1, P]``."""
         for layer in self._slots:
             layer.positions, layer.length = positions, length
         visible = torch.arange(length, device=positions.device) <= positions[:, None]

@@ -68,7 +68,7 @@ function show(section, chunk) {
 // What a chunk took, in words.
 function describe(model, calm, request) {
   const parts = [`${calm.tokens} token${calm.tokens === 1 ? "" : "s"} in ${calm.milliseconds.toFixed(0)} ms`];
-  if (model.kind === "calm" && request.temperature < 1 && request.sampler !== "token_prediction") {
+  if (model.kind === "calm" && request.temperature < 1 && ["batch", "exact"].includes(request.sampler)) {
     const agree = Math.floor(1 / request.temperature + 0.001);
     parts.push(`${calm.drawn} candidates drawn, ${calm.decoded} of their tokens looked at`);
     parts.push(`agreement: ${agree} equal ones were asked for`);
