@@ -51,8 +51,8 @@ def test_mistyped_paths_of_tokenizers_documents_and_data_name_the_nearest():
         load_tokenizer("runs/clam")
     with pytest.raises(ValueError, match=r"no tokenizer at clam: there is no such file"):
         load_tokenizer("./clam")
-    with pytest.raises(ValueError, match=r"no such file or folder: runs/dta; did you mean runs/data.jsonl\?"):
-        find_sources(["runs/dta"])
+    with pytest.raises(ValueError, match=r"no such file or folder: runs/data.json; did you mean runs/data.jsonl\?"):
+        find_sources(["runs/data.json"])
     with pytest.raises(ValueError, match=r"no prepared data at runs/clam: .*; did you mean runs/calm\?"):
         read_manifest("runs/clam")
 

@@ -41,7 +41,6 @@ def info(
     from calm.training.cost import training_flops_per_token
     from calm.training.models import outline_model
     from calm.training.recipe import Recipe, find_recipe
-    from calm.training.resume import read_run
 
     check_sampler(sampler, temperature, num_candidates)
     recipe, steps, beside = None, None, []
@@ -56,6 +55,8 @@ def info(
     elif overrides or vocab_size is not None:
         raise ValueError(f"overrides and --vocab-size are for recipes, {source} is a model.")
     else:
+        from calm.training.resume import read_run
+
         model = outline(source)
         recipe, steps = read_run(Path(source))
     planned = trained_tokens(recipe, steps) if recipe is not None else None

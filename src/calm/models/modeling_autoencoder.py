@@ -186,7 +186,8 @@ class CalmAutoencoder(FrozenLayers, PreTrainedModel):
     def encode(self, input_ids: Tensor) -> Posterior:
         """Posterior of every patch: token ids ``[B, T]``, T a multiple of K -> mean, log_std ``[B, L, Z]``."""
         patches = split_patches(input_ids, self.config.patch_size)
-        return Posterior(*self.encoder(self.embed_tokens(patches)), patches)
+        mean, log_std = self.encoder(self.embed_tokens(patches))
+        return Posterior(mean, log_std, patches)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Logits of the K tokens of every latent: ``[..., Z] -> [..., K, V]``."""

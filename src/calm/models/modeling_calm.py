@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -85,7 +85,7 @@ class CalmOutput(ModelOutput):
         return super().__getitem__(key)
 
 
-def new_autoencoder(config: PreTrainedConfig) -> CalmAutoencoder | TokenCodes:
+def new_autoencoder(config: Any) -> CalmAutoencoder | TokenCodes:
     """Return a new autoencoder of the kind that its configuration describes."""
     return TokenCodes(config) if isinstance(config, TokenCodesConfig) else CalmAutoencoder(config)
 

@@ -101,7 +101,7 @@ async def respond(
     service.engine.submit(jobs)
     usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": 0, "total_tokens": 0}
     if body.stream:
-        asked = body.stream_options is not None and body.stream_options.include_usage
+        asked = body.stream_options is not None and bool(body.stream_options.include_usage)
         content = _events(answer, jobs, events, usage, asked)
         return _Stream(content, jobs)
     gone = asyncio.create_task(_client_gone(request))

@@ -45,7 +45,7 @@ class BoundedProtocol(H11Protocol):
         self.limits = limits
         self._unread: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
             longest = next(iter(self.limits.idle), None)

@@ -70,7 +70,7 @@ class SamplingRequest(BaseModel):
     model: Text | None = None
     temperature: float | None = Field(
         None,
-        description="in (0, 1]; of a token model in [0, 2], with direct and token_prediction from 0, where 0 is greedy; "
+        description="in (0, 1]; of a token model in [0, 2], with direct and token_prediction from 0 (greedy); "
         "default: the model's own",
     )
     seed: int | None = Field(None, ge=0, lt=2**63, description="the same seed gives the same text; default: a new one")

@@ -5,17 +5,18 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from calm.data.blocks import MANIFEST
 from calm.training.checkpoints import find_checkpoint, read_seal, remove_unsealed
 from calm.training.recipe import Recipe
-from calm.training.trainer import CalmTrainer, blocks_per_step
+
+if TYPE_CHECKING:  # `calm info` reads runs without importing the Trainer
+    from calm.training.trainer import CalmTrainer
 
 RECIPE = "recipe.yaml"
 COMPLETE = "complete.json"
@@ -109,8 +110,10 @@ def read_run(output: Path) -> tuple[Recipe | None, int | None]:
     return Recipe.load(output / RECIPE), state["global_step"]
 
 
-def checkpoint_to_resume(trainer: CalmTrainer, recipe: Recipe, say: Callable[[str], object]) -> Path | None:
+def checkpoint_to_resume(trainer: "CalmTrainer", recipe: Recipe, say: Callable[[str], object]) -> Path | None:
     """The newest whole checkpoint, the same for all processes; ValueError when it does not fit this run."""
+    from accelerate.utils import broadcast_object_list
+
     folder = Path(recipe.output_dir) / "checkpoints"
     found: list[Any] = [None]
     if trainer.is_world_process_zero():
@@ -130,7 +133,9 @@ def checkpoint_to_resume(trainer: CalmTrainer, recipe: Recipe, say: Callable[[st
     return result
 
 
-def _check_fits(trainer: CalmTrainer, recipe: Recipe, checkpoint: Path, say: Callable[[str], object]) -> None:
+def _check_fits(trainer: "CalmTrainer", recipe: Recipe, checkpoint: Path, say: Callable[[str], object]) -> None:
+    from calm.training.trainer import blocks_per_step
+
     before = read_seal(checkpoint)
     data = trainer.about["data"]
     if before["data"] != data:

@@ -13,6 +13,7 @@ vocabulary, M shortlist, ... any leading dimensions.
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +116,7 @@ class CategoricalFlowHead(Head):
     def attach(self, token_embeddings: nn.Embedding, autoencoder: nn.Module) -> None:
         """Take the backbone's token embeddings as output layer and the codes of the autoencoder."""
         # In a tuple, so that they are not registered as parts of the head: the model saves and moves them.
-        self._tables = (token_embeddings, autoencoder)
+        self._tables: tuple[nn.Embedding, Any] = (token_embeddings, autoencoder)
 
     def _output_matrix(self, device: torch.device) -> Tensor:
         """Return the output layer, ``[V, D]``."""
@@ -158,7 +159,7 @@ class CategoricalFlowHead(Head):
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
-    def sample(
+    def sample(  # type: ignore[override]  # with return_log_prob, a pair
         self,
         hidden: Tensor,
         noise: Tensor | None = None,
