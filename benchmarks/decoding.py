@@ -1,9 +1,9 @@
-"""Tokens per second of trained models at temperature 1, all through the same loop: draw a chunk, take a step.
+"""Tokens per second of trained models, all through the same loop: sample a patch, take a step.
 
-    python benchmarks/decoding.py runs/baseline runs/calm runs/calm:token_prediction --data data/validation
+    python benchmarks/decoding.py runs/baseline runs/calm:direct runs/calm:token_prediction --data data/validation
 
 The loop is that of the server without its queue (calm.serving.stepping), so that token models and CALMs are measured
-with the same overhead; `:token_prediction` behind a model's name leaves its head out. Prompts are the beginnings of
+with the same overhead. A sampler may follow the name of a CALM; the default is `batch`. Prompts are the beginnings of
 held-out blocks. Models take turns, several times; medians are printed, and ratios to the first model.
 """
 
@@ -20,17 +20,17 @@ from calm.data.blocks import TokenBlocks
 from calm.device import resolve_device
 from calm.models.loading import load_language_model
 from calm.models.modeling_calm import CalmForCausalLM
-from calm.report.study import WITHOUT_HEAD
 from calm.serving.stepping import Sampling, Stepper, stepper_of
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", help="directories; behind a CALM's, :token_prediction")
+    parser.add_argument("models", nargs="+", help="directories; after that of a CALM, :SAMPLER")
     parser.add_argument("--data", required=True, help="prepared data, for prompts")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="write JSON here")
@@ -39,7 +39,7 @@ def main() -> None:
     device = resolve_device(options.device)
     steppers = {}
     for name in options.models:
-        model = load_language_model(name.removesuffix(WITHOUT_HEAD)).eval()
+        model = load_language_model(name.partition(":")[0]).eval()
         model.to(device)
         steppers[name] = stepper_of(model)
     blocks = TokenBlocks(options.data, options.prompt_tokens)
@@ -48,7 +48,7 @@ def main() -> None:
     for size in options.batch_sizes:
         for _ in range(options.repeats):
             for name, stepper in steppers.items():
-                sampling = Sampling(sampler="token_prediction" if name.endswith(WITHOUT_HEAD) else "batch")
+                sampling = Sampling(options.temperature, name.partition(":")[2] or "batch")
                 rates[name][size].append(tokens_per_second(stepper, sampling, prompts[:size], options.new_tokens))
     medians = {
         name: {size: statistics.median(several) for size, several in of_model.items()}
