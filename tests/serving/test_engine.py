@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedTokenizerFast
 
-from calm.serving.engine import Engine, Job, QueueFullError
+from calm.serving.engine import Engine, QueueFullError
+from calm.serving.jobs import Job
 from calm.serving.stepping import Sampling, stepper_of
 from calm.serving.telemetry import Metrics, Telemetry
 from calm.serving.text import TextStream

@@ -15,8 +15,8 @@ from conftest import TEMPLATE, serving
 from prometheus_client.parser import text_string_to_metric_families
 
 from calm.serving.answers import Unread
-from calm.serving.engine import Chunk
 from calm.serving.guard import Guard
+from calm.serving.jobs import Chunk
 from calm.serving.service import Limits
 from calm.serving.telemetry import Metrics
 

@@ -13,8 +13,9 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from calm.serving.engine import Chunk, EngineError, Job
+from calm.serving.engine import EngineError
 from calm.serving.errors import error_document
+from calm.serving.jobs import Chunk, Job
 from calm.serving.schemas import SamplingRequest
 from calm.serving.service import Service
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calm.data.text import encode_chat, encode_plain_text
 from calm.models.context import context_of
 from calm.models.modeling_calm import CalmForCausalLM
-from calm.serving.engine import Chunk, Engine, Job
+from calm.serving.engine import Engine
+from calm.serving.jobs import Chunk, Job
 from calm.serving.schemas import ChatRequest, CompletionRequest, SamplingRequest
 from calm.serving.stepping import Sampling, stepper_of
 from calm.serving.telemetry import Metrics, Telemetry
