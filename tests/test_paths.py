@@ -65,7 +65,7 @@ def test_recipes_plans_and_families_are_found_by_name_and_mistyped_ones_name_the
     for kind, name, near in (
         ("recipe", "recipes/paper/clam_m.yaml", "recipes/paper/calm_m.yaml"),
         ("recipe", "paper/calm_m", "recipes/paper/calm_m.yaml"),
-        ("recipe", "recipes/quickstart/autoencoder", "recipes/quickstart/autoencoder.yaml"),
+        ("recipe", "recipes/single_gpu/autoencoder", "recipes/single_gpu/autoencoder.yaml"),
         ("plan", "recipes/study/gpu", "recipes/study/gpu.yaml"),
         ("family of recipes", "recipes/quikstart", "recipes/quickstart"),
     ):

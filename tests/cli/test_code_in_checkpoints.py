@@ -117,7 +117,8 @@ def test_no_command_runs_code_of_a_checkpoint_or_asks_for_consent(directory, tmp
         assert not flag.exists(), name
         assert questions == 0, name
         assert code in (0, 2), name
-        assert len(error.splitlines()) == (code == 2), name
+        # Without a terminal, progress is printed in lines; a refusal is one line.
+        assert code == 0 or len(error.splitlines()) == 1, name
         assert "trust_remote_code" not in error, name
     if attack in (unknown_model_type, kernels):
         assert "calm runs no code of a checkpoint" in run(monkeypatch, capsys, "info", model)[2]

@@ -18,6 +18,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the autoencoder of a CALM is frozen:UserWarning")  # it has layers of these names
 @pytest.mark.parametrize("head_type", LAYERS)
 def test_adapters_learn_alone_and_can_be_saved_loaded_and_merged(head_type, tmp_path):
     torch.manual_seed(0)

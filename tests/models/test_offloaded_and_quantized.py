@@ -19,7 +19,7 @@ from calm.serving.stepping import Sampling, stepper_of
 # Offloading everything is legal, and accelerate and transformers remark on it; torch replaces its quantisation.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-HEADS = ["energy", "diffusion", "flow"]
+HEADS = ["energy", "diffusion", "flow", "categorical_flow"]
 DEVICE_MAPS = {
     "auto": "auto",
     "disk": {"": "disk"},
@@ -64,9 +64,9 @@ def use(model):
     results.append(torch.tensor(evaluate_brier(model, Blocks(), 4, num_samples=2, batch_size=2).brier))
     results.append(torch.tensor([row[0] for row in log_likelihoods(model, [prompt[0].tolist()], [[5, 6, 7]])]))
     stepper = stepper_of(model)
-    hidden, cache, positions = stepper.prefill(prompt[0].tolist())
+    hidden, cache, positions = stepper.prefill([stepper.whole_patches(prompt[0].tolist())])
     chunk = stepper.draw(hidden, Sampling(0.5, "batch", 8), [torch.Generator().manual_seed(5)])
-    next_hidden = stepper.step(chunk.tokens, torch.tensor([positions]), None, cache)
+    next_hidden = stepper.step(chunk.tokens, torch.tensor(positions), None, cache)
     return [*results, chunk.tokens, next_hidden]
 
 
@@ -95,7 +95,9 @@ def test_an_offloaded_model_has_the_same_loss(tmp_path):
         losses = [each(ids, labels=ids, generator=torch.Generator().manual_seed(0)).loss for each in (model, offloaded)]
     torch.testing.assert_close(*losses)
     reconstructed = [evaluate_reconstruction(each.autoencoder, Blocks(), None, 2, 0) for each in (model, offloaded)]
-    assert reconstructed[0].to_dict() == pytest.approx(reconstructed[1].to_dict())
+    first, second = (each.to_dict() for each in reconstructed)
+    assert first.pop("token_accuracy_with_noise") == pytest.approx(second.pop("token_accuracy_with_noise"))
+    assert first == pytest.approx(second)
 
 
 def test_an_offloaded_token_model_completes_prompts(tmp_path):
@@ -143,6 +145,7 @@ def test_an_adapted_embedding_is_the_output_layer_too():
 
     model = get_peft_model(torch.nn.Sequential(torch.nn.Embedding(6, 4)), LoraConfig(r=2, target_modules=["0"]))
     embedding = model.base_model.model[0]
+    torch.nn.init.normal_(embedding.lora_embedding_A["default"])
     torch.nn.init.normal_(embedding.lora_embedding_B["default"])
     matrix = embedding_matrix(embedding, 6, torch.device("cpu"))
     assert torch.equal(matrix, embedding(torch.arange(6)))

@@ -207,7 +207,7 @@ def test_names_in_messages_are_short_and_printable(tmp_path):
 
 def test_pieces_of_code_have_the_tokens_of_the_whole():
     code = "".join(f"def f{i}(x):\n    y = x + {i}  # note\n\n\treturn y;\n\n\n" for i in range(60))
-    tokenizer = train_tokenizer([code], 400)
+    tokenizer = train_tokenizer([code], 380)
     ids = tokenizer(code)["input_ids"]
     for size in range(100, 500, 13):
         pieces = list(split_text(code, size))

@@ -70,7 +70,7 @@ def test_the_command_prints_the_table(family, tmp_path, monkeypatch, capsys):
 
 
 def test_an_incomplete_family_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no autoencoder.yaml in .*: a family of recipes has"):
+    with pytest.raises(ValueError, match=r"no calm.yaml in .*: a family of recipes has"):
         bandwidth_plan(tmp_path, [2])
 
 

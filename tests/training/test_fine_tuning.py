@@ -112,7 +112,7 @@ def test_every_answer_of_a_chat_is_an_example(tmp_path, tokenizer):
         ({"prompt": "a", "response": ""}, "line 2 has an empty response"),
         ({"prompt": "a", "response": "\ud800"}, "line 2 holds half of a surrogate pair"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "line 2 holds half of a surrogate pair"),
-        ({"messages": [{"role": "user"}]}, "line 2 has messages that are no list of role and content"),
+        ({"messages": [{"role": "user"}]}, "line 2 has no message of the role assistant"),
         ({"messages": [{"role": "user", "content": "a"}]}, "line 2 has no message of the role assistant"),
     ],
 )

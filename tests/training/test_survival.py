@@ -16,7 +16,7 @@ from test_run import BACKBONE, autoencoder_recipe, calm_recipe, workspace  # noq
 from test_run import recipe as make_recipe
 
 from calm.models.loading import load_model
-from calm.training.checkpoints import find_checkpoint, read_seal, seal
+from calm.training.checkpoints import SEAL, find_checkpoint, read_seal, seal
 from calm.training.interruption import InterruptionCallback
 from calm.training.metrics import read_metrics
 from calm.training.resume import is_complete
@@ -123,13 +123,13 @@ def test_a_checkpoint_with_a_damaged_manifest_is_passed_over(tmp_path, pattern, 
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(b"1234")
         seal(tmp_path / f"checkpoint-{step}", about)
-    newest = tmp_path / "checkpoint-4" / "complete.json"
+    newest = tmp_path / "checkpoint-4" / SEAL
     content = newest.read_bytes()
     assert pattern in content
     newest.write_bytes(content.replace(pattern, replacement, 1))
     checkpoint, complaints = find_checkpoint(tmp_path, tuple(about))
     assert checkpoint == tmp_path / "checkpoint-2"
-    assert "checkpoint-4 is damaged (complete.json" in complaints[0]
+    assert f"checkpoint-4 is damaged ({SEAL}" in complaints[0]
 
 
 def test_no_flipped_bit_of_a_checkpoints_manifest_changes_its_run(tmp_path):
@@ -137,7 +137,7 @@ def test_no_flipped_bit_of_a_checkpoints_manifest_changes_its_run(tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "weights").write_bytes(b"1234")
     seal(tmp_path / "checkpoint-2", about)
-    path = tmp_path / "checkpoint-2" / "complete.json"
+    path = tmp_path / "checkpoint-2" / SEAL
     content = path.read_bytes()
     for bit in range(8 * len(content)):
         flipped = bytearray(content)

@@ -25,7 +25,10 @@ class TimestepEmbedding(nn.Module):
         half = _FREQUENCIES // 2
         exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
         angles = timestep[..., None].float() * (-math.log(10000) * exponent).exp()
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+        # Quantised layers need two dimensions, also where one time serves all positions.
+        embedded = self.mlp(waves.reshape(-1, _FREQUENCIES))
+        return embedded.view(*timestep.shape, embedded.shape[-1])
 
 
 class ModulatedBlock(nn.Module):

@@ -249,7 +249,7 @@ class CategoricalFlowHead(Head):
         """Return what the embeddings of chosen tokens add to the states: ``[P, D], [S, P, n, D] -> [S, P, K, D]``."""
         num_chosen = chosen.shape[-2]
         embeddings = F.pad(chosen, (0, 0, 0, self.patch_size - num_chosen))
-        is_chosen = torch.arange(self.patch_size, device=hidden.device) < num_chosen
+        is_chosen = (torch.arange(self.patch_size, device=hidden.device) < num_chosen)[None]
         return self.network(embeddings, is_chosen, hidden)
 
     def flops(self) -> tuple[float, float]:
