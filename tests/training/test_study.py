@@ -296,3 +296,22 @@ def test_the_plans_of_the_examples_hold_together(name, tmp_path):
     stages = {model: plan.recipe(model, tmp_path).stage for model in plan.models}
     assert {"autoencoder", "calm"} <= set(stages.values())
     assert plan.recipe("paper-m", tmp_path).model["autoencoder"] == str(tmp_path / "autoencoder-k4")
+
+
+def test_a_model_with_token_codes_is_trained_scored_and_judged(family, tmp_path):  # noqa: F811
+    coded = {"model.autoencoder": {"type": "codes", "patch_size": 3, "code_size": 8}}
+    coded["model.head"] = {"type": "categorical_flow", "num_mlp_layers": 1}
+    models = {
+        "teacher": {"recipe": "baseline.yaml"},
+        "coded": {"label": "coded", "recipe": "calm.yaml", "set": coded},
+    }
+    fluency = PLAN["fluency"] | {"models": ["coded"]}
+    report = [{"title": "Coded", "rows": ["coded", "teacher"]}]
+    plan = Plan.load(write(family, models=models, fluency=fluency, report=report))
+    text = run_study(plan, tmp_path / "run").read_text()
+    score = json.loads((tmp_path / "run" / "coded" / "score.json").read_text())
+    assert score["token_accuracy_sample"] == 1
+    assert score["total_flops"] == score["training_flops"]  # there is no autoencoder on the way to it
+    assert "| coded |" in text
+    judged = json.loads((tmp_path / "run" / "coded" / "fluency.json").read_text())
+    assert [result["temperature"] for result in judged] == [1.0, 0.5]
