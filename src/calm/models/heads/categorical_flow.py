@@ -196,7 +196,10 @@ class CategoricalFlowHead(Head):
     def _tiled(
         self, hidden: Tensor, noise: Tensor | None, token_ids: Tensor | None, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return tokens, chosen by the noise or given, their log-probabilities, and whether each is the most likely."""
+        """Return tokens, chosen by the noise or given, their log-probabilities, and whether each is the most likely.
+
+        The last of them holds for given tokens alone: sampling has no use for it.
+        """
         each = token_ids if noise is None else noise
         assert each is not None
         states = hidden.flatten(0, -2)
@@ -232,13 +235,12 @@ class CategoricalFlowHead(Head):
             listed = None if shortlist is None else shortlist[:, now]
             if given is None:
                 assert noise is not None
-                index = pick(probs.expand(len(noise), -1, -1, -1), noise[..., now, None])
-                is_listed = torch.ones_like(index, dtype=torch.bool)
+                index = _pick(probs, noise[..., now])[..., None]
+                is_listed = is_best = torch.ones_like(index, dtype=torch.bool)
             else:
                 index, is_listed = _place_in(listed, given[..., now, None])
-            probs = probs.expand(len(index), -1, -1, -1)
-            log_prob = torch.where(is_listed, probs.gather(-1, index).log(), -math.inf)
-            is_best = (index == probs.argmax(-1, keepdim=True)) & is_listed
+                is_best = (index == probs.argmax(-1, keepdim=True)) & is_listed
+            log_prob = torch.where(is_listed, probs.expand(len(index), -1, -1, -1).gather(-1, index).log(), -math.inf)
             found.append((log_prob[..., 0], is_best[..., 0]))
             ids = index if listed is None else listed.expand(len(index), -1, -1, -1).gather(-1, index)
             tokens.append(ids[..., 0] if given is None else given[..., now])
@@ -277,6 +279,16 @@ def _scores(states: Tensor, table: Tensor) -> Tensor:
     """
     states = states.to(table.dtype)
     return (F.linear(states, table) if table.dim() == 2 else (table @ states[..., None])[..., 0]).float()
+
+
+def _pick(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the choices of S samples: ``[(S,) P, k, V], [S, P, k] -> [S, P, k]``.
+
+    Probabilities that all samples share are summed up once, not once per sample.
+    """
+    if probs.dim() == uniforms.dim():
+        return pick(probs, uniforms.movedim(0, -1).contiguous()).movedim(-1, 0)
+    return pick(probs, uniforms[..., None])[..., 0]
 
 
 def _place_in(shortlist: Tensor | None, token_ids: Tensor) -> tuple[Tensor, Tensor]:
