@@ -93,7 +93,7 @@ class SamplingRequest(BaseModel):
         for name, (neutral, reason) in _REFUSED.items():
             if name in values and not _is_neutral(values[name], neutral):
                 raise ValueError(f"{name} is not supported: {reason}")
-        # null stands for the default, and asks for nothing where a parameter is not known here.
+        # null selects the default; a parameter that is not known here may be null, too.
         return {
             name: value
             for name, value in values.items()

@@ -77,7 +77,7 @@ def train(
     except (ImportError, RuntimeError) as error:
         if _is_lost_connection(error):
             raise ConnectionError(
-                f"another process of this run ended before its time, and this one cannot go on alone ({error!s:.150}). "
+                f"another process of this run ended early, and this one cannot continue alone ({error!s:.150}). "
                 "The output of that process has the reason; the same command resumes from the last checkpoint."
             ) from error
         # transformers and accelerate ask for what a setting needs in many words, and with either error.
