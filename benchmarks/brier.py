@@ -27,10 +27,10 @@ from generation import SHAPES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm import CalmAutoencoderConfig, CalmConfig, CalmForCausalLM
+from calm.checkpoints.loading import load_language_model
+from calm.checkpoints.reference import save_reference
 from calm.data.blocks import TokenBlocks
 from calm.evaluation.brier_lm import evaluate_brier
-from calm.models.loading import load_language_model
-from calm.models.released import save_reference
 
 BLOCK = 2048
 CASES = [

@@ -11,8 +11,8 @@ from importlib import resources
 from pathlib import Path
 
 from calm.evaluation.compute import compute
-from calm.training.models import outline_model
-from calm.training.recipe import Recipe
+from calm.training.recipe.models import outline_model
+from calm.training.recipe.recipe import Recipe
 
 TOKENS = 5.0e11  # the published training costs are for this many
 CONTEXT = 2048

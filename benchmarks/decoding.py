@@ -2,9 +2,9 @@
 
     python benchmarks/decoding.py runs/baseline runs/calm:direct runs/calm:token_prediction --data data/validation
 
-The loop is that of the server without its queue (calm.serving.stepping), so that token models and CALMs are measured
-with the same overhead. A sampler may follow the name of a CALM; the default is `batch`. Prompts are the beginnings of
-held-out blocks. Models take turns, several times; medians are printed, and ratios to the first model.
+The loop is that of the server without its queue (`calm.serving.model_runner`), so that token models and CALMs are
+measured with the same overhead. A sampler may follow the name of a CALM; the default is `batch`. Prompts are the
+beginnings of held-out blocks. Models take turns, several times; medians are printed, and ratios to the first model.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
+from calm.checkpoints.loading import load_language_model
 from calm.data.blocks import TokenBlocks
-from calm.device import resolve_device
-from calm.models.loading import load_language_model
 from calm.models.modeling_calm import CalmForCausalLM
-from calm.serving.stepping import Sampling, Stepper, stepper_of
+from calm.serving.model_runner import Sampling, Stepper, stepper_of
+from calm.utils.device import resolve_device
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from calm.evaluation.bootstrap import brier_errors
+from calm.evaluation.statistics import brier_errors
 from calm.functional.brier import brier_lm
 
 MEAN = torch.tensor([0.10, 0.03, 0.012, 0.006], dtype=torch.float64)

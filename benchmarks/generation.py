@@ -30,9 +30,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm import CalmAutoencoderConfig, CalmConfig, CalmForCausalLM
+from calm.checkpoints.loading import load_language_model
+from calm.checkpoints.reference import save_reference
 from calm.data.blocks import TokenBlocks
-from calm.models.loading import load_language_model
-from calm.models.released import save_reference
 
 SHAPES = {
     # The study of the house: small enough for two cores.

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from calm.checkpoints.loading import load_language_model
 from calm.data.blocks import TokenBlocks
-from calm.models.loading import load_language_model
 
 CONSTRAINED_DRAWS = 400
 

@@ -28,10 +28,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm import CalmAutoencoder, CalmAutoencoderConfig, CalmForCausalLM
-from calm.completions import SamplingSettings, complete
+from calm.checkpoints.loading import load_language_model
 from calm.data.corpus import stdlib_documents
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
-from calm.models.loading import load_language_model
+from calm.generation.completions import SamplingSettings, complete
 
 BACKBONE = {
     "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4,

@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from calm.data.corpus import stdlib_documents
 from calm.data.prepare import prepare
 from calm.data.tokenizer import train_tokenizer
-from calm.training.metrics import read_metrics
-from calm.training.recipe import Recipe
+from calm.training.loop.metrics_log import read_metrics
+from calm.training.recipe.recipe import Recipe
 from calm.training.run import train
 
 STEPS = 40

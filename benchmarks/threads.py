@@ -86,7 +86,7 @@ def tokens_per_second(seconds: float) -> float:
     import yaml
 
     from calm import CalmAutoencoder, CalmAutoencoderConfig, CalmForCausalLM
-    from calm.training.recipe import find_recipe
+    from calm.training.recipe.recipe import find_recipe
 
     recipes = {
         stage: yaml.safe_load(find_recipe(f"recipes/quickstart/{stage}.yaml").read_text(encoding="utf-8"))

@@ -25,8 +25,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from calm import CalmAutoencoder, CalmAutoencoderConfig, CalmConfig, CalmForCausalLM
+from calm.checkpoints.reference import save_reference
 from calm.evaluation.compute import compute
-from calm.models.released import save_reference
 
 SHAPES = {
     # The study of the house: small enough for two cores.

@@ -98,8 +98,8 @@ def milliseconds(part, repeats: int = 5) -> float:
 
 
 def load_ours(kind: str, folder: str, _: str) -> torch.nn.Module:
-    from calm.models.loading import load_model
-    from calm.training.token_loss import use_linear_cross_entropy
+    from calm.checkpoints.loading import load_model
+    from calm.training.loop.token_loss import use_linear_cross_entropy
 
     model = load_model(folder + "/ours")
     if kind == "baseline":

@@ -1,4 +1,4 @@
-"""Tensors recorded from the reference implementation (see tests/data/README.md), and models that hold its weights."""
+"""Tensors recorded from the reference implementation (golden_tensors/README.md), and models with its weights."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file
 
 from calm import CalmAutoencoder, CalmForCausalLM
-from calm.models.released_names import reference_names, replace_prefix
+from calm.checkpoints.reference_names import reference_names, replace_prefix
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "golden_tensors"
 RTOL = 1e-5
 
 

@@ -53,7 +53,18 @@ _MODULES = {
     "TokenCodes": "calm.models.modeling_codes",
     "TokenCodesConfig": "calm.models.configuration_codes",
 }
-_PACKAGES = ("data", "evaluation", "functional", "models", "report", "serving", "study", "training")
+_PACKAGES = (
+    "checkpoints",
+    "data",
+    "evaluation",
+    "functional",
+    "generation",
+    "models",
+    "report",
+    "serving",
+    "training",
+    "workflows",
+)
 
 register_configurations()
 

@@ -8,13 +8,13 @@ import pytest
 import tiny
 import yaml
 
-import calm.quickstart
+import calm.workflows.quickstart
 from calm.cli import main as cli
 from calm.data.tokenizer import load_tokenizer
 from calm.evaluation import brier_lm
 from calm.report.quickstart import write
-from calm.training.metrics import read_metrics
-from calm.training.progress import make_progress
+from calm.training.loop.metrics_log import read_metrics
+from calm.utils.progress import make_progress
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -31,11 +31,11 @@ def quickstart(tmp_path_factory):
     """A real quickstart of a few steps per stage."""
     directory = tmp_path_factory.mktemp("quickstart") / "run"
     patch = pytest.MonkeyPatch()
-    patch.setattr(calm.quickstart, "EVALUATION_BLOCKS", 6)
-    patch.setattr(calm.quickstart, "SPEED_TOKENS", 8)
+    patch.setattr(calm.workflows.quickstart, "EVALUATION_BLOCKS", 6)
+    patch.setattr(calm.workflows.quickstart, "SPEED_TOKENS", 8)
     with make_progress() as progress:
-        results = calm.quickstart.run_quickstart(directory, 0.02, 0, "cpu", progress)
-    write(results, {name: read_metrics(directory / name) for name in calm.quickstart.MODELS}, directory)
+        results = calm.workflows.quickstart.run_quickstart(directory, 0.02, 0, "cpu", progress)
+    write(results, {name: read_metrics(directory / name) for name in calm.workflows.quickstart.MODELS}, directory)
     patch.undo()
     return directory
 
@@ -60,7 +60,7 @@ def test_quickstart_leaves_models_scores_samples_and_a_report(quickstart):
 def test_quickstart_started_again_does_nothing_twice(quickstart):
     files = {path: path.stat().st_mtime_ns for path in quickstart.rglob("*") if path.is_file()}
     with make_progress() as progress:
-        calm.quickstart.run_quickstart(quickstart, 0.02, 0, "cpu", progress)
+        calm.workflows.quickstart.run_quickstart(quickstart, 0.02, 0, "cpu", progress)
     assert files == {path: path.stat().st_mtime_ns for path in quickstart.rglob("*") if path.is_file()}
 
 

@@ -9,9 +9,9 @@ import golden
 import pytest
 import torch
 
+from calm.checkpoints.loading import load_model
 from calm.cli import main as cli
 from calm.data.tokenizer import load_tokenizer, save_for_transformers_4, tokenizer_hash, train_tokenizer
-from calm.models.loading import load_model
 
 CHECKPOINT = golden.DATA / "checkpoint_k4"
 

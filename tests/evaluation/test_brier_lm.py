@@ -16,7 +16,7 @@ from calm.data.blocks import shuffled as shuffled_order
 from calm.evaluation import branches
 from calm.evaluation.brier_lm import _drawer, evaluate_brier
 from calm.evaluation.brier_scores import NGRAM, score_calm, score_token_model
-from calm.evaluation.count_models import _transition_table, evaluate_counts
+from calm.evaluation.ngram_baselines import _transition_table, evaluate_counts
 from calm.functional.brier import prefix_equal
 from calm.report.tables import brier_cell
 
@@ -209,7 +209,7 @@ def test_tokens_left_out_beside_the_text_change_no_score(patch_size, monkeypatch
     sources = []
     draws = model.draws
     model.draws = lambda *arguments: sources.append(draws(*arguments)) or sources[-1]
-    monkeypatch.setattr("calm.functional.draws._FEW_TOKENS", 0)
+    monkeypatch.setattr("calm.functional.lazy_samples._FEW_TOKENS", 0)
     full = []
 
     def in_full(hidden, count, text):

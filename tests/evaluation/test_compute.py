@@ -18,11 +18,11 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from calm.checkpoints.meta_model import outline
 from calm.cli import main as cli
 from calm.evaluation.compute import compute
-from calm.models.outline import outline
-from calm.training.models import outline_model
-from calm.training.recipe import Recipe
+from calm.training.recipe.models import outline_model
+from calm.training.recipe.recipe import Recipe
 
 PAPER = Path(str(resources.files("calm") / "recipes" / "paper"))
 
@@ -196,7 +196,7 @@ def test_info_passes_over_what_is_no_recipe_beside_one(tmp_path, monkeypatch, ca
 
 def test_info_reads_models_in_either_layout(tmp_path, monkeypatch, capsys):
     tiny.calm().save_pretrained(tmp_path)
-    released = Path(__file__).parents[1] / "data" / "checkpoint_k4" / "energy"
+    released = Path(__file__).parents[1] / "golden_tensors" / "checkpoint_k4" / "energy"
     for path in (tmp_path, released):
         code, out, _ = run(monkeypatch, capsys, path, "--json")
         assert code == 0

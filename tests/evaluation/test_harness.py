@@ -11,10 +11,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from calm.cli.main import main
-from calm.completions import complete
 from calm.data.tokenizer import train_tokenizer
 from calm.evaluation.harness import CalmHarness
 from calm.evaluation.likelihood import log_likelihoods
+from calm.generation.completions import complete
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning"

@@ -19,7 +19,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "training.md"
 
 @pytest.fixture
 def gaussian():
-    (code,) = re.findall(r"```python\n(import torch\n\nfrom calm.functional.noise.*?)```", GUIDE.read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(import torch\n\nfrom calm.functional.rng.*?)```", GUIDE.read_text(), re.DOTALL)
     exec(code, {})
     yield "gaussian"
     del HEAD_CONFIGS["gaussian"], HEADS["gaussian"]

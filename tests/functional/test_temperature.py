@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm.functional import batch_temperature_sample
-from calm.functional.draws import Draws
+from calm.functional.lazy_samples import Draws
 from calm.functional.temperature import sample_batch, sample_exact
 
 PROBABILITY = torch.tensor([0.45, 0.3, 0.15, 0.1], dtype=torch.float64)

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModel
 
 from calm import CalmAutoencoder
-from calm.models.released import save_reference
+from calm.checkpoints.reference import save_reference
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):

@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from calm import CalmForCausalLM
-from calm.completions import SamplingSettings, complete
 from calm.data.tokenizer import train_tokenizer
 from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.likelihood import log_likelihoods
 from calm.evaluation.reconstruction import evaluate_reconstruction
+from calm.generation.completions import SamplingSettings, complete
 from calm.models.layer_access import embedding_matrix
-from calm.serving.stepping import Sampling, stepper_of
+from calm.serving.model_runner import Sampling, stepper_of
 
 # Offloading everything is legal, and accelerate and transformers remark on it; torch replaces its quantisation.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from calm.serving.engine import Engine, QueueFullError
 from calm.serving.jobs import Job
-from calm.serving.stepping import Sampling, stepper_of
+from calm.serving.model_runner import Sampling, stepper_of
 from calm.serving.telemetry import Metrics, Telemetry
 from calm.serving.text import TextStream
 

@@ -14,9 +14,9 @@ import torch
 from conftest import TEMPLATE, serving
 from prometheus_client.parser import text_string_to_metric_families
 
-from calm.serving.answers import Unread
-from calm.serving.guard import Guard
 from calm.serving.jobs import Chunk
+from calm.serving.middleware import Guard
+from calm.serving.responses import Unread
 from calm.serving.service import Limits
 from calm.serving.telemetry import Metrics
 

@@ -1,6 +1,6 @@
 """Checkpoint manifests."""
 
-from calm.training.checkpoints import SEAL, find_checkpoint, remove_unsealed, rotate, seal
+from calm.training.state.checkpoint_manifest import SEAL, find_checkpoint, remove_unsealed, rotate, seal
 
 
 def write(folder, step):

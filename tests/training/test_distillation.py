@@ -9,14 +9,14 @@ from test_run import BACKBONE, calm_recipe, recipe, workspace  # noqa: F401
 from tiny import calm, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from calm.checkpoints.loading import load_language_model
 from calm.cli.main import main
 from calm.evaluation.compute import compute
 from calm.functional.energy_score import energy_score
-from calm.models.loading import load_language_model
-from calm.training.cost import recipe_cost
-from calm.training.distillation import draw_continuations
-from calm.training.metrics import read_metrics
-from calm.training.recipe import DistillationRecipe, Recipe
+from calm.training.loop.distillation import draw_continuations
+from calm.training.loop.metrics_log import read_metrics
+from calm.training.recipe.cost import recipe_cost
+from calm.training.recipe.recipe import DistillationRecipe, Recipe
 from calm.training.run import train
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -55,7 +55,7 @@ def test_what_a_block_gets_does_not_depend_on_the_blocks_beside_it_nor_on_how_th
     monkeypatch.setattr("calm.evaluation.branches._NODES", 6)  # two patches at a time
     assert draw([0, 1, 2]).shape == together.shape
     monkeypatch.undo()
-    monkeypatch.setattr("calm.training.distillation._TILE_ELEMENTS", 3 * 20)  # one context at a time
+    monkeypatch.setattr("calm.training.loop.distillation._TILE_ELEMENTS", 3 * 20)  # one context at a time
     assert torch.equal(draw([0, 1, 2]), together)
 
 

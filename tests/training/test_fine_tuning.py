@@ -11,14 +11,14 @@ from test_run import BACKBONE, autoencoder_recipe, calm_recipe, recipe, workspac
 from transformers import AutoModelForCausalLM
 
 from calm import CalmForCausalLM
+from calm.checkpoints.reference import save_reference
 from calm.data.conversations import ConversationBlocks, prepare_conversations
 from calm.data.prepare import prepare
 from calm.data.tokenizer import load_tokenizer
-from calm.models.prompts import align_prompt
-from calm.models.released import save_reference
-from calm.training.cost import recipe_cost
-from calm.training.metrics import read_metrics
-from calm.training.models import build_model, outline_model
+from calm.generation.prompts import align_prompt
+from calm.training.loop.metrics_log import read_metrics
+from calm.training.recipe.cost import recipe_cost
+from calm.training.recipe.models import build_model, outline_model
 from calm.training.run import train
 
 ANSWERS = {"alpha": "gamma gamma", "beta": "delta", "gamma": "alpha alpha alpha", "delta": "beta beta"}

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from calm.training.arguments import accumulation_steps, trained_tokens, training_arguments
-from calm.training.recipe import TRAINING_DEFAULTS, Recipe
+from calm.training.recipe.recipe import TRAINING_DEFAULTS, Recipe
+from calm.training.recipe.trainer_arguments import accumulation_steps, trained_tokens, training_arguments
 
 MINIMAL = """
 stage: autoencoder

@@ -15,18 +15,18 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from calm.checkpoints.loading import load_autoencoder, load_language_model, load_model
+from calm.compat.masking import no_packed_sequences
 from calm.data.blocks import TokenBlocks
 from calm.data.prepare import prepare
 from calm.data.tokenizer import train_tokenizer
 from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.reconstruction import evaluate_reconstruction
-from calm.models.loading import load_autoencoder, load_language_model, load_model
-from calm.training.masks import no_packed_sequences
-from calm.training.metrics import read_metrics
-from calm.training.models import build_model
-from calm.training.recipe import Recipe
-from calm.training.resume import is_complete
+from calm.training.loop.metrics_log import read_metrics
+from calm.training.recipe.models import build_model
+from calm.training.recipe.recipe import Recipe
 from calm.training.run import train
+from calm.training.state.resume import is_complete
 
 WORDS = ["alpha", "beta", "gamma", "delta"]
 DOCUMENTS = [" ".join(WORDS[(i + j) % 4] for j in range(60)) for i in range(40)]

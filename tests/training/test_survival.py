@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from test_run import BACKBONE, autoencoder_recipe, calm_recipe, workspace  # noqa: F401
 from test_run import recipe as make_recipe
 
-from calm.models.loading import load_model
-from calm.training.checkpoints import SEAL, find_checkpoint, read_seal, seal
-from calm.training.interruption import InterruptionCallback
-from calm.training.metrics import read_metrics
-from calm.training.resume import is_complete
+from calm.checkpoints.loading import load_model
+from calm.training.loop.interruption import InterruptionCallback
+from calm.training.loop.metrics_log import read_metrics
 from calm.training.run import train
+from calm.training.state.checkpoint_manifest import SEAL, find_checkpoint, read_seal, seal
+from calm.training.state.resume import is_complete
 
 
 def same_weights(first, second, **tolerance):
@@ -332,7 +332,7 @@ def test_compiled_training_is_the_same_training(workspace):  # noqa: F811
 def test_a_second_signal_acts_unless_it_is_the_first_come_twice(monkeypatch):
     """A scheduler signals all processes, and a launcher passes its own on."""
     now, ended = [0.0], []
-    monkeypatch.setattr("calm.training.interruption.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("calm.training.loop.interruption.time.monotonic", lambda: now[0])
     before = signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
     interruption = InterruptionCallback()
     try:

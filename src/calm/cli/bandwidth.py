@@ -27,9 +27,9 @@ def bandwidth(
 
     Example: `calm bandwidth recipes/quickstart -o runs/bandwidth data.train=data/train data.validation=data/validation`
     """
-    from calm.bandwidth import bandwidth_plan
-    from calm.study import run_study
-    from calm.training.progress import make_progress
+    from calm.utils.progress import make_progress
+    from calm.workflows.patch_size_sweep import bandwidth_plan
+    from calm.workflows.study import run_study
 
     plan = bandwidth_plan(family, patch_size or [1, 2, 4, 8], blocks, samples, seed)
     with make_progress() as progress:

@@ -28,13 +28,13 @@ def convert(
 
     Example: `calm convert cccczshao/CALM-M calm-m --autoencoder cccczshao/CALM-Autoencoder --tokenizer llama3`
     """
+    from calm.checkpoints.loading import load_autoencoder, load_model
+    from calm.checkpoints.reference import save_reference
     from calm.data.tokenizer import has_tokenizer, load_tokenizer, save_for_transformers_4
-    from calm.device import resolve_dtype
-    from calm.files import check_free, staged_directory
-    from calm.models.loading import load_autoencoder, load_model
     from calm.models.modeling_autoencoder import CalmAutoencoder
     from calm.models.modeling_calm import CalmForCausalLM
-    from calm.models.released import save_reference
+    from calm.utils.device import resolve_dtype
+    from calm.utils.files import check_free, staged_directory
 
     check_free(destination)
     precision = resolve_dtype(dtype)

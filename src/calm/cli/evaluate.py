@@ -66,22 +66,22 @@ def evaluate(
     """
     from rich.console import Console
 
+    from calm.checkpoints.loading import load_model
     from calm.data.blocks import TokenBlocks, read_manifest
     from calm.data.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
-    from calm.device import resolve_device, resolve_dtype
-    from calm.evaluation.bootstrap import MIN_BLOCKS
     from calm.evaluation.brier_lm import evaluate_brier
     from calm.evaluation.protocol import protocols
     from calm.evaluation.reconstruction import evaluate_reconstruction
-    from calm.files import write_json
+    from calm.evaluation.statistics import MIN_BLOCKS
     from calm.functional.temperature import check_known_temperature
-    from calm.models.generation_settings import check_sampler
-    from calm.models.loading import load_model
+    from calm.generation.settings import check_sampler
     from calm.models.modeling_autoencoder import CalmAutoencoder
     from calm.models.modeling_calm import CalmForCausalLM
     from calm.report.scatter import plot_panels, temperature_panels
     from calm.report.tables import brier_table, difference_table, reconstruction_table
-    from calm.training.progress import make_progress
+    from calm.utils.device import resolve_device, resolve_dtype
+    from calm.utils.files import write_json
+    from calm.utils.progress import make_progress
 
     protocols([], protocol, block_size, stride)  # a mistake shows before models are loaded
     temperatures, samplers = list(dict.fromkeys(temperature or [1.0])), list(dict.fromkeys(sampler or ["batch"]))

@@ -39,12 +39,12 @@ def generate(
 
     Example: `calm generate runs/calm --prompts prompts.jsonl -o texts.jsonl`
     """
-    from calm.completions import PrintingStreamer, SamplingSettings, complete, complete_file
+    from calm.checkpoints.loading import load_language_model
     from calm.data.tokenizer import load_tokenizer
-    from calm.device import resolve_device, resolve_dtype
-    from calm.models.loading import load_language_model
-    from calm.paths import did_you_mean
-    from calm.training.progress import make_progress
+    from calm.generation.completions import PrintingStreamer, SamplingSettings, complete, complete_file
+    from calm.utils.device import resolve_device, resolve_dtype
+    from calm.utils.paths import did_you_mean
+    from calm.utils.progress import make_progress
 
     if prompts is not None and (output is None or prompt is not None):
         raise ValueError("--prompts needs --output for its texts, and takes the place of --prompt.")

@@ -31,16 +31,16 @@ def info(
     """
     import json
 
+    from calm.checkpoints.meta_model import outline
     from calm.data.blocks import MANIFEST
     from calm.evaluation.compute import compute
-    from calm.models.generation_settings import WITH_PROBABILITIES, check_sampler
+    from calm.generation.settings import WITH_PROBABILITIES, check_sampler
     from calm.models.modeling_calm import CalmForCausalLM
-    from calm.models.outline import outline
     from calm.report.tables import compute_tables
-    from calm.training.arguments import trained_tokens
-    from calm.training.cost import training_flops_per_token
-    from calm.training.models import outline_model
-    from calm.training.recipe import Recipe, find_recipe
+    from calm.training.recipe.cost import training_flops_per_token
+    from calm.training.recipe.models import outline_model
+    from calm.training.recipe.recipe import Recipe, find_recipe
+    from calm.training.recipe.trainer_arguments import trained_tokens
 
     check_sampler(sampler, temperature, num_candidates)
     recipe, steps, beside = None, None, []
@@ -55,7 +55,7 @@ def info(
     elif overrides or vocab_size is not None:
         raise ValueError(f"overrides and --vocab-size are for recipes, {source} is a model.")
     else:
-        from calm.training.resume import read_run
+        from calm.training.state.resume import read_run
 
         model = outline(source)
         recipe, steps = read_run(Path(source))
@@ -92,7 +92,7 @@ def info(
 
 def _recipes_beside(path: Path) -> list:
     """The recipes in the same directory; other files are none of ours."""
-    from calm.training.recipe import Recipe
+    from calm.training.recipe.recipe import Recipe
 
     recipes = []
     for other in sorted(path.parent.glob("*.yaml")):

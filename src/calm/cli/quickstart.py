@@ -17,11 +17,11 @@ def quickstart(
     """
     from rich.console import Console
 
-    from calm.device import resolve_device
-    from calm.quickstart import MODELS, run_quickstart
     from calm.report import quickstart as report
-    from calm.training.metrics import read_metrics
-    from calm.training.progress import make_progress
+    from calm.training.loop.metrics_log import read_metrics
+    from calm.utils.device import resolve_device
+    from calm.utils.progress import make_progress
+    from calm.workflows.quickstart import MODELS, run_quickstart
 
     with make_progress() as progress:
         results = run_quickstart(run, minutes, seed, resolve_device(device).type, progress)

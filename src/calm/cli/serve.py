@@ -67,7 +67,7 @@ def serve(
 
 def _read_keys(path: Path) -> list[str]:
     if not path.is_file():
-        from calm.paths import did_you_mean
+        from calm.utils.paths import did_you_mean
 
         raise ValueError(f"no file of API keys at {path}{did_you_mean(path)}")
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())

@@ -26,8 +26,8 @@ def study(
 
     Example: `calm study recipes/study/cpu.yaml -o runs/study data.train=data/train data.validation=data/validation`
     """
-    from calm.study import Plan, run_study, study_cost
-    from calm.training.progress import make_progress
+    from calm.utils.progress import make_progress
+    from calm.workflows.study import Plan, run_study, study_cost
 
     if cost:
         if not tflops > 0:

@@ -34,7 +34,7 @@ def train(
     from calm.data.documents import read_documents
     from calm.data.sources import find_sources, unread_summary
     from calm.data.tokenizer import train_tokenizer
-    from calm.files import staged_directory
+    from calm.utils.files import staged_directory
 
     counts: Counter = Counter()
     skipped: dict[str, str] = {}

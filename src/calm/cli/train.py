@@ -24,13 +24,13 @@ def train(
     Interrupted (SIGTERM, Ctrl-C, a crash), the same command goes on from the last checkpoint. Under torchrun or
     `accelerate launch` it trains on all processes.
 
-    All keys of a recipe: `python -m pydoc calm.training.recipe`.
+    All keys of a recipe: `python -m pydoc calm.training.recipe.recipe`.
 
     Example: `calm train recipes/quickstart/calm.yaml training.learning_rate=1e-3 output_dir=runs/mine`
     """
-    from calm.training.recipe import Recipe
-    from calm.training.resume import is_complete
+    from calm.training.recipe.recipe import Recipe
     from calm.training.run import train as run
+    from calm.training.state.resume import is_complete
 
     resolved = Recipe.load(recipe, overrides or [])
     already = is_complete(resolved)

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from calm.data.checksums import DamagedDataError
-from calm.paths import did_you_mean
+from calm.utils.paths import did_you_mean
 
 MANIFEST = "manifest.json"
 

@@ -1,7 +1,7 @@
 """Prompts and responses for fine-tuning: the loss is on the responses alone.
 
 An example stands in a block as generation will meet it: separators in front of the prompt until it ends on a patch
-boundary (:mod:`calm.models.prompts`), then the response, a separator, and more of them until the patch is full.
+boundary (:mod:`calm.generation.prompts`), then the response, a separator, and more of them until the patch is full.
 """
 
 import json
@@ -26,7 +26,7 @@ from calm.data.output import find_prepared
 from calm.data.sources import find_sources, unread_summary
 from calm.data.text import encode_rendered, escape_control_tokens, half_character, render_chat
 from calm.data.tokenizer import tokenizer_hash
-from calm.files import only_writer, put_in_place, staging_of
+from calm.utils.files import only_writer, put_in_place, staging_of
 
 _TOKENS, _LENGTHS = "examples.ds", "lengths.npy"
 _IGNORED = -100

@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from calm.files import only_writer, write_whole
+from calm.utils.files import only_writer, write_whole
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 _VALIDATION_SHARE = 0.05

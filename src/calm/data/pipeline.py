@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from calm.data.checksums import file_checksums
 from calm.data.documents import read_documents, split_text
-from calm.files import write_whole
+from calm.utils.files import write_whole
 
 EXECUTORS = ("local", "slurm", "ray")
 COUNTS, LOGS, UNSHUFFLED, JOBS = "counts", "logs", "unshuffled", "slurm_jobs"

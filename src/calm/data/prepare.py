@@ -32,7 +32,7 @@ from calm.data.pipeline import (
 from calm.data.sources import find_sources, unread_summary
 from calm.data.text import plain_tokenizer
 from calm.data.tokenizer import load_tokenizer, tokenizer_hash
-from calm.files import only_writer, put_in_place, staging_of, write_whole
+from calm.utils.files import only_writer, put_in_place, staging_of, write_whole
 
 _MAX_TASKS = 64
 _SETTINGS_FILE, _UNREAD_FILE = "settings.json", "unread.json"

@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 
 from calm.data.documents import FORMATS, is_readable
-from calm.paths import did_you_mean, looks_local
+from calm.utils.paths import did_you_mean, looks_local
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from calm.data.llama3 import llama3_special_tokens, llama3_tokenizer
-from calm.files import write_json
-from calm.paths import did_you_mean, looks_local
+from calm.utils.files import write_json
+from calm.utils.paths import did_you_mean, looks_local
 
 PAD_TOKEN = "<|pad|>"  # id 0, which also stands in for dropped tokens while an autoencoder trains
 END_TOKEN = "<|end_of_text|>"  # id 1, between documents

@@ -17,16 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from calm.data.blocks import TokenBlocks, shuffled
-from calm.evaluation.bootstrap import brier_errors, error_to_stop_at
 from calm.evaluation.brier_scores import Draw, score_calm, score_token_model, scored_positions
+from calm.evaluation.statistics import brier_errors, error_to_stop_at
 from calm.functional.brier import NGRAM, brier_lm
 from calm.functional.temperature import check_known_temperature
+from calm.generation.settings import WITH_PROBABILITIES
+from calm.models.capabilities import check_full_attention, check_plain_logits
 from calm.models.configuration_calm import CalmConfig
 from calm.models.context import check_context
-from calm.models.generation_settings import WITH_PROBABILITIES
 from calm.models.layer_access import device_of
 from calm.models.modeling_calm import CalmForCausalLM
-from calm.models.requirements import check_full_attention, check_plain_logits
 
 _STATES_AT_ONCE = 4096  # hidden states that CALM's head draws from together
 _MOST_PATHS = 2  # of a token model
@@ -88,7 +88,7 @@ def evaluate_brier(
         num_candidates: of CALM's batch sampler below temperature 1.
         target_error: stop when the standard error of BrierLM is this low, after 32 blocks at the earliest. The blocks
             are scored in random order then.
-        sampler: of CALM's draws, as :meth:`~calm.models.generation.CalmGenerationMixin.generate` has it.
+        sampler: of CALM's draws, as :meth:`~calm.generation.loop.CalmGenerationMixin.generate` has it.
             ``"token_prediction"`` scores what the hidden states say of the next patch, whatever the head makes of it:
             far above the head's own score, it is the head that limits the model.
     """

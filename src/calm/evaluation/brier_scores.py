@@ -22,10 +22,10 @@ from torch import Tensor
 
 from calm.evaluation.branches import Branches
 from calm.functional.brier import NGRAM, prefix_equal
-from calm.functional.noise import categorical
+from calm.functional.rng import categorical
 from calm.functional.temperature import sharpened
 from calm.functional.tiles import rows_at_once
-from calm.models.generation import check_finite
+from calm.generation.loop import check_finite
 
 # Of a (positions x vocabulary) tensor: 4 MiB in float32, which caches hold, unless that is but a few positions.
 _TILE_ELEMENTS, _TILE_ROWS = 2**20, 128

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from calm.functional.temperature import check_temperature
-from calm.models.generation_settings import WITH_PROBABILITIES
+from calm.generation.settings import WITH_PROBABILITIES
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.modeling_codes import TokenCodes

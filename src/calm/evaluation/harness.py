@@ -17,15 +17,15 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from calm.completions import SamplingSettings, complete
+from calm.checkpoints.loading import load_language_model
 from calm.data.text import encode_plain_text
 from calm.data.tokenizer import load_tokenizer
-from calm.device import resolve_device, resolve_dtype
 from calm.evaluation.likelihood import log_likelihoods
+from calm.generation.completions import SamplingSettings, complete
+from calm.generation.settings import WITH_PROBABILITIES
 from calm.models.context import context_of, room_for_prompt
-from calm.models.generation_settings import WITH_PROBABILITIES
-from calm.models.loading import load_language_model
 from calm.models.modeling_calm import CalmForCausalLM
+from calm.utils.device import resolve_device, resolve_dtype
 
 _NO_LIKELIHOODS = (
     "the head of a CALM gives samples, not token probabilities, so log-likelihood tasks cannot be scored: choose tasks "

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from calm.models.prompts import left_padded
+from calm.generation.prompts import left_padded
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ Shapes: M draws, Z latent dimensions, ... any leading dimensions.
 import torch
 from torch import Tensor
 
-from calm.functional.noise import Generator, normal
+from calm.functional.rng import Generator, normal
 
 
 def gaussian_kl(mean: Tensor, log_std: Tensor, clip: float = 0.5) -> Tensor:

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from calm.functional.draws import Draws
-from calm.functional.noise import Generator, finest
+from calm.functional.lazy_samples import Draws
+from calm.functional.rng import Generator, finest
 
 # Of a token model, whose logits are divided by it: there the likeliest token is as good as certain.
 LOWEST_TEMPERATURE = 1e-6

@@ -13,14 +13,14 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils import ModelOutput
 
+from calm.checkpoints.reference import load_pretrained
 from calm.functional.gaussian import gaussian_kl, gaussian_sample
-from calm.functional.noise import Generator, uniform
+from calm.functional.rng import Generator, uniform
 from calm.models.best_token import best_token
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.frozen import FrozenLayers
 from calm.models.layer_access import device_of, embedding_matrix, is_plain
 from calm.models.linear_cross_entropy import linear_cross_entropy
-from calm.models.released import load_pretrained
 
 # While it trains, its accuracy is measured on so many tokens of a batch: on all of them it would take as long as a
 # third of the loss.

@@ -12,19 +12,19 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreT
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from calm.functional.noise import Generator
+from calm.checkpoints.reference import load_pretrained
+from calm.functional.rng import Generator
+from calm.generation.loop import CalmGenerationMixin
+from calm.generation.settings import GENERATION_DEFAULTS
 from calm.models.configuration_calm import CalmConfig
 from calm.models.configuration_codes import TokenCodesConfig
 from calm.models.decoded_brier import decoded_brier
 from calm.models.frozen import check_frozen, keep_adapters_out
-from calm.models.generation import CalmGenerationMixin
-from calm.models.generation_settings import GENERATION_DEFAULTS
 from calm.models.heads import HEADS
 from calm.models.layer_access import device_of, embedding_matrix
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_codes import TokenCodes
-from calm.models.released import load_pretrained
-from calm.models.token_prediction import TokenPredictor
+from calm.models.mtp import TokenPredictor
 
 
 def target_patches(labels: Tensor, patch_size: int) -> Tensor:

@@ -5,7 +5,7 @@ from datetime import timedelta
 from rich import box
 from rich.table import Table
 
-from calm.evaluation.bootstrap import brier_difference
+from calm.evaluation.statistics import brier_difference
 
 _TEXT = ("data_sha256", "block_size", "stride")  # of a result: what makes it comparable block by block
 
@@ -118,7 +118,7 @@ def reconstruction_table(results: dict[str, dict]) -> Table:
 
 
 def cost_table(costs: dict[str, dict], tflops: float) -> Table:
-    """What the models of a study cost; ``costs`` as :func:`calm.study.study_cost` gives them.
+    """What the models of a study cost; ``costs`` as :func:`calm.workflows.study.study_cost` gives them.
 
     Args:
         tflops: 10^12 operations per second, for the time that training takes at least.

@@ -10,9 +10,9 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import Response
 from prometheus_client import generate_latest
 
-from calm.serving.answers import respond
 from calm.serving.errors import add_error_handlers
-from calm.serving.guard import Guard
+from calm.serving.middleware import Guard
+from calm.serving.responses import respond
 from calm.serving.schemas import ChatRequest, CompletionRequest
 from calm.serving.service import Service
 from calm.serving.telemetry import Metrics

@@ -15,11 +15,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from calm.functional.tiles import is_out_of_memory
+from calm.generation.loop import NextChunk
 from calm.models.context import positions_needed, room_for_new
-from calm.models.generation import NextChunk
 from calm.serving.jobs import Chunk, Job
+from calm.serving.model_runner import Sampling, Stepper
 from calm.serving.slots import SlotCache
-from calm.serving.stepping import Sampling, Stepper
 from calm.serving.telemetry import Telemetry
 from calm.serving.text import TextStream
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from calm.serving.stepping import Sampling
+from calm.serving.model_runner import Sampling
 
 
 @dataclass

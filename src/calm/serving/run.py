@@ -12,15 +12,15 @@ from types import FrameType
 import torch
 import uvicorn
 
+from calm.checkpoints.loading import load_language_model
 from calm.data.tokenizer import load_tokenizer
-from calm.device import resolve_device, resolve_dtype
 from calm.functional.tiles import is_out_of_memory
-from calm.models.loading import load_language_model
 from calm.serving.app import create_app
 from calm.serving.connections import BoundedProtocol, ConnectionLimits, descriptor_limits
-from calm.serving.guard import LOOPBACK
+from calm.serving.middleware import LOOPBACK
 from calm.serving.service import Limits, Service
 from calm.serving.telemetry import Metrics
+from calm.utils.device import resolve_device, resolve_dtype
 
 
 def run_server(

@@ -12,8 +12,8 @@ from calm.models.context import context_of
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.serving.engine import Engine
 from calm.serving.jobs import Chunk, Job
+from calm.serving.model_runner import Sampling, stepper_of
 from calm.serving.schemas import ChatRequest, CompletionRequest, SamplingRequest
-from calm.serving.stepping import Sampling, stepper_of
 from calm.serving.telemetry import Metrics, Telemetry
 
 

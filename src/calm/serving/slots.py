@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from calm.models.requirements import check_full_attention
+from calm.models.capabilities import check_full_attention
 
 
 class SlotCache(Cache):

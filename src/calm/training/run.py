@@ -21,17 +21,16 @@ from calm.data.checksums import check_checksums
 from calm.data.conversations import ConversationBlocks
 from calm.data.tokenizer import load_tokenizer
 from calm.evaluation.brier_lm import check_scorable
-from calm.files import hold_lock, write_whole
 from calm.functional.tiles import is_out_of_memory
 from calm.models.context import patch_size_of
-from calm.training.arguments import check_processes, training_arguments
-from calm.training.interruption import InterruptionCallback, TrainingInterruptedError
-from calm.training.metrics import JsonlCallback
-from calm.training.models import build_model, load_teacher
-from calm.training.order import NumberedBlocks
-from calm.training.progress import ProgressCallback, make_progress
-from calm.training.recipe import Recipe
-from calm.training.resume import (
+from calm.training.loop.interruption import InterruptionCallback, TrainingInterruptedError
+from calm.training.loop.metrics_log import JsonlCallback
+from calm.training.loop.trainer import CalmTrainer
+from calm.training.recipe.models import build_model, load_teacher
+from calm.training.recipe.recipe import Recipe
+from calm.training.recipe.trainer_arguments import check_processes, training_arguments
+from calm.training.state.data_order import NumberedBlocks
+from calm.training.state.resume import (
     COMPLETE,
     LOCK,
     RECIPE,
@@ -40,7 +39,8 @@ from calm.training.resume import (
     data_fingerprint,
     is_complete,
 )
-from calm.training.trainer import CalmTrainer
+from calm.utils.files import hold_lock, write_whole
+from calm.utils.progress import ProgressCallback, make_progress
 
 Blocks = TokenBlocks | ConversationBlocks
 

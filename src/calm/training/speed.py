@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from calm.training.arguments import training_arguments
-from calm.training.models import build_model
-from calm.training.recipe import Recipe
+from calm.training.recipe.models import build_model
+from calm.training.recipe.recipe import Recipe
+from calm.training.recipe.trainer_arguments import training_arguments
 from calm.training.run import load_blocks
 
 _WARMUP_STEPS = 2

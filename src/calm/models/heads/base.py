@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from calm.functional.noise import Generator
+from calm.functional.rng import Generator
 from calm.models.modeling_autoencoder import Posterior
 
 

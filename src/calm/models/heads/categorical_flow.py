@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from calm.functional.noise import Generator, pick, uniform
+from calm.functional.rng import Generator, pick, uniform
 from calm.functional.temperature import sharpened
 from calm.functional.tiles import checkpointed_rows, rows_at_once
 from calm.models.configuration_heads import CategoricalFlowHeadConfig

@@ -17,7 +17,7 @@ from calm.functional.diffusion import (
     diffusion_loss,
     respace,
 )
-from calm.functional.noise import Generator, normal, uniform
+from calm.functional.rng import Generator, normal, uniform
 from calm.models.configuration_heads import DiffusionHeadConfig
 from calm.models.heads.adaln import AdaptiveNormMLP
 from calm.models.heads.base import Head, HeadLoss, leading_shape

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from calm.functional.energy_score import mean_distance, mean_distance_of_pairs
-from calm.functional.noise import Generator, normal, uniform
+from calm.functional.rng import Generator, normal, uniform
 from calm.functional.tiles import rows_at_once
 from calm.models.configuration_heads import EnergyHeadConfig
 from calm.models.heads.activated_linear import gated_silu_linear, is_plain, silu_linear

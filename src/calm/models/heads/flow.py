@@ -6,7 +6,7 @@ Shapes: N draws, D hidden, Z latent, ... any leading dimensions.
 from torch import Tensor
 
 from calm.functional.flow import flow_matching_loss, integrate_flow, straight_path
-from calm.functional.noise import Generator, normal, uniform
+from calm.functional.rng import Generator, normal, uniform
 from calm.models.configuration_heads import FlowHeadConfig
 from calm.models.heads.adaln import AdaptiveNormMLP
 from calm.models.heads.base import Head, HeadLoss, leading_shape

@@ -1,0 +1,1 @@
+"""Generation: settings, prompts, the loop, compiled steps, completions of many prompts."""

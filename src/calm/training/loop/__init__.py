@@ -1,0 +1,1 @@
+"""The training loop: trainer, losses of token models, interruption, log."""

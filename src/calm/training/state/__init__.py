@@ -1,0 +1,1 @@
+"""The state of a run: data order, checkpoint manifests, resuming."""

@@ -1,0 +1,1 @@
+"""Workflows of several runs: quickstart, study, patch-size sweep."""
