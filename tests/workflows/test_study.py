@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 from filelock import FileLock
-from test_bandwidth import family  # noqa: F401
+from test_patch_size_sweep import family  # noqa: F401
 
 from calm.cli.main import main
 from calm.evaluation.statistics import brier_difference
