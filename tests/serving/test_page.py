@@ -1,6 +1,7 @@
 """The page in a real browser."""
 
 import copy
+import re
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import TEMPLATE, serving
 pytest.importorskip("playwright", reason="needs playwright, see the extra `dev`")
 from playwright.sync_api import expect, sync_playwright
 
+GENERATE = re.compile("^Generate")  # and not "Regenerate"
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian's package `chromium`)")
 # Nothing but the page: no look-ups of its own on a machine without a network.
@@ -43,44 +45,100 @@ def server(calm, baseline, tokenizer):
         yield address, services
 
 
-def test_text_appears_in_chunks_beside_the_baselines(page, server):
+def settings(page, **values):
+    page.locator("#settings").evaluate("e => { e.open = true }")
+    for label, value in values.items():
+        page.get_by_label(label.replace("_", " ").capitalize()).fill(value)
+
+
+def test_text_appears_in_patches_beside_the_baselines(page, server):
     page.goto(server[0])
     expect(page.locator("#about")).to_have_text(
         "calm: 3 tokens per step, context of 399 tokens; baseline: 1 token per step, context of 256 tokens"
     )
-    expect(page.locator("#chat-row")).to_be_hidden()
-    page.get_by_label("Prompt").fill("the <b>quick</b>")
-    page.get_by_role("slider", name="Temperature").fill("0.5")
-    page.get_by_label("Length, tokens").fill("30")
-    page.get_by_label("Candidates").fill("16")
-    page.get_by_label("Seed").fill("1")
-    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#mode")).to_be_hidden()
+    page.get_by_label("Prompt", exact=True).fill("the <b>quick</b>")
+    page.get_by_role("button", name="Balanced").click()
+    settings(page, length="30", candidates="16", seed="1")
+    page.get_by_role("button", name=GENERATE).click()
     ours, other = page.locator("section").nth(0), page.locator("section").nth(1)
-    expect(ours.locator(".numbers")).to_contain_text("30 tokens in 10 steps, 20 saved against token by token")
+    expect(ours.locator(".numbers")).to_contain_text("30 tokens in 10 steps (20 fewer than a token model)")
     expect(other.locator(".numbers")).to_contain_text("30 tokens in 30 steps;")
-    expect(ours.locator(".chunk")).to_have_count(10)
+    expect(ours.locator(".patch")).to_have_count(10)
     expect(ours.locator(".prompt")).to_have_text("the <b>quick</b>")
     first = ours.locator(".text").inner_text()
-    ours.locator(".chunk").nth(3).dispatch_event("mouseover")
-    expect(ours.locator(".details")).to_contain_text("candidates drawn")
-    expect(ours.locator(".details")).to_contain_text("agreement: 2 equal ones were asked for")
-    page.get_by_role("button", name="Generate").click()
-    expect(page.get_by_role("button", name="Generate")).to_be_enabled()
+    ours.locator(".patch").nth(3).dispatch_event("mouseover")
+    expect(ours.locator(".details")).to_contain_text("candidates sampled")
+    expect(ours.locator(".details")).to_contain_text("agreement: 2 equal candidates required")
+    page.get_by_role("button", name="Regenerate").click()
+    expect(page.get_by_role("button", name=GENERATE)).to_be_enabled()
     expect(ours.locator(".numbers")).to_contain_text("30 tokens")
+    expect(page.locator(".turn")).to_have_count(1)
     assert ours.locator(".text").inner_text() == first  # the same seed
+
+
+def test_the_chart_shows_the_speed_of_every_model(page, server):
+    page.goto(server[0])
+    settings(page, length="12")
+    page.get_by_role("button", name=GENERATE).click()
+    expect(page.locator(".speed polyline")).to_have_count(2)
+    expect(page.locator(".speed svg")).to_have_attribute("aria-label", re.compile(r"calm: \d+ tokens/s; baseline: \d+"))
+    expect(page.get_by_role("button", name=GENERATE)).to_be_enabled()
+    # The last point of a line is at the bottom of the axis for 0 tokens, and at the top for the most tokens.
+    points = page.locator(".speed polyline").first.get_attribute("points").split()
+    assert points[0].startswith("44.0,136.0")
+    assert points[-1].endswith(",10.0")
+
+
+def test_a_prompt_can_be_edited_and_every_text_copied(browser, server):
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.goto(server[0])
+    page.get_by_role("button", name="Once upon a time").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("Once upon a time")
+    settings(page, length="6")
+    page.get_by_role("button", name=GENERATE).click()
+    expect(page.locator(".patch")).to_have_count(2 + 6 + 2)  # of both models, and of the legend
+    page.get_by_role("button", name="Copy the text of calm").click()
+    expect(page.get_by_role("button", name="Copy the text of calm")).to_have_text("Copied")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.startswith("Once upon a time")
+    assert copied == page.locator("section .text").first.evaluate("e => e.textContent")
+    page.get_by_label("Prompt", exact=True).fill("something else")
+    page.get_by_role("button", name="Edit").click()
+    expect(page.locator(".turn")).to_have_count(0)
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("Once upon a time")
+    context.close()
+
+
+def test_styles_set_the_lowest_temperature_that_the_sampler_allows(page, server):
+    page.goto(server[0])
+    settings(page)
+    shown = page.locator("#temperature-shown")
+    page.get_by_role("button", name="Precise").click()
+    expect(shown).to_have_text("0.30")
+    page.get_by_label("Sampler").select_option(label="multi-token prediction")
+    page.get_by_role("button", name="Precise").click()
+    expect(shown).to_have_text("0 (greedy)")
+    expect(page.get_by_role("button", name="Precise")).to_have_attribute("aria-pressed", "true")
+    page.get_by_label("Length, tokens").fill("6")
+    page.get_by_role("button", name=GENERATE).click()
+    expect(page.locator("section .numbers").first).to_contain_text("6 tokens in 2 steps")
+    page.get_by_label("Sampler").select_option("batch")
+    expect(shown).to_have_text("0.30")
 
 
 def test_everything_can_be_done_with_the_keyboard(page, server):
     page.goto(server[0])
-    page.get_by_label("Prompt").fill("a")
-    page.get_by_label("Length, tokens").fill("12")
-    page.get_by_label("Prompt").press("Control+Enter")
+    settings(page, length="12")
+    page.get_by_label("Prompt", exact=True).fill("a")
+    page.get_by_label("Prompt", exact=True).press("Control+Enter")
     section = page.locator("section").first
-    expect(section.locator(".chunk")).to_have_count(4)
+    expect(section.locator(".patch")).to_have_count(4)
     section.locator(".text").focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
-    expect(section.locator(".chunk").nth(1)).to_have_class("chunk current")
+    expect(section.locator(".patch").nth(1)).to_have_class("patch current")
     expect(section.locator(".details")).to_contain_text("3 tokens in")
     for control in page.locator("input:visible, select:visible, textarea, button").all():
         assert control.evaluate("e => (e.labels && e.labels.length) || e.textContent.trim()"), control
@@ -89,11 +147,11 @@ def test_everything_can_be_done_with_the_keyboard(page, server):
 def test_stop_ends_the_text_and_frees_the_slot(page, server):
     address, services = server
     page.goto(address)
-    page.get_by_label("Length, tokens").fill("250")
-    page.get_by_role("button", name="Generate").click()
-    expect(page.locator("section .chunk").nth(2)).to_be_attached()
+    settings(page, length="250")
+    page.get_by_role("button", name=GENERATE).click()
+    expect(page.locator("section .patch").nth(2)).to_be_attached()
     page.keyboard.press("Escape")
-    expect(page.get_by_role("button", name="Generate")).to_be_enabled()
+    expect(page.get_by_role("button", name=GENERATE)).to_be_enabled()
     expect(page.get_by_role("button", name="Stop")).to_be_disabled()
     for _ in range(200):
         if not any(service.engine.num_running for service in services):
@@ -105,28 +163,42 @@ def test_stop_ends_the_text_and_frees_the_slot(page, server):
 def test_an_error_is_shown(browser, server):
     page = browser.new_page()
     page.goto(server[0])
-    expect(page.locator("section").first).to_be_visible()
-    page.get_by_role("slider", name="Temperature").evaluate("e => { e.min = 0; e.value = 0.0 }")
-    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#sampler option").first).to_be_attached()
+    page.locator("#temperature").evaluate("e => { e.value = 0 }")
+    page.get_by_role("button", name=GENERATE).click()
     expect(page.get_by_role("alert")).to_contain_text("temperature must lie in (0, 1]")
     page.close()
 
 
-def test_a_key_is_asked_for_where_one_is_needed(browser, calm, tokenizer):
+def test_a_chat_has_a_history_and_a_key_is_asked_for_where_one_is_needed(browser, calm, tokenizer):
     chatting = copy.deepcopy(tokenizer)
     chatting.chat_template = TEMPLATE
     with serving([("chat", (calm, chatting))], api_keys=["secret"]) as (address, services):
         services[0].engine.stepper.end_ids = set()
-        page = browser.new_page()
+        page, sent = browser.new_page(), []
+        page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
         page.goto(address)
-        expect(page.get_by_role("alert")).to_contain_text("This server wants an API key")
+        expect(page.get_by_role("alert")).to_contain_text("This server requires an API key")
         page.get_by_label("API key").fill("secret")
-        page.get_by_role("button", name="Generate").click()
-        expect(page.locator("section .chunk").first).to_be_attached()
-        page.get_by_label("as a message").check()
-        page.get_by_label("Length, tokens").fill("6")
-        page.get_by_role("button", name="Generate").click()
-        expect(page.locator("section .numbers")).to_contain_text("6 tokens in 2 steps")
+        page.get_by_role("button", name=GENERATE).click()
+        expect(page.locator("section .patch").first).to_be_attached()
+        expect(page.get_by_role("button", name=GENERATE)).to_be_enabled()
+        page.get_by_role("radio", name="Chat").check()
+        settings(page, length="6")
+        answers = page.locator("section .text")
+        for count, message in enumerate(["hello", "again"], start=2):
+            page.get_by_label("Prompt", exact=True).fill(message)
+            page.get_by_role("button", name=GENERATE).click()
+            expect(answers).to_have_count(count)
+            expect(page.get_by_role("button", name=GENERATE)).to_be_enabled()
+            expect(page.locator("section .numbers").last).to_contain_text("6 tokens in 2 steps")
+        assert [message["role"] for message in sent[-1]["messages"]] == ["user", "assistant", "user"]
+        assert sent[-1]["messages"][1]["content"] == answers.nth(1).evaluate("e => e.textContent")
+        page.get_by_role("button", name="Regenerate").nth(1).click()  # the first message: the second is gone
+        expect(answers).to_have_count(2)
+        expect(page.get_by_role("button", name=GENERATE)).to_be_enabled()
+        page.get_by_role("button", name="Clear").click()
+        expect(page.locator(".turn")).to_have_count(0)
         page.close()
 
 
@@ -134,7 +206,9 @@ def test_the_page_fits_a_telephone_and_the_dark(browser, server):
     context = browser.new_context(viewport={"width": 380, "height": 800}, color_scheme="dark")
     page = context.new_page()
     page.goto(server[0])
-    expect(page.locator("section").first).to_be_visible()
+    settings(page, length="30")
+    page.get_by_role("button", name=GENERATE).click()
+    expect(page.locator("section .numbers").last).to_contain_text("30 tokens")
     assert page.evaluate("document.documentElement.scrollWidth") <= 380
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
     context.close()

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -16,6 +17,8 @@ from calm.serving.responses import respond
 from calm.serving.schemas import ChatRequest, CompletionRequest
 from calm.serving.service import Service
 from calm.serving.telemetry import Metrics
+
+_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 
 
 def create_app(
@@ -70,16 +73,17 @@ def create_app(
     async def metrics_text() -> Response:
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
-    for path, kind in (("", "text/html"), ("page.js", "text/javascript"), ("page.css", "text/css")):
-        app.add_api_route(f"/{path}", _static(path or "index.html", kind), include_in_schema=False)
+    for file in resources.files("calm.serving").joinpath("page").iterdir():
+        path = "" if file.name == "index.html" else file.name
+        app.add_api_route(
+            f"/{path}", _static(file.read_bytes(), _TYPES[Path(file.name).suffix]), include_in_schema=False
+        )
     return app
 
 
-def _static(name: str, kind: str) -> Any:
-    content = resources.files("calm.serving").joinpath("page", name).read_bytes()
-
+def _static(content: bytes, media_type: str) -> Any:
     async def page() -> Response:
         policy = {"Content-Security-Policy": "default-src 'self'; img-src data:", "X-Content-Type-Options": "nosniff"}
-        return Response(content, media_type=f"{kind}; charset=utf-8", headers=policy)
+        return Response(content, media_type=f"{media_type}; charset=utf-8", headers=policy)
 
     return page

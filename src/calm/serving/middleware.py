@@ -11,7 +11,9 @@ from calm.serving.telemetry import Metrics
 
 _PATIENCE = 16  # times the largest body
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_OPEN = ("/", "/health", "/page.js", "/page.css")
+# The page has to load before a user can enter a key.
+_PAGE = ("/api.js", "/chart.js", "/page.css", "/page.js", "/pane.js")
+_OPEN = ("/", "/health", *_PAGE)
 _PATHS = (*_OPEN, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 
 

@@ -1,184 +1,171 @@
-"use strict";
+// The page: prompt, settings, and a transcript of turns. A turn is one prompt and the text of every model.
+
+import { KeyNeededError, listModels, setApiKey } from "./api.js";
+import { SpeedChart } from "./chart.js";
+import { Pane } from "./pane.js";
 
 const element = (id) => document.getElementById(id);
+const EXAMPLES = ["Once upon a time", "The capital of France is", "def read_lines(path):\n"];
+const STYLES = { Precise: 0, Balanced: 0.5, Free: 1 };
+const WITH_PROBABILITIES = ["direct", "mtp", "token_prediction"]; // these samplers accept temperature 0
+const SAMPLER_NAMES = { mtp: "multi-token prediction", token_prediction: "multi-token prediction" };
 let models = [];
-let running = null; // what Stop ends
-
-function headers() {
-  const key = element("key").value;
-  return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
-}
-
-async function ask(path, options = {}) {
-  const response = await fetch(path, { headers: headers(), ...options });
-  if (response.ok) return response;
-  if (response.status === 401) {
-    element("key-row").hidden = false;
-    element("key").focus();
-    throw new Error("This server wants an API key: enter yours above.");
-  }
-  const body = await response.json().catch(() => null);
-  throw new Error(body?.error?.message ?? `the server answered with status ${response.status}`);
-}
+let turns = []; // { prompt, chat, panes, article }
+let running = null; // the controller that Stop aborts
 
 async function loadModels() {
-  models = (await (await ask("v1/models")).json()).data;
-  const first = models[0];
-  element("about").textContent =
-    models.map((model) => `${model.id}: ${model.patch_size} token${model.patch_size === 1 ? "" : "s"} per step, ` +
-      `context of ${model.context.toLocaleString()} tokens`).join("; ");
-  element("temperature").value = first.temperature;
-  element("length").max = Math.min(...models.map((model) => model.context));
+  models = await listModels();
   const calms = models.filter((model) => model.kind === "calm");
-  element("sampler").value = calms[0]?.sampler ?? "batch";
-  for (const option of element("sampler").options) {
-    option.hidden = option.disabled = !calms.every((model) => model.samplers.includes(option.value));
-  }
-  element("chat-row").hidden = !models.every((model) => model.chat);
+  element("about").textContent = models
+    .map((model) => `${model.id}: ${model.patch_size} token${model.patch_size === 1 ? "" : "s"} per step, ` +
+      `context of ${model.context.toLocaleString()} tokens`).join("; ");
+  element("length").max = Math.min(...models.map((model) => model.context));
+  const names = (calms[0]?.samplers ?? []).filter((name) => calms.every((model) => model.samplers.includes(name)));
+  element("sampler").replaceChildren(...names.map((name) => new Option(SAMPLER_NAMES[name] ?? name, name)));
+  if (names.includes(calms[0]?.sampler)) element("sampler").value = calms[0].sampler;
+  for (const id of ["sampler", "candidates"]) element(id).closest("label").hidden = !calms.length;
+  element("mode").hidden = !models.every((model) => model.chat);
+  setTemperature(models[0].temperature);
+}
+
+const isChat = () => !element("mode").hidden && element("form").elements.mode.value === "chat";
+
+function lowestTemperature() {
+  const known = !models.some((model) => model.kind === "calm") || WITH_PROBABILITIES.includes(element("sampler").value);
+  return known ? 0 : 0.3;
+}
+
+function setTemperature(value) {
+  element("temperature").value = Math.max(value, lowestTemperature());
   showTemperature();
-  element("panes").replaceChildren(...models.map(newPane));
 }
 
-function newPane(model) {
-  const section = element("pane").content.cloneNode(true).firstElementChild;
-  const text = section.querySelector(".text");
-  section.querySelector("h2").textContent = model.id + (model.kind === "calm" ? "" : ` (${model.kind})`);
-  text.setAttribute("aria-label", `Text of ${model.id}; arrow keys go from chunk to chunk`);
-  text.addEventListener("mouseover", (event) => show(section, event.target.closest(".chunk")));
-  text.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    const chunks = [...text.querySelectorAll(".chunk")];
-    if (!step || !chunks.length) return;
-    event.preventDefault();
-    const now = chunks.indexOf(text.querySelector(".current"));
-    const next = chunks[Math.min(Math.max(now + step, 0), chunks.length - 1)];
-    next.scrollIntoView({ block: "nearest" });
-    show(section, next);
-  });
-  return section;
-}
-
-function show(section, chunk) {
-  if (!chunk) return;
-  section.querySelector(".current")?.classList.remove("current");
-  chunk.classList.add("current");
-  section.querySelector(".details").textContent = chunk.dataset.details;
-}
-
-// What a chunk took, in words.
-function describe(model, calm, request) {
-  const parts = [`${calm.tokens} token${calm.tokens === 1 ? "" : "s"} in ${calm.milliseconds.toFixed(0)} ms`];
-  if (model.kind === "calm" && request.temperature < 1 && ["batch", "exact"].includes(request.sampler)) {
-    const agree = Math.floor(1 / request.temperature + 0.001);
-    parts.push(`${calm.drawn} candidates drawn, ${calm.decoded} of their tokens looked at`);
-    parts.push(`agreement: ${agree} equal ones were asked for`);
-  }
-  return parts.join(" · ");
-}
-
-async function* events(response) {
-  let rest = "";
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const blocks = (rest + value).split("\n\n");
-    rest = blocks.pop();
-    for (const block of blocks) {
-      const data = block.replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      yield JSON.parse(data);
-    }
+function showTemperature() {
+  const temperature = Number(element("temperature").value);
+  element("temperature-shown").value = temperature === 0 ? "0 (greedy)" : temperature.toFixed(2);
+  for (const button of element("presets").querySelectorAll("button")) {
+    const chosen = Math.max(STYLES[button.textContent], lowestTemperature());
+    button.setAttribute("aria-pressed", String(Math.abs(chosen - temperature) < 0.01));
   }
 }
 
-function requestOf(model) {
+function requestOf(model, turn) {
   const number = (id) => Number(element(id).value);
-  const chat = !element("chat-row").hidden && element("chat").checked;
-  const request = { model: model.id, stream: true, max_tokens: number("length"), temperature: number("temperature") };
+  const request = { model: model.id, max_tokens: number("length"), temperature: number("temperature") };
   if (element("seed").value !== "") request.seed = number("seed");
   if (model.kind === "calm") {
     request.sampler = element("sampler").value;
     request.num_candidates = number("candidates");
   }
-  if (chat) request.messages = [{ role: "user", content: element("prompt").value }];
-  else request.prompt = element("prompt").value;
+  if (turn.chat) request.messages = history(model, turn);
+  else request.prompt = turn.prompt;
   return request;
 }
 
-async function generate(model, section, signal) {
-  const text = section.querySelector(".text");
-  const numbers = section.querySelector(".numbers");
-  const request = requestOf(model);
-  const prompt = document.createElement("i");
-  prompt.className = "prompt";
-  prompt.textContent = request.prompt ?? "";
-  text.replaceChildren(prompt);
-  numbers.textContent = "waiting";
-  section.querySelector(".details").textContent = "";
-  const path = request.messages ? "v1/chat/completions" : "v1/completions";
-  let steps = 0, tokens = 0, seconds = 0;
-  const summary = () => {
-    const saved = tokens - steps;
-    const against = saved > 0 ? `, ${saved} saved against token by token` : "";
-    return `${tokens} tokens in ${steps} steps${against}; ${seconds ? (tokens / seconds).toFixed(0) : "–"} tokens/s`;
-  };
-  try {
-    const response = await ask(path, { method: "POST", body: JSON.stringify(request), signal });
-    for await (const event of events(response)) {
-      if (event.error) throw new Error(event.error.message);
-      const choice = event.choices[0];
-      steps += 1;
-      tokens += event.calm.tokens;
-      seconds += event.calm.milliseconds / 1000;
-      const chunk = document.createElement("span");
-      chunk.className = "chunk";
-      chunk.textContent = choice.text ?? choice.delta.content;
-      chunk.dataset.details = describe(model, event.calm, request);
-      const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
-      text.append(chunk);
-      if (atEnd) text.scrollTop = text.scrollHeight;
-      numbers.textContent = summary();
-    }
-  } catch (error) {
-    numbers.textContent = steps ? `${summary()} (stopped)` : "";
-    if (error.name !== "AbortError") throw error;
+// The messages before and with a turn, as this model has answered them.
+function history(model, turn) {
+  const index = models.indexOf(model);
+  const messages = [];
+  for (const earlier of turns.slice(0, turns.indexOf(turn)).filter((other) => other.chat)) {
+    messages.push({ role: "user", content: earlier.prompt });
+    messages.push({ role: "assistant", content: earlier.panes[index].answer });
   }
+  return [...messages, { role: "user", content: turn.prompt }];
 }
 
-function showTemperature() {
-  element("temperature-shown").value = Number(element("temperature").value).toFixed(2);
+function addTurn(prompt) {
+  const article = element("turn").content.cloneNode(true).firstElementChild;
+  const turn = { prompt, chat: isChat(), panes: models.map((model) => new Pane(model)), article };
+  article.querySelector(".asked").textContent = prompt || "(a new document)";
+  article.querySelector(".asked").setAttribute("aria-label", turn.chat ? "Message sent" : "Prompt sent");
+  article.querySelector(".panes").replaceChildren(...turn.panes.map((pane) => pane.section));
+  article.querySelector(".again").addEventListener("click", () => generate(turn));
+  article.querySelector(".edit").addEventListener("click", () => edit(turn));
+  turns.push(turn);
+  element("transcript").append(article);
+  return turn;
 }
 
-async function run(event) {
-  event?.preventDefault();
+// Put the prompt of a turn back into the form. The turn and those after it, which depend on it, are removed.
+function edit(turn) {
+  running?.abort();
+  element("prompt").value = turn.prompt;
+  removeFrom(turns.indexOf(turn));
+  element("prompt").focus();
+}
+
+function removeFrom(index) {
+  for (const turn of turns.splice(index)) turn.article.remove();
+  element("clear").hidden = turns.length === 0;
+}
+
+async function generate(turn) {
   if (running || !element("form").reportValidity()) return;
   element("error").textContent = "";
   const controller = (running = new AbortController());
-  element("generate").disabled = true;
-  element("stop").disabled = false;
+  setRunning(true);
   try {
     if (!models.length) await loadModels();
-    const sections = [...element("panes").children];
-    const results = await Promise.allSettled(
-      models.map((model, index) => generate(model, sections[index], controller.signal)),
-    );
+    turn ??= addTurn(element("prompt").value);
+    if (turn.chat) {
+      removeFrom(turns.indexOf(turn) + 1); // later messages answered the text that is replaced now
+      element("prompt").value = "";
+    }
+    element("clear").hidden = false;
+    const chart = new SpeedChart(turn.article.querySelector(".speed"), models.map((model) => model.id));
+    turn.article.scrollIntoView({ block: "nearest" });
+    const results = await Promise.allSettled(turn.panes.map((pane, index) => pane.generate(
+      requestOf(models[index], turn), controller.signal, (seconds, tokens) => chart.add(index, seconds, tokens),
+    )));
     const failed = results.find((result) => result.status === "rejected");
     if (failed) throw failed.reason;
   } catch (error) {
-    element("error").textContent = error instanceof TypeError ? "the server cannot be reached" : error.message;
+    report(error);
   } finally {
     running = null;
-    element("generate").disabled = false;
-    element("stop").disabled = true;
+    setRunning(false);
   }
 }
 
-element("form").addEventListener("submit", run);
+function report(error) {
+  element("error").textContent = error instanceof TypeError ? "the server cannot be reached" : error.message;
+  if (!(error instanceof KeyNeededError)) return;
+  element("key-row").hidden = false;
+  element("key").focus();
+}
+
+function setRunning(isRunning) {
+  element("stop").disabled = !isRunning;
+  for (const button of document.querySelectorAll("#generate, #clear, .again")) button.disabled = isRunning;
+}
+
+function button(text, onClick) {
+  const made = document.createElement("button");
+  made.type = "button";
+  made.textContent = text;
+  made.addEventListener("click", onClick);
+  return made;
+}
+
+element("examples").append("Try: ", ...EXAMPLES.map((text) => button(text.trim(), () => {
+  element("prompt").value = text;
+  element("prompt").focus();
+})));
+element("presets").append(...Object.keys(STYLES).map((name) => button(name, () => setTemperature(STYLES[name]))));
+element("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  generate();
+});
+element("key").addEventListener("input", () => setApiKey(element("key").value));
 element("stop").addEventListener("click", () => running?.abort());
+element("clear").addEventListener("click", () => removeFrom(0));
 element("temperature").addEventListener("input", showTemperature);
+element("sampler").addEventListener("change", () => setTemperature(Number(element("temperature").value)));
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort();
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) run(event);
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    generate();
+  }
 });
-loadModels().catch((error) => (element("error").textContent = error.message));
+loadModels().catch(report);
