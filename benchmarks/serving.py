@@ -31,7 +31,8 @@ from calm import CalmAutoencoder, CalmAutoencoderConfig, CalmForCausalLM
 from calm.checkpoints.loading import load_language_model
 from calm.data.corpus import stdlib_documents
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
-from calm.generation.completions import SamplingSettings, complete
+from calm.generation.completions import complete
+from calm.generation.sampling_params import SamplingParams
 
 BACKBONE = {
     "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -243,9 +244,10 @@ def check(model: str) -> dict:
     different = []
     for number in range(1000):
         asked = body(number)
-        one = SamplingSettings(
-            asked["max_tokens"], asked["temperature"], num_candidates=asked.get("num_candidates"), seed=asked["seed"]
-        )
+        one = SamplingParams(
+            asked["temperature"], num_candidates=asked.get("num_candidates"), max_new_tokens=asked["max_tokens"],
+            seed=asked["seed"],
+        )  # fmt: skip
         if complete(calm, tokenizer, [asked["prompt"]], one)[0]["text"] != texts[number]:
             different.append(number)
     print(

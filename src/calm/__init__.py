@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from calm.models.auto_classes import register_configurations
 
 if TYPE_CHECKING:
+    from calm.generation.samplers import register_sampler
+    from calm.generation.sampling_params import SamplingParams
     from calm.models.configuration_autoencoder import CalmAutoencoderConfig
     from calm.models.configuration_calm import CalmConfig
     from calm.models.configuration_codes import TokenCodesConfig
@@ -35,9 +37,11 @@ __all__ = [
     "DiffusionHeadConfig",
     "EnergyHeadConfig",
     "FlowHeadConfig",
+    "SamplingParams",
     "TokenCodes",
     "TokenCodesConfig",
     "__version__",
+    "register_sampler",
 ]
 
 # The module of every public name.
@@ -50,8 +54,10 @@ _MODULES = {
     "DiffusionHeadConfig": "calm.models.configuration_heads",
     "EnergyHeadConfig": "calm.models.configuration_heads",
     "FlowHeadConfig": "calm.models.configuration_heads",
+    "SamplingParams": "calm.generation.sampling_params",
     "TokenCodes": "calm.models.modeling_codes",
     "TokenCodesConfig": "calm.models.configuration_codes",
+    "register_sampler": "calm.generation.samplers",
 }
 _PACKAGES = (
     "checkpoints",

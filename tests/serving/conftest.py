@@ -42,6 +42,7 @@ def calm(tokenizer):
     )
     for parameter in model.head.parameters():  # a new head gives one and the same latent
         torch.nn.init.normal_(parameter, std=0.3)
+    model.generation_config.sampler = "batch"
     return model.eval()
 
 

@@ -166,7 +166,7 @@ def test_an_error_is_shown(browser, server):
     expect(page.locator("#sampler option").first).to_be_attached()
     page.locator("#temperature").evaluate("e => { e.value = 0 }")
     page.get_by_role("button", name=GENERATE).click()
-    expect(page.get_by_role("alert")).to_contain_text("temperature must lie in (0, 1]")
+    expect(page.get_by_role("alert")).to_contain_text("temperature must be in (0, 1]")
     page.close()
 
 

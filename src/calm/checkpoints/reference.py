@@ -334,7 +334,7 @@ def _their_state(model: PreTrainedModel) -> dict[str, Tensor]:
     names = reference_names(config)
     if hasattr(model, "token_predictor"):
         warnings.warn(
-            "the reference has no token prediction: it is left out, and with it sampler=token_prediction.",
+            "the reference has no token prediction: it is left out, and with it sampler=mtp.",
             stacklevel=3,
         )
     ours = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("token_predictor.")}

@@ -31,7 +31,7 @@ class CalmConfig(PreTrainedConfig):
             default the end-of-text token. The paper's models have the begin-of-text token instead.
         token_prediction_weight: weight of an auxiliary loss, the cross-entropy of the next patch's tokens. 0 as in the
             paper; small models on small budgets learn to look at their context by it. What it trains beside the
-            backbone is used by ``sampler="token_prediction"`` alone.
+            backbone is used by ``sampler="mtp"`` alone.
         token_prediction_type: ``"independent"`` predicts every token by itself, ``"autoregressive"`` also from those
             before it in its patch.
         decoded_brier_weight: weight of an auxiliary loss of an energy head, the Brier score of the tokens that its

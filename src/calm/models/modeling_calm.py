@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from calm.checkpoints.reference import load_pretrained
 from calm.functional.rng import Generator
 from calm.generation.loop import CalmGenerationMixin
+from calm.generation.samplers import default_sampler
 from calm.generation.settings import GENERATION_DEFAULTS
 from calm.models.configuration_calm import CalmConfig
 from calm.models.configuration_codes import TokenCodesConfig
@@ -149,9 +150,8 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         if config.token_prediction_weight:
             self.token_predictor = self._new_token_predictor()
         self.post_init()
-        sampler = {"sampler": "direct"} if self.head.has_log_prob else {}
         self.generation_config = GenerationConfig(
-            **GENERATION_DEFAULTS | sampler,
+            **GENERATION_DEFAULTS | {"sampler": default_sampler(self)},
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
             bos_token_id=config.bos_token_id,

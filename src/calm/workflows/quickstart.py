@@ -24,7 +24,8 @@ from calm.data.text import decode_continuation, encode_plain_text
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.ngram_baselines import evaluate_counts
-from calm.generation.completions import SamplingSettings, continue_tokens
+from calm.generation.completions import continue_tokens
+from calm.generation.sampling_params import SamplingParams
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.training.recipe.cost import recipe_cost
 from calm.training.recipe.recipe import Recipe
@@ -43,7 +44,7 @@ FEWEST_STEPS = 20
 # The scored rows: a model, and its sampler.
 ROWS = {
     "calm": ("calm", "batch"),
-    "calm (token_prediction)": ("calm", "token_prediction"),
+    "calm (mtp)": ("calm", "mtp"),
     "baseline": ("baseline", None),
 }
 EVALUATION_BLOCKS = 240
@@ -51,7 +52,7 @@ EVALUATION_SAMPLES = 8
 # The models whose continuations stand side by side, with their samplers.
 SAMPLED = {
     "CALM": ("calm", "direct"),
-    "CALM, token_prediction": ("calm", "token_prediction"),
+    "CALM, mtp": ("calm", "mtp"),
     "baseline": ("baseline", None),
 }
 SAMPLE_TEMPERATURE = 0.5
@@ -218,7 +219,7 @@ def _samples(models: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: i
         ids = encode_plain_text(tokenizer, prompt)
         for label, (name, sampler) in SAMPLED.items():
             model = models[name]
-            settings = SamplingSettings(SAMPLE_TOKENS, SAMPLE_TEMPERATURE, sampler, seed=seed)
+            settings = SamplingParams(SAMPLE_TEMPERATURE, sampler, max_new_tokens=SAMPLE_TOKENS, seed=seed)
             given = torch.tensor([ids], device=model.device)
             (new,), _ = continue_tokens(model, tokenizer, given, torch.ones_like(given), settings)
             text = decode_continuation(tokenizer, ids, new)
