@@ -37,10 +37,7 @@ _AUTOENCODER_FIELDS = (
     "num_decoder_layers", "hidden_act", "mlp_bias", "rms_norm_eps", "initializer_range", "kl_weight",
 )  # fmt: skip
 # Of a head: what trains it and draws from it, not what it is.
-_ONLY_TREATED_OTHERWISE = {
-    f"head_config.{name}"
-    for name in ("num_target_samples", "num_latent_groups", "mean_pull_weight", "num_sampling_steps", "solver")
-}
+_ONLY_TREATED_OTHERWISE = {f"head_config.{name}" for name in ("num_target_samples", "num_sampling_steps", "solver")}
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

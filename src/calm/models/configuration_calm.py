@@ -94,11 +94,6 @@ class CalmConfig(PreTrainedConfig):
             raise ValueError(
                 f"patch_size is {patch_size}, but the autoencoder was built for {self.patch_size} tokens per patch."
             )
-        groups, latent_size = self.head_config.num_latent_groups, self.autoencoder_config.latent_size
-        if latent_size % groups:
-            raise ValueError(
-                f"head_config.num_latent_groups ({groups}) must divide the autoencoder's latent_size ({latent_size})."
-            )
         if self.backbone_config.vocab_size != self.autoencoder_config.vocab_size:
             raise ValueError(
                 f"backbone_config.vocab_size ({self.backbone_config.vocab_size}) and autoencoder_config.vocab_size "

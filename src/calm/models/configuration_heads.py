@@ -6,13 +6,14 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from calm.utils.deprecation import REMOVED_ENERGY_FIELDS, drop_removed
+
 
 class HeadConfig(PreTrainedConfig):
     """What the configurations of all heads share."""
 
     base_config_key = "head_config"
     num_samples = 1  # passes through the head per position in the loss
-    num_latent_groups = 1
 
     @property
     def num_network_calls(self) -> int:
@@ -38,10 +39,6 @@ class EnergyHeadConfig(HeadConfig):
         num_samples: N, draws of the head per position in the loss.
         num_target_samples: M, draws of the true patch's posterior per position in the loss.
         alpha: exponent of the energy score, in (0, 2).
-        num_latent_groups: above 1, the loss adds the energy scores of so many equal groups of latent dimensions, each
-            proper for its part of the latent. A distance over all dimensions hears little of those that can be
-            predicted among many that cannot. 1 in the paper.
-        mean_pull_weight: weight of a squared-error pull of the samples' mean towards the posterior's; 0 in the paper.
         condition_residual: whether the hidden state also enters the residual stream, beside the noise. In the paper it
             acts through the gates of the blocks alone, which start out almost closed: small models on small budgets
             then hardly learn to look at their context.
@@ -56,17 +53,14 @@ class EnergyHeadConfig(HeadConfig):
     num_samples: int = 8
     num_target_samples: int = 100
     alpha: float | int = 1.0
-    num_latent_groups: int = 1
-    mean_pull_weight: float | int = 0.0
     condition_residual: bool = False
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self, **kwargs):
+        drop_removed(kwargs, REMOVED_ENERGY_FIELDS, "head_config")
         super().__post_init__(**kwargs)
         self._check_at_least(2, "num_samples", because=" (the score compares pairs)")
-        self._check_at_least(
-            1, "num_target_samples", "noise_size", "num_mlp_layers", "num_latent_groups", "hidden_size"
-        )
+        self._check_at_least(1, "num_target_samples", "noise_size", "num_mlp_layers", "hidden_size")
         if not 0 < self.alpha < 2:
             raise ValueError(f"head_config.alpha must lie in (0, 2), got {self.alpha}.")
 

@@ -61,8 +61,7 @@ class Head(nn.Module):
 
         Args:
             hidden: ``[..., D]``.
-            posterior: of the true next patch, mean and log_std ``[..., Z]``; the energy head also takes those of S
-                possible next patches, ``[S, ..., Z]``.
+            posterior: of the true next patch, mean and log_std ``[..., Z]``.
             noise: the head's own noise; its shape is the head's matter.
             target_noise: standard normal ``[M, ..., Z]`` of the draws from the posterior.
             generator: one, or a list of one per row of hidden (its first dimension).
