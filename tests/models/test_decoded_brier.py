@@ -114,7 +114,9 @@ def test_the_energy_score_stays_what_it_was():
 def test_other_heads_and_negative_weights_are_refused():
     for head_type in ("flow", "diffusion"):
         fields = tiny.calm(type=head_type).config.to_dict()
-        with pytest.raises(ValueError, match=f"decoded_brier_weight is for an energy head.*'{head_type}'"):
+        with pytest.raises(
+            ValueError, match=f"decoded_brier_weight needs a head whose loss returns samples .energy.*'{head_type}'"
+        ):
             CalmConfig(**{**fields, "decoded_brier_weight": 1.0})
     with pytest.raises(ValueError, match="decoded_brier_weight must be at least 0, got -1"):
         CalmConfig(**{**tiny.calm().config.to_dict(), "decoded_brier_weight": -1.0})

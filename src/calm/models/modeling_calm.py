@@ -20,7 +20,7 @@ from calm.models.configuration_calm import CalmConfig
 from calm.models.configuration_codes import TokenCodesConfig
 from calm.models.decoded_brier import decoded_brier
 from calm.models.frozen import check_frozen, keep_adapters_out
-from calm.models.heads import HEADS
+from calm.models.heads.registry import find_head
 from calm.models.layer_access import device_of, embedding_matrix
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_codes import TokenCodes
@@ -121,8 +121,8 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
     base_model_prefix = "calm"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    # Parts that read weights past their modules, and must lie on one device.
-    _no_split_modules = ["CalmAutoencoder", "EnergyHead", "DiffusionHead", "FlowHead", "TokenPredictor"]  # noqa: RUF012
+    # Parts that read weights past their modules, and must be on one device; the head names itself.
+    _no_split_modules = ["CalmAutoencoder", "TokenPredictor"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -141,7 +141,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
                 "key/value cache, which generation and scores need; take one of attention layers alone."
             )
         self.patch_embedding = PatchEmbedding(config.patch_size, config.hidden_size)
-        self.head = HEADS[config.head_config.type](
+        self.head = find_head(config.head_config.type)(
             config.head_config, config.hidden_size, config.autoencoder_config.latent_size
         )
         self.autoencoder = new_autoencoder(config.autoencoder_config)

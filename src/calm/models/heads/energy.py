@@ -5,19 +5,61 @@ Shapes: N head samples, M target samples, D hidden, Z latent, U noise, B rows, .
 
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from calm.functional.energy_score import mean_distance, mean_distance_of_pairs
 from calm.functional.rng import Generator, normal, uniform
 from calm.functional.tiles import rows_at_once
-from calm.models.configuration_heads import EnergyHeadConfig
 from calm.models.heads.activated_linear import gated_silu_linear, is_plain, silu_linear
-from calm.models.heads.base import Head, HeadLoss, leading_shape
-from calm.models.modeling_autoencoder import Posterior
+from calm.models.heads.base import Head, HeadConfig, HeadLoss, leading_shape
+from calm.models.heads.registry import register_head
+from calm.models.posterior import Posterior
+from calm.utils.deprecation import REMOVED_ENERGY_FIELDS, drop_removed
+
+
+@strict
+class EnergyHeadConfig(HeadConfig):
+    r"""
+    The head that maps uniform noise and a hidden state to a latent vector, trained by the energy score.
+
+    Args:
+        type: ``"energy"``.
+        num_mlp_layers: residual blocks. The paper takes a quarter of the backbone's layers.
+        hidden_size: width of the blocks; default, and in the paper, the backbone's.
+        noise_size: entries of the uniform noise.
+        num_samples: N, draws of the head per position in the loss.
+        num_target_samples: M, draws of the true patch's posterior per position in the loss.
+        alpha: exponent of the energy score, in (0, 2).
+        condition_residual: whether the hidden state also enters the residual stream, beside the noise. In the paper it
+            acts through the gates of the blocks alone, which start out almost closed: small models on small budgets
+            then hardly learn to look at their context.
+    """
+
+    model_type = "calm_energy_head"
+
+    type: Literal["energy"] = "energy"
+    num_mlp_layers: int = 4
+    hidden_size: int | None = None
+    noise_size: int = 64
+    num_samples: int = 8
+    num_target_samples: int = 100
+    alpha: float | int = 1.0
+    condition_residual: bool = False
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self, **kwargs):
+        drop_removed(kwargs, REMOVED_ENERGY_FIELDS, "head_config")
+        super().__post_init__(**kwargs)
+        self._check_at_least(2, "num_samples", because=" (the score compares pairs)")
+        self._check_at_least(1, "num_target_samples", "noise_size", "num_mlp_layers", "hidden_size")
+        if not 0 < self.alpha < 2:
+            raise ValueError(f"head_config.alpha must lie in (0, 2), got {self.alpha}.")
 
 
 class GatedBlock(nn.Module):
@@ -46,15 +88,19 @@ class GatedBlock(nn.Module):
         return F.linear(x, x_weight).add_(F.linear(condition, condition_weight, self.mix.bias))
 
 
+@register_head
 class EnergyHead(Head):
-    """Single-step generator of the next latent; see :class:`~calm.models.configuration_heads.EnergyHeadConfig`."""
+    """Single-step generator of the next latent; see :class:`EnergyHeadConfig`."""
 
+    config_class = EnergyHeadConfig
+    returns_samples = True
+    reference_architecture = "EnergyTransformer"
+    reference_fields: ClassVar = Head.reference_fields | {"noise_size": ("noise_size", 64), "alpha": ("beta", 1.0)}
     gradient_checkpointing = False  # transformers sets it, and the function beside it
     _gradient_checkpointing_func: Callable[..., Tensor]
 
     def __init__(self, config: EnergyHeadConfig, hidden_size: int, latent_size: int):
-        super().__init__()
-        self.config = config
+        super().__init__(config, hidden_size, latent_size)
         eps, width = config.layer_norm_eps, config.hidden_size or hidden_size
         self.noise_proj = nn.Linear(config.noise_size, width)
         self.noise_norm = nn.LayerNorm(width, eps=eps)
@@ -146,3 +192,20 @@ class EnergyHead(Head):
         """Every sample starts at the same point: the first steps learn where the latents lie, then their spread."""
         init.zeros_(self.output_layer.weight)
         init.zeros_(self.output_layer.bias)
+
+    @staticmethod
+    def reference_names(num_layers: int) -> dict[str, str]:
+        names = {
+            "head.noise_proj": "mlp_generator.noise_embd",
+            "head.noise_norm": "mlp_generator.norm_noise",
+            "head.hidden_proj": "mlp_generator.hidden_embd",
+            "head.hidden_norm": "mlp_generator.norm_hidden",
+            "head.final_norm": "mlp_generator.final_layer.in_ln",
+            "head.final_mlp.0": "mlp_generator.final_layer.linears.0",
+            "head.output_layer": "mlp_generator.final_layer.linears.2",
+        }
+        parts = {"norm": "in_ln", "mix": "linears.0", "mlp.1": "linears.2", "mlp.3": "linears.4"}
+        parts["down_proj"] = "down_proj"
+        for layer in range(num_layers):
+            names |= {f"head.blocks.{layer}.{o}": f"mlp_generator.mlp_blocks.{layer}.{t}" for o, t in parts.items()}
+        return names

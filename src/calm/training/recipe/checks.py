@@ -249,7 +249,10 @@ def _backbone_fields(backbone: dict[str, Any]) -> Collection[str] | None:
 
 def _head_fields(head: dict[str, Any]) -> Collection[str] | None:
     """Fields of the head's configuration; an unknown type of head is named when the model is built."""
-    from calm.models.configuration_heads import HEAD_CONFIGS
+    from calm.models.heads.registry import find_head
 
-    config = HEAD_CONFIGS.get(str(head.get("type", "energy")))
-    return None if config is None else {each.name for each in dataclasses.fields(config)}
+    try:
+        config = find_head(head.get("type", "energy"), "model.head.type").config_class
+    except ValueError:
+        return None
+    return {each.name for each in dataclasses.fields(config)}
