@@ -2,7 +2,7 @@
 
     python benchmarks/decoding.py runs/baseline runs/calm:direct runs/calm:token_prediction --data data/validation
 
-The loop is that of the server without its queue (`calm.serving.model_runner`), so that token models and CALMs are
+The loop is that of the server without its queue (`calm.generation.model_runner`), so that token models and CALMs are
 measured with the same overhead. A sampler may follow the name of a CALM; the default is `batch`. Prompts are the
 beginnings of held-out blocks. Models take turns, several times; medians are printed, and ratios to the first model.
 """

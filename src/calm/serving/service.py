@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calm.data.text import encode_chat, encode_plain_text
 from calm.generation.model_runner import model_runner
 from calm.generation.sampling_params import SamplingParams
+from calm.serving.batch_invariance import check_batch_invariance
 from calm.serving.engine import Engine
 from calm.serving.jobs import Delta, Job
 from calm.serving.schemas import ChatRequest, CompletionRequest, SamplingRequest
@@ -24,12 +25,14 @@ class Limits:
         max_queue: sequences that may wait.
         context: tokens of prompt and continuation together; at most the context of the model.
         max_candidates: largest num_candidates of a request; a step of all sequences waits for these samples.
+        batch_invariant: whether the text of a request must not depend on the requests beside it, not even by rounding.
     """
 
     max_batch: int = 16
     max_queue: int = 256
     context: int = 4096
     max_candidates: int = 1000
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_queue", "context", "max_candidates"):
@@ -53,7 +56,12 @@ class Service:
         if context < 2 * runner.patch_size:
             raise ValueError(f"context must be at least {2 * runner.patch_size} tokens for {name}, got {context}.")
         self.max_candidates = limits.max_candidates
-        self.engine = Engine(runner, tokenizer, limits.max_batch, context, limits.max_queue, Telemetry(metrics, name))
+        if limits.batch_invariant:
+            check_batch_invariance(runner.backbone_config, name)
+        telemetry = Telemetry(metrics, name)
+        self.engine = Engine(
+            runner, tokenizer, limits.max_batch, context, limits.max_queue, telemetry, limits.batch_invariant
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return the entry of `/v1/models`."""
