@@ -1,6 +1,7 @@
-"""A sampler from outside of the package: registered in a module of the user's, used by every caller."""
+"""The sampler of docs/sampling.md: registered in a module of the user's, used by every caller."""
 
 import sys
+from pathlib import Path
 
 import httpx2 as httpx
 import pytest
@@ -12,25 +13,8 @@ from calm.cli import main as cli
 from calm.generation import samplers
 from calm.generation.completions import complete
 
-MODULE = '''"""Sample twice, and keep the patch whose first token is smaller."""
-
-import torch
-
-from calm import register_sampler
-from calm.generation.samplers import SampledPatches, Sampler
-
-
-@register_sampler
-class SmallerOfTwo(Sampler):
-    name = "smaller_of_two"
-    summary = "keeps the smaller of two samples"
-
-    def sample(self, model, hidden, params, generator):
-        latents = model.head.sample(hidden, generator=generator, num_samples=2)
-        one, other = model.autoencoder.decode_tokens(latents)
-        tokens = torch.where((one[:, 0] <= other[:, 0])[:, None], one, other)
-        return SampledPatches(tokens, torch.full_like(tokens[:, 0], 2), torch.full_like(tokens[:, 0], 6))
-'''
+DOCS = Path(__file__).parent.parent.parent / "docs" / "sampling.md"
+MODULE = DOCS.read_text(encoding="utf-8").partition("```python\n# my_sampler.py\n")[2].partition("```")[0]
 
 
 @pytest.fixture
