@@ -133,10 +133,10 @@ def test_generate_continues_a_file_of_prompts_and_resumes(quickstart, monkeypatc
         ('{"prompt": "a"}\n{"text": "b"}\n', (), 'line 2 has no text "prompt"'),
         ("import os\n", (), "line 1 is not JSON"),
         ('{"prompt": "a", "text": "mine"}\n', (), "line 1 has a field 'text', which the result would replace"),
-        ('{"prompt": "\\ud800"}\n', (), "line 1 holds half of a surrogate pair"),
-        ('{"prompt": "a"}\n\n{"prompt": "b", "id": "\\ud800"}\n', (), "line 3 holds half of a surrogate pair"),
+        ('{"prompt": "\\ud800"}\n', (), "line 1 has half of a surrogate pair"),
+        ('{"prompt": "a"}\n\n{"prompt": "b", "id": "\\ud800"}\n', (), "line 3 has half of a surrogate pair"),
         ('{"prompt": "a"}\n' + '{"prompt": "%s"}\n' % ("ab " * 9000), (), "line 2: a prompt of"),
-        ('{"prompt": "a"}\n', ("--prompt", "b"), "takes the place of --prompt"),
+        ('{"prompt": "a"}\n', ("--prompt", "b"), "replaces --prompt"),
         ('{"prompt": "a"}\n', ("--temperature", "nan"), "temperature must be at least 0"),
     ],
 )
