@@ -42,7 +42,7 @@ def quickstart(tmp_path_factory):
 
 def test_quickstart_leaves_models_scores_samples_and_a_report(quickstart):
     results = json.loads((quickstart / "results.json").read_text())
-    models = ["calm", "calm (mtp)", "baseline"]
+    models = ["calm", "calm (token_prediction)", "baseline"]
     assert list(results["brier"]) == [*models, "bigram counts", "unigram counts"]
     assert results["brier"]["bigram counts"]["brier"][0] > 0
     for name in models:
@@ -50,7 +50,7 @@ def test_quickstart_leaves_models_scores_samples_and_a_report(quickstart):
         assert results["training"][name]["training_flops"] > 1e9
         assert results["generation_tokens_per_second"][name] > 0
     assert results["training"]["calm"]["tokens"] == results["training"]["baseline"]["tokens"]
-    assert {sample["model"] for sample in results["samples"]} == {"CALM", "CALM, mtp", "baseline"}
+    assert {sample["model"] for sample in results["samples"]} == {"CALM", "CALM, token_prediction", "baseline"}
     report = (quickstart / "report.md").read_text()
     assert "BrierLM" in report
     assert "| bigram counts |" in report
