@@ -50,6 +50,8 @@ def test_arguments_precede_params_precede_saved_settings_precede_defaults():
     assert model.generate(ids, sampling_params=with_params).shape == (1, 12)
     assert model.generate(ids, sampling_params=with_params, max_new_tokens=4).shape == (1, 8)
     assert model.generate(ids, generation_config=GenerationConfig(max_new_tokens=5, eos_token_id=[])).shape == (1, 9)
+    greedy = GenerationConfig(temperature=0.0, eos_token_id=[])  # of the sampler that the model has
+    assert tiny.calm(type="categorical_flow").generate(ids, generation_config=greedy, max_new_tokens=4).shape == (1, 8)
     seeded = model.generate(ids, sampling_params=with_params)
     generator = [torch.Generator().manual_seed(3)]
     assert torch.equal(seeded, model.generate(ids, max_new_tokens=8, sampler="mtp", generator=generator))
