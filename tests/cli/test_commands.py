@@ -81,7 +81,7 @@ def test_generate_continues_a_prompt(quickstart, monkeypatch, capsys):
         code, _, error = run(monkeypatch, capsys, *arguments[:-1], "99999")
         assert code == 2
         assert "context" in error
-        assert "shorten the prompt or ask for at most" in error
+        assert "shorten the prompt or request at most" in error
     code, _, _ = run(
         monkeypatch, capsys, "generate", quickstart / "calm", "--sampler", "direct", "--temperature", "0",
         "--max-new-tokens", "3",
