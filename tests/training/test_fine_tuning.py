@@ -244,7 +244,7 @@ def test_the_backbone_starts_from_a_token_model(workspace):  # noqa: F811
 
 def with_token_prediction(workspace, output, **training):  # noqa: F811
     values = calm_recipe(workspace, output, **training)
-    values.model["token_prediction_weight"] = 1.0
+    values.model["mtp_weight"] = 1.0
     return values
 
 
@@ -259,7 +259,7 @@ def test_a_new_head_learns_on_a_frozen_backbone(workspace):  # noqa: F811
     output = train(values)
     before, after = (CalmForCausalLM.from_pretrained(path) for path in (source, output))
     for name, value in before.state_dict().items():
-        if name.startswith(("backbone.", "patch_embedding.", "token_predictor.", "autoencoder.")):
+        if name.startswith(("backbone.", "patch_embedding.", "mtp_head.", "autoencoder.")):
             assert torch.equal(value, after.state_dict()[name]), name
     records = [record for record in read_metrics(output) if "loss" in record]
     assert records[-1]["loss"] < records[0]["loss"]
@@ -308,7 +308,7 @@ def test_token_prediction_is_added_to_a_trained_model(workspace):  # noqa: F811
     source = train(calm_recipe(workspace, "without_tokens", max_steps=6))
     with pytest.raises(ValueError, match="trained without it"):
         CalmForCausalLM.from_pretrained(source).generate(sampler="token_prediction")
-    added = {"token_prediction_weight": 1.0, "token_prediction_type": "autoregressive"}
+    added = {"mtp_weight": 1.0, "mtp_type": "autoregressive"}
     model = added | {"pretrained": str(source), "freeze_backbone": True}
     values = recipe(workspace, "calm", "with_tokens", model, max_steps=30, learning_rate=1e-2)
     output = train(values)
@@ -317,7 +317,7 @@ def test_token_prediction_is_added_to_a_trained_model(workspace):  # noqa: F811
     before, after = (load_file(path / "model.safetensors") for path in (source, output))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"head"}
-    assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"token_predictor"}
+    assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"mtp_head"}
     CalmForCausalLM.from_pretrained(output).generate(sampler="token_prediction", max_new_tokens=4)
     # What learns counts: more than a head alone, less than everything.
     alone, all_of_it = (
@@ -328,10 +328,10 @@ def test_token_prediction_is_added_to_a_trained_model(workspace):  # noqa: F811
     assert costs == sorted(costs)
     assert costs[0] < costs[1] < costs[2]
     values.model["pretrained"] = str(output)
-    with pytest.raises(ValueError, match=r"has token prediction already \(token_prediction_type autoregressive\)"):
+    with pytest.raises(ValueError, match=r"has an MTP head already \(mtp_type autoregressive\)"):
         build_model(values)
-    with pytest.raises(ValueError, match=r"token_prediction_type needs a model\.token_prediction_weight beside it"):
-        recipe(workspace, "calm", "x", {"pretrained": str(source), "token_prediction_type": "independent"})
+    with pytest.raises(ValueError, match=r"mtp_type needs a model\.mtp_weight beside it"):
+        recipe(workspace, "calm", "x", {"pretrained": str(source), "mtp_type": "independent"})
 
 
 def test_a_frozen_backbone_must_be_a_trained_one_that_fits(workspace, tmp_path):  # noqa: F811
@@ -349,9 +349,9 @@ def test_a_frozen_backbone_must_be_a_trained_one_that_fits(workspace, tmp_path):
     with pytest.raises(ValueError, match="has patches of 4 tokens, not 2"):
         build_model(values)
     values = with_token_prediction(workspace, "of_other_tokens", max_steps=2)
-    values.model["token_prediction_type"] = "autoregressive"
+    values.model["mtp_type"] = "autoregressive"
     values.model["backbone_weights"] = str(train(with_token_prediction(workspace, "of_tokens", max_steps=2)))
-    with pytest.raises(ValueError, match="has token_prediction_type independent, not autoregressive"):
+    with pytest.raises(ValueError, match="has mtp_type independent, not autoregressive"):
         build_model(values)
 
 

@@ -2,6 +2,7 @@ import copy
 from pathlib import Path
 
 import pytest
+import yaml
 
 from calm.training.recipe.recipe import TRAINING_DEFAULTS, Recipe
 from calm.training.recipe.trainer_arguments import accumulation_steps, trained_tokens, training_arguments
@@ -241,6 +242,20 @@ def test_removed_keys_are_ignored_with_a_warning_where_they_had_an_effect():
     values["model"]["head"]["num_latent_groups"] = 16
     with pytest.warns(FutureWarning, match=r"model\.head: num_latent_groups was removed and is ignored \(it was 16\)"):
         Recipe.from_dict(values)
+
+
+def test_former_keys_of_the_model_still_work_with_a_warning(tmp_path):
+    former, values = tmp_path / "former.yaml", copy.deepcopy(CALM)
+    values["model"] |= {"token_prediction_weight": 3.0, "token_prediction_type": "autoregressive"}
+    former.write_text(yaml.safe_dump(values))
+    with pytest.warns(FutureWarning, match="model: token_prediction_weight is now called mtp_weight"):
+        recipe = Recipe.load(former, ["model.mtp_weight=2.0"])
+    assert (recipe.model["mtp_weight"], recipe.model["mtp_type"]) == (2.0, "autoregressive")
+    former.write_text(recipe.to_yaml())
+    with pytest.warns(FutureWarning, match="model: token_prediction_weight is now called mtp_weight"):
+        assert Recipe.load(former, ["model.token_prediction_weight=1.0"]).model["mtp_weight"] == 1.0
+    with pytest.warns(FutureWarning, match="recipe is now called recipes/single_gpu/head_finetune.yaml"):
+        assert Recipe.load("recipes/single_gpu/finish.yaml").model["decoded_brier_weight"] == 20
 
 
 @pytest.mark.parametrize("nothing", ["null", "false", "none", "[]"])

@@ -29,7 +29,7 @@ PLAN = {
             "recipe": "calm.yaml",
             "set": {
                 "model.autoencoder": "@autoencoder",
-                "model.token_prediction_weight": 1.0,
+                "model.mtp_weight": 1.0,
                 "model.backbone_weights": "@teacher",
             },
         },

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from calm.checkpoints.reference import load_pretrained
+from calm.compat.weight_names import save_under_present_names
 from calm.functional.rng import Generator
 from calm.generation.loop import CalmGenerationMixin
 from calm.generation.settings import GENERATION_DEFAULTS
@@ -24,7 +25,8 @@ from calm.models.heads.registry import find_head
 from calm.models.layer_access import device_of, embedding_matrix
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_codes import TokenCodes
-from calm.models.mtp import TokenPredictor
+from calm.models.mtp import MTPHead
+from calm.utils.deprecation import RENAMED_CALM_PARTS
 
 
 def target_patches(labels: Tensor, patch_size: int) -> Tensor:
@@ -90,6 +92,14 @@ def new_autoencoder(config: Any) -> CalmAutoencoder | TokenCodes:
     return TokenCodes(config) if isinstance(config, TokenCodesConfig) else CalmAutoencoder(config)
 
 
+def _rename_former_parts(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give the weights of a state dict that an earlier release wrote their present names, in place."""
+    for former, present in RENAMED_CALM_PARTS.items():
+        start = f"{prefix}{former}."
+        for name in [name for name in state_dict if name.startswith(start)]:
+            state_dict[f"{prefix}{present}.{name.removeprefix(start)}"] = state_dict.pop(name)
+
+
 def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
@@ -122,7 +132,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     # Parts that read weights past their modules, and must be on one device; the head names itself.
-    _no_split_modules = ["CalmAutoencoder", "TokenPredictor"]  # noqa: RUF012
+    _no_split_modules = ["CalmAutoencoder", "MTPHead"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -146,8 +156,8 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         )
         self.autoencoder = new_autoencoder(config.autoencoder_config)
         self.head.attach(self.backbone.get_input_embeddings(), self.autoencoder)
-        if config.token_prediction_weight:
-            self.token_predictor = self._new_token_predictor()
+        if config.mtp_weight:
+            self.mtp_head = self._new_mtp_head()
         self.post_init()
         sampler = {"sampler": "direct"} if self.head.has_log_prob else {}
         self.generation_config = GenerationConfig(
@@ -156,32 +166,39 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             pad_token_id=config.pad_token_id,
             bos_token_id=config.bos_token_id,
         )
+        self._register_load_state_dict_pre_hook(_rename_former_parts)
         keep_adapters_out(self.autoencoder)
         self.train(self.training)  # freezes the autoencoder
 
-    def _new_token_predictor(self) -> TokenPredictor:
-        config = self.config
-        return TokenPredictor(config.patch_size, config.hidden_size, config.token_prediction_type == "autoregressive")
+    @property
+    def token_predictor(self) -> MTPHead:
+        """Return ``mtp_head`` under its former name."""
+        return self.mtp_head
 
-    def add_token_prediction(
-        self, weight: float, type: Literal["independent", "autoregressive"] = "autoregressive"
-    ) -> None:
-        """Give a trained model token prediction, freshly initialised; ValueError where it has some.
+    def _new_mtp_head(self) -> MTPHead:
+        config = self.config
+        return MTPHead(config.patch_size, config.hidden_size, config.mtp_type == "autoregressive")
+
+    def add_mtp_head(self, weight: float, type: Literal["independent", "autoregressive"] = "autoregressive") -> None:
+        """Add a freshly initialised MTP head to a trained model.
 
         Args:
-            weight, type: ``token_prediction_weight`` and ``token_prediction_type`` of :class:`CalmConfig`.
+            weight, type: ``mtp_weight`` and ``mtp_type`` of :class:`CalmConfig`.
+
+        Raises:
+            ValueError: when the model has an MTP head.
         """
-        if self.config.token_prediction_weight:
+        if self.config.mtp_weight:
             raise ValueError(
-                f"the model has token prediction already (token_prediction_type {self.config.token_prediction_type}): "
-                "leave token_prediction_weight and token_prediction_type out."
+                f"the model has an MTP head already (mtp_type {self.config.mtp_type}): leave mtp_weight and mtp_type "
+                "out."
             )
-        self.config.token_prediction_weight, self.config.token_prediction_type = weight, type
+        self.config.mtp_weight, self.config.mtp_type = weight, type
         self.config.check_loss_weights()
         if weight:
-            self.token_predictor = self._new_token_predictor().to(self.device, self.dtype)
+            self.mtp_head = self._new_mtp_head().to(self.device, self.dtype)
             with torch.no_grad():
-                self.token_predictor.apply(self._init_weights)
+                self.mtp_head.apply(self._init_weights)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -199,9 +216,13 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             autoencoder: for a checkpoint of the reference that comes without one.
             kwargs: as transformers takes them: ``dtype``, ``device_map``, ``revision``, ...
         """
-        return load_pretrained(
+        former_names = {rf"^{old}\.": f"{new}." for old, new in RENAMED_CALM_PARTS.items()}
+        kwargs["key_mapping"] = former_names | (kwargs.get("key_mapping") or {})
+        loaded: Any = load_pretrained(
             cls, super().from_pretrained, pretrained_model_name_or_path, *args, autoencoder=autoencoder, **kwargs
         )
+        save_under_present_names(loaded[0] if isinstance(loaded, tuple) else loaded, former_names)
+        return loaded
 
     @classmethod
     def from_autoencoder(
@@ -350,14 +371,14 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             brier = (self._decoded_brier(head_loss.samples, ids) * weight).sum()
             loss = loss - self.config.decoded_brier_weight * brier
             metrics["decoded_brier"] = brier.detach()
-        # On a frozen backbone a frozen predictor has nothing to teach, and its loss would only cost.
-        if self.config.token_prediction_weight and any(
-            _is_trained(part) for part in (self.backbone, self.patch_embedding, self.token_predictor)
+        # The loss of a frozen MTP head on a frozen backbone has no gradient.
+        if self.config.mtp_weight and any(
+            _is_trained(part) for part in (self.backbone, self.patch_embedding, self.mtp_head)
         ):
             token_ids = labels[:, patch_size:].unflatten(-1, (-1, patch_size))
             embeddings = self.token_matrix(hidden.device)
-            cross_entropy = self.token_predictor.loss(hidden[:, :-1], token_ids, is_target, embeddings)
-            loss = loss + self.config.token_prediction_weight * cross_entropy
+            cross_entropy = self.mtp_head.loss(hidden[:, :-1], token_ids, is_target, embeddings)
+            loss = loss + self.config.mtp_weight * cross_entropy
             metrics["token_cross_entropy"] = cross_entropy.detach()
         return loss, metrics
 

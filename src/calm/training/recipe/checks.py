@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_args
 
-from calm.utils.deprecation import REMOVED_ENERGY_FIELDS, drop_removed
+from calm.utils.deprecation import REMOVED_ENERGY_FIELDS, RENAMED_CALM_FIELDS, drop_removed, rename_deprecated
 
 # Set by the run itself, at odds with going on where it was, or without effect on how these models are trained.
 _RESERVED_TRAINING = (
@@ -57,15 +57,20 @@ def check_keys(
             raise ValueError(f"unknown key {key!r} in {where}: {hint}")
 
 
-def without_removed(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe without the keys that this version no longer has; FutureWarning for those that had an effect."""
+def with_current_keys(values: dict[str, Any], warn: bool = True) -> dict[str, Any]:
+    """Return a recipe with former keys replaced by their present names, and without those that were removed.
+
+    Args:
+        warn: whether to warn of former keys; recipes that an earlier release wrote are translated without a warning.
+    """
     values = dict(values)
     drop_removed(values, {"distillation": None}, "the recipe")
-    model = values.get("model")
-    if isinstance(model, dict) and isinstance(model.get("head"), dict):
-        head = dict(model["head"])
-        drop_removed(head, REMOVED_ENERGY_FIELDS, "model.head")
-        values["model"] = model | {"head": head}
+    if isinstance(values.get("model"), dict):
+        values["model"] = model = dict(values["model"])
+        rename_deprecated(model, RENAMED_CALM_FIELDS, "model", warn)
+        if isinstance(model.get("head"), dict):
+            model["head"] = dict(model["head"])
+            drop_removed(model["head"], REMOVED_ENERGY_FIELDS, "model.head")
     return values
 
 
@@ -151,8 +156,8 @@ def check_model(stage: str, model: Any) -> None:
         )
     if "pretrained" in model:
         more = {"autoencoder", "freeze_backbone", *_auxiliary()} if stage == "calm" else set()
-        if "token_prediction_type" in model and "token_prediction_weight" not in model:
-            raise ValueError("model.token_prediction_type needs a model.token_prediction_weight beside it.")
+        if "mtp_type" in model and "mtp_weight" not in model:
+            raise ValueError("model.mtp_type needs a model.mtp_weight beside it.")
         if beside := model.keys() - {"pretrained"} - more:
             raise ValueError(
                 f"model.pretrained says all there is to say about the model; leave out {', '.join(sorted(beside))}."

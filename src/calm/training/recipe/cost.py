@@ -30,7 +30,7 @@ def _frozen(recipe: Recipe, others: Iterable[Recipe]) -> tuple[str, ...]:
         source: Any = outline_at(recipe.model.get("pretrained") or recipe.model["backbone_weights"], others)
     except ValueError:  # it is gone
         return ("backbone", "token_predictor")
-    return ("backbone", "token_predictor") if getattr(source.config, "token_prediction_weight", 0) else ("backbone",)
+    return ("backbone", "token_predictor") if getattr(source.config, "mtp_weight", 0) else ("backbone",)
 
 
 def recipe_cost(recipe: Recipe, model: PreTrainedModel, steps: int, others: Iterable[Recipe] = ()) -> dict[str, Any]:

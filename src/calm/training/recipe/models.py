@@ -109,8 +109,8 @@ def _set_losses(model: Any, recipe: Recipe) -> None:
     if "decoded_brier_weight" in given:
         model.config.decoded_brier_weight = given["decoded_brier_weight"]
         model.config.check_loss_weights()
-    if "token_prediction_weight" in given:
-        model.add_token_prediction(given["token_prediction_weight"], given.get("token_prediction_type", "independent"))
+    if "mtp_weight" in given:
+        model.add_mtp_head(given["mtp_weight"], given.get("mtp_type", "independent"))
 
 
 _SAME_CONFIG = (
@@ -119,7 +119,7 @@ _SAME_CONFIG = (
 
 
 # What gives the hidden states, and the read-outs of them that token prediction trains.
-_PARTS = ("backbone", "patch_embedding", "token_predictor")
+_PARTS = ("backbone", "patch_embedding", "mtp_head")
 
 
 def _load_backbone(model: CalmForCausalLM, path: str) -> list[str]:
@@ -133,11 +133,11 @@ def _load_backbone(model: CalmForCausalLM, path: str) -> list[str]:
         config = source.config.backbone_config
         taken = [name for name in _PARTS if hasattr(source, name) and hasattr(model, name)]
         given = {name: getattr(source, name).state_dict() for name in taken}
-        kinds = [each.config.token_prediction_type for each in (source, model)]
-        if "token_predictor" in taken and kinds[0] != kinds[1]:
+        kinds = [each.config.mtp_type for each in (source, model)]
+        if "mtp_head" in taken and kinds[0] != kinds[1]:
             raise ValueError(
-                f"model.backbone_weights: the CALM in {path} has token_prediction_type {kinds[0]}, not {kinds[1]}; "
-                "give model.token_prediction_type the same."
+                f"model.backbone_weights: the CALM in {path} has mtp_type {kinds[0]}, not {kinds[1]}; "
+                "give model.mtp_type the same."
             )
         if source.config.patch_size != model.config.patch_size:
             raise ValueError(

@@ -12,14 +12,14 @@ model:                               # stage autoencoder: fields of CalmAutoenco
   autoencoder: runs/autoencoder      # stage calm: a trained autoencoder,
   backbone: {hidden_size: 256}       #   the backbone's fields (`model_type` if it is no Llama),
   head: {type: energy}               #   and the head's; stage baseline: the backbone alone
-  token_prediction_weight: 0.0       # stage calm: of an auxiliary cross-entropy; optional
-  token_prediction_type: independent #   or autoregressive: every token also from those before it in its patch
+  mtp_weight: 0.0       # stage calm: of an auxiliary cross-entropy; optional
+  mtp_type: independent #   or autoregressive: every token also from those before it in its patch
   decoded_brier_weight: 0.0          # stage calm: of the Brier score of decoded draws; optional
   backbone_weights: runs/baseline    # stage calm, optional: start from a token model's or a CALM's weights, same shape
   freeze_backbone: false             # stage calm: true trains on what was trained before only its head and what is new
   pretrained: runs/calm              # instead of all that: go on from a trained model, to fine-tune it; beside it may
                                      #   stand autoencoder, freeze_backbone, decoded_brier_weight and, where it has no
-                                     #   token prediction, token_prediction_weight and token_prediction_type
+                                     #   token prediction, mtp_weight and mtp_type
 tokens_per_step: 524288              # over all processes; sets gradient_accumulation_steps. Optional
 precision: auto                      # auto (bfloat16 on GPUs that have it) | float32 | bfloat16 | float16
 brier_blocks: 32                     # BrierLM on so many validation blocks with every evaluation. Optional
@@ -32,6 +32,7 @@ import dataclasses
 import difflib
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -48,11 +49,13 @@ from calm.training.recipe.checks import (
     check_types,
     model_fields,
     training_fields,
-    without_removed,
+    with_current_keys,
 )
+from calm.utils.deprecation import RENAMED_CALM_FIELDS, rename_deprecated
 from calm.utils.paths import nearest_existing
 
 FAMILY = "family of recipes"
+_RENAMED_RECIPES = {"recipes/single_gpu/finish.yaml": "recipes/single_gpu/head_finetune.yaml"}
 STAGES = ("autoencoder", "calm", "baseline")
 _MAX_CHARACTERS, _MAX_VALUES, _MAX_DEPTH = 1_000_000, 10_000, 50  # of a recipe
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -126,7 +129,7 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """Build and check a recipe; ValueError names an unknown or missing key."""
         if isinstance(values, dict):
-            values = without_removed(values)
+            values = with_current_keys(values)
         check_keys(
             values,
             {each.name for each in dataclasses.fields(cls)},
@@ -156,6 +159,7 @@ class Recipe:
         values = read_yaml(find_recipe(path))
         if not isinstance(values, dict):
             raise ValueError(f"{path} must be a mapping of recipe keys, got {type(values).__name__}.")
+        values = with_current_keys(values)
         for override in overrides:
             key, separator, value = override.partition("=")
             if not separator or not key:
@@ -165,6 +169,11 @@ class Recipe:
             except (yaml.YAMLError, ValueError) as error:
                 problem = error if isinstance(error, _TooMuchError) else "is not valid YAML; quote it."
                 raise ValueError(f"override {override!r:.200}: {value!r:.100} {problem}") from error
+            section, _, name = key.rpartition(".")
+            if section == "model" and name in RENAMED_CALM_FIELDS:
+                renamed = {name: parsed}
+                rename_deprecated(renamed, RENAMED_CALM_FIELDS, "model")
+                key = f"model.{next(iter(renamed))}"
             _set_dotted(values, key.split("."), parsed, override)
         return cls.from_dict(values)
 
@@ -188,6 +197,9 @@ def find_recipe(path: str | os.PathLike, kind: str = "recipe") -> Path:
     Raises ValueError that names the nearest recipe or path when there is none.
     """
     path = Path(path)
+    if path.as_posix() in _RENAMED_RECIPES:
+        path = Path(_RENAMED_RECIPES[path.as_posix()])
+        warnings.warn(f"the recipe is now called {path}; its former name will be removed.", FutureWarning, stacklevel=2)
     package = Path(str(resources.files("calm")))
     places = [path, package / path] if path.parts[:1] == ("recipes",) else [path]
     is_directory = kind == FAMILY
