@@ -3,9 +3,10 @@ import json
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from calm import CalmConfig, CalmForCausalLM
+from calm.checkpoints.loading import load_model
 
 
 def test_saved_model_is_self_contained(tmp_path):
@@ -22,6 +23,26 @@ def test_saved_model_is_self_contained(tmp_path):
     assert config["head_config"]["type"] == "energy"
 
 
+@pytest.mark.parametrize(("former", "make"), [("calm", tiny.calm), ("calm_autoencoder", tiny.autoencoder)])
+def test_checkpoints_saved_under_the_former_model_type_load(former, make, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["model_type"] == former.replace("calm", "calm-lm").replace("_", "-")
+    fields |= {"model_type": former}
+    if former == "calm":
+        fields["autoencoder_config"]["model_type"] = "calm_autoencoder"
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    auto_class = AutoModelForCausalLM if former == "calm" else AutoModel
+    for load in (type(model).from_pretrained, auto_class.from_pretrained, load_model):
+        loaded = load(tmp_path)
+        assert type(loaded) is type(model)
+        assert loaded.config.to_dict()["model_type"] == type(model.config).model_type
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    # transformers warns where the names differ.
+    assert type(model.config).get_config_dict(tmp_path)[0]["model_type"] == type(model.config).model_type
+
+
 def test_the_type_a_configuration_was_saved_with_does_not_matter_to_a_new_model(tmp_path):
     tiny.calm().to(torch.bfloat16).save_pretrained(tmp_path)
     model = CalmForCausalLM(CalmConfig.from_pretrained(tmp_path))
@@ -32,7 +53,9 @@ def test_the_type_a_configuration_was_saved_with_does_not_matter_to_a_new_model(
 
 def test_what_is_no_calm_is_named(tmp_path):
     tiny.autoencoder().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a model of type 'calm_autoencoder'; CalmForCausalLM loads type 'calm'"):
+    with pytest.raises(
+        ValueError, match="holds a model of type 'calm-lm-autoencoder'; CalmForCausalLM loads type 'calm-lm'"
+    ):
         CalmForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="vocab_size is a field of backbone_config and autoencoder_config"):
         CalmConfig(vocab_size=48)

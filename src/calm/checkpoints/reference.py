@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from calm.checkpoints.hub import HUB_OPTIONS, check_weights, read_config, read_weights
 from calm.checkpoints.reference_names import reference_names, replace_prefix
+from calm.models.auto_classes import current_model_type
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.configuration_calm import CalmConfig
 from calm.models.heads.registry import find_head, reference_architectures
@@ -76,7 +77,8 @@ def load_pretrained(
     if path is None or not is_reference_layout(fields):
         if autoencoder is not None:
             raise ValueError(f"{path} holds its autoencoder: pass autoencoder= for checkpoints of the reference alone.")
-        kind, wanted = fields.get("model_type"), cls.config_class.model_type  # type: ignore[union-attr]
+        kind = current_model_type(fields.get("model_type"))
+        wanted = cls.config_class.model_type  # type: ignore[union-attr]
         if kind is not None and kind != wanted:
             raise ValueError(f"{path} holds a model of type {kind!r}; {cls.__name__} loads type {wanted!r} alone.")
         return transformers_from_pretrained(path, *args, trust_remote_code=False, **kwargs)

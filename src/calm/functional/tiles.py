@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 # 128 MiB in float32: on a GPU, starting many small kernels costs more than memory.
 _ELSEWHERE = 2**25
 
-# Elements of the tensors (rows x vocabulary) that a training step holds at once: 256 MiB in float32, and 1 GiB on a GPU,
-# where every tile reads the weight again and small tiles cost more than the products.
+# Elements of the tensors (rows x vocabulary) that a training step holds at once: 256 MiB in float32. On a GPU 1 GiB:
+# every tile reads the weight again and small tiles cost more than the products.
 _TRAINING_ELEMENTS, _TRAINING_ELEMENTS_ELSEWHERE = 2**26, 2**28
 
 

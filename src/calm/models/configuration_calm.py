@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from calm.models.auto_classes import register_models
+from calm.models.auto_classes import current_model_type, register_configuration, register_models
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.configuration_codes import TokenCodesConfig
 from calm.models.heads.registry import find_head, head_types
@@ -40,7 +40,7 @@ class CalmConfig(PreTrainedConfig):
             a good value for fine-tuning the head of a small model.
     """
 
-    model_type = "calm"
+    model_type = "calm-lm"
     attribute_map: ClassVar = RENAMED_CALM_FIELDS  # reading a former name gives the field
     sub_configs: ClassVar = {"backbone_config": AutoConfig, "autoencoder_config": CalmAutoencoderConfig}
 
@@ -60,12 +60,11 @@ class CalmConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         register_models()
-        given = dict(kwargs)
-        rename_deprecated(given, RENAMED_CALM_FIELDS, "CalmConfig")
+        kwargs.pop("model_type", None)  # of a checkpoint, perhaps the former one
+        rename_deprecated(kwargs, RENAMED_CALM_FIELDS, "CalmConfig")
         for name in RENAMED_CALM_FIELDS.values():
-            if name in given:
-                setattr(self, name, given.pop(name))
-        kwargs = given
+            if name in kwargs:
+                setattr(self, name, kwargs.pop(name))
         patch_size = kwargs.pop("patch_size", None)
         for name in ("vocab_size", "hidden_size"):
             if name in kwargs:
@@ -124,6 +123,13 @@ class CalmConfig(PreTrainedConfig):
                 "code_size: 32}), and other heads need a trained autoencoder."
             )
         head.fit_to(autoencoder)
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        fields, others = super().get_config_dict(*args, **kwargs)
+        if "model_type" in fields:
+            fields["model_type"] = current_model_type(fields["model_type"])
+        return fields, others
 
     def check_loss_weights(self) -> None:
         """ValueError where the weight of an auxiliary loss does not fit."""
@@ -200,4 +206,4 @@ def _calm_m_backbone() -> dict:
     ).to_diff_dict() | {"vocab_size": 128257}
 
 
-AutoConfig.register("calm", CalmConfig, exist_ok=True)
+register_configuration(CalmConfig)

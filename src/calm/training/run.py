@@ -46,7 +46,11 @@ Blocks = TokenBlocks | ConversationBlocks
 
 
 def train(
-    recipe: Recipe, progress: Progress | None = None, allow_recipe_change: bool = False, verify: bool = False
+    recipe: Recipe,
+    progress: Progress | None = None,
+    allow_recipe_change: bool = False,
+    verify: bool = False,
+    progress_callback: ProgressCallback | None = None,
 ) -> Path:
     """Carry a recipe out. Interrupted, the same call goes on from the last checkpoint; complete, it returns at once.
 
@@ -55,6 +59,7 @@ def train(
     Args:
         allow_recipe_change: go on with a run that another recipe began (more steps, another learning rate).
         verify: compare all prepared data with their checksums; by default a sample of them.
+        progress_callback: shows the steps in the place of a task "train STAGE" of ``progress``.
 
     Returns:
         the output directory: model, tokenizer, ``recipe.yaml``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``.
@@ -73,7 +78,7 @@ def train(
         check_processes(recipe, arguments)
         trainer = _make_trainer(recipe, arguments)
         with _alone_in(output, arguments, partial(_check_start, recipe, allow_recipe_change, verify)):
-            _run(trainer, recipe, progress)
+            _run(trainer, recipe, progress, progress_callback)
     except (ImportError, RuntimeError) as error:
         if _is_lost_connection(error):
             raise ConnectionError(
@@ -153,7 +158,9 @@ def _check_start(recipe: Recipe, allow_recipe_change: bool, verify: bool) -> Non
         check_checksums(Path(path), read_manifest(path), every_chunk=verify)
 
 
-def _run(trainer: CalmTrainer, recipe: Recipe, progress: Progress | None) -> None:
+def _run(
+    trainer: CalmTrainer, recipe: Recipe, progress: Progress | None, progress_callback: ProgressCallback | None
+) -> None:
     is_main, numbered = trainer.is_world_process_zero(), cast(NumberedBlocks, trainer.train_dataset)
     blocks = numbered.blocks
     interruption = InterruptionCallback()
@@ -179,7 +186,7 @@ def _run(trainer: CalmTrainer, recipe: Recipe, progress: Progress | None) -> Non
             )
         checkpoint = checkpoint_to_resume(trainer, recipe, partial(shown.console.out, highlight=False))
         if is_main:
-            trainer.add_callback(ProgressCallback(shown, f"train {recipe.stage}"))
+            trainer.add_callback(progress_callback or ProgressCallback(shown, f"train {recipe.stage}"))
         try:
             _train_to_the_end(trainer, recipe, checkpoint)
         except RuntimeError as error:
