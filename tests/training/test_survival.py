@@ -303,7 +303,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_others_whole(workspace, tmp_
 
 def test_too_little_memory_ends_in_a_line_that_says_what_to_change(workspace, tmp_path):  # noqa: F811
     large = calm_recipe(workspace, "too_large", max_steps=2, per_device_train_batch_size=60)
-    large.model["head"] = large.model["head"] | {"num_samples": 2000, "num_target_samples": 2000}
+    large.model.head = large.model.head | {"num_samples": 2000, "num_target_samples": 2000}
     process = start(large, tmp_path / "recipe.yaml", *limited("-v 6000000"))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2, errors
