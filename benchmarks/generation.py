@@ -85,8 +85,8 @@ def main() -> None:
         for name, model in models.items():
             for temperature in options.temperatures:
                 rows.append(measure_calm(model, prompts, temperature, "batch", options) | {"weights": name})
-            if "token_prediction" in model.samplers:
-                rows.append(measure_calm(model, prompts, 0.5, "token_prediction", options) | {"weights": name})
+            if "mtp" in model.samplers:
+                rows.append(measure_calm(model, prompts, 0.5, "mtp", options) | {"weights": name})
         if options.reference:
             for name, model in models.items():
                 rows += measure_reference(model, prompts, name, options)
@@ -176,8 +176,8 @@ def measure_calm(
     steps = -(-options.new_tokens // patch_size)
     name = "CALM" if sampler == "batch" else "CALM, token prediction"
     return row(name, prompts, temperature, seconds, options.new_tokens, patch_size) | {
-        "draws_per_chunk": out.num_drawn.double().mean().item(),
-        "products_per_token": out.num_decoded.double().mean().item() / patch_size,
+        "samples_per_patch": out.num_samples.double().mean().item(),
+        "decoded_per_token": out.num_decoded.double().mean().item() / patch_size,
         "milliseconds_by_part": {name: 1000 * value / steps for name, value in parts.items()},
     }
 
@@ -207,7 +207,7 @@ def timed_parts(model: Any, run: Callable[[], Any], options: argparse.Namespace)
     watch(model.autoencoder.decoder, "patch_states", "decoder")
     watch(model.autoencoder.decoder, "token_states", "decoder")
     watch(model.autoencoder, "best_tokens", "vocabulary")
-    if "token_prediction" in model.samplers:
+    if "mtp" in model.samplers:
         watch(model.mtp_head, "draw", "token prediction")
     started = time.perf_counter()
     out = run()
@@ -234,8 +234,8 @@ def measure_reference(model: Any, prompts: torch.Tensor, name: str, options: arg
     patch_size = model.config.patch_size
     return [
         row("reference", prompts, temperature, taken, options.new_tokens, patch_size)
-        | {"weights": name, "draws_per_chunk": 1 if temperature == 1 else 200}
-        | {"products_per_token": 1 if temperature == 1 else 200}
+        | {"weights": name, "samples_per_patch": 1 if temperature == 1 else 200}
+        | {"decoded_per_token": 1 if temperature == 1 else 200}
         for temperature, taken in zip(temperatures, seconds, strict=True)
     ]
 
@@ -265,8 +265,8 @@ def print_tables(rows: list[dict]) -> None:
     print("| batch | model | weights | T | tokens/s | x token model | x reference | draws/chunk | products/token |")
     print("|---:|---|---|---:|---:|---:|---:|---:|---:|")
     for one in rows:
-        draws = f"{one['draws_per_chunk']:.1f}" if "draws_per_chunk" in one else ""
-        products = f"{one['products_per_token']:.1f}" if "products_per_token" in one else ""
+        draws = f"{one['samples_per_patch']:.1f}" if "samples_per_patch" in one else ""
+        products = f"{one['decoded_per_token']:.1f}" if "decoded_per_token" in one else ""
         print(
             f"| {one['batch_size']} | {one['model']} | {one['weights']} | {one['temperature']:.2f} | "
             f"{one['tokens_per_second']:.0f} | {ratio(one, 'token model')} | {ratio(one, 'reference')} | {draws} | "

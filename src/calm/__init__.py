@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from calm.models.auto_classes import register_configurations
 
 if TYPE_CHECKING:
+    from calm.generation.samplers import register_sampler
+    from calm.generation.sampling_params import SamplingParams
     from calm.models.configuration_autoencoder import CalmAutoencoderConfig
     from calm.models.configuration_calm import CalmConfig
     from calm.models.configuration_codes import TokenCodesConfig
@@ -38,10 +40,12 @@ __all__ = [
     "Head",
     "HeadConfig",
     "HeadLoss",
+    "SamplingParams",
     "TokenCodes",
     "TokenCodesConfig",
     "__version__",
     "register_head",
+    "register_sampler",
 ]
 
 # The module of every public name.
@@ -57,9 +61,11 @@ _MODULES = {
     "Head": "calm.models.heads.base",
     "HeadConfig": "calm.models.heads.base",
     "HeadLoss": "calm.models.heads.base",
+    "SamplingParams": "calm.generation.sampling_params",
     "TokenCodes": "calm.models.modeling_codes",
     "TokenCodesConfig": "calm.models.configuration_codes",
     "register_head": "calm.models.heads.registry",
+    "register_sampler": "calm.generation.samplers",
 }
 _PACKAGES = (
     "checkpoints",

@@ -42,7 +42,7 @@ def quickstart(tmp_path_factory):
 
 def test_quickstart_leaves_models_scores_samples_and_a_report(quickstart):
     results = json.loads((quickstart / "results.json").read_text())
-    models = ["calm", "calm (token_prediction)", "baseline"]
+    models = ["calm", "calm (mtp)", "baseline"]
     assert list(results["brier"]) == [*models, "bigram counts", "unigram counts"]
     assert results["brier"]["bigram counts"]["brier"][0] > 0
     for name in models:
@@ -50,7 +50,7 @@ def test_quickstart_leaves_models_scores_samples_and_a_report(quickstart):
         assert results["training"][name]["training_flops"] > 1e9
         assert results["generation_tokens_per_second"][name] > 0
     assert results["training"]["calm"]["tokens"] == results["training"]["baseline"]["tokens"]
-    assert {sample["model"] for sample in results["samples"]} == {"CALM", "CALM, token_prediction", "baseline"}
+    assert {sample["model"] for sample in results["samples"]} == {"CALM", "CALM, mtp", "baseline"}
     report = (quickstart / "report.md").read_text()
     assert "BrierLM" in report
     assert "| bigram counts |" in report
@@ -102,7 +102,7 @@ def test_generate_continues_a_file_of_prompts_and_resumes(quickstart, monkeypatc
     assert texts[2]["settings"]["seed"] == 7
     for text in texts:
         assert 0 < text["tokens"] <= 9
-        assert 2 <= text["draws_per_chunk"] <= 30  # two must agree
+        assert 2 <= text["samples_per_patch"] <= 30  # two must agree
         assert text["tokens_per_second"] > 0
     # Killed while the second line was written, and started again: the same texts, whatever the batches.
     draft = tmp_path / ".again.jsonl.partial"
@@ -212,15 +212,15 @@ def test_evaluate_scores_heads_and_what_takes_their_place(quickstart, monkeypatc
     )  # fmt: skip
     code, _, error = run(monkeypatch, capsys, *arguments, "--sampler", "batch", "--sampler", "bogus")
     assert code == 2
-    assert "sampler must be one of batch, exact, direct, token_prediction, got 'bogus'" in error
+    assert "sampler must be one of batch, exact, direct, mtp, got 'bogus'" in error
     assert "score" not in error  # before anything is scored
-    how = ("--sampler", "batch", "--sampler", "token_prediction", "--plot", tmp_path / "p.png")
+    how = ("--sampler", "batch", "--sampler", "mtp", "--plot", tmp_path / "p.png")
     assert run(monkeypatch, capsys, *arguments, *how)[0] == 0
     scores = json.loads((tmp_path / "scores.json").read_text())["models"]
     model = str(quickstart / "calm")
-    assert list(scores) == [str(quickstart / "baseline"), model, f"{model} (token_prediction)"]
-    assert [score["sampler"] for score in scores.values()] == [None, "batch", "token_prediction"]
-    assert scores[model]["num_positions"] == scores[f"{model} (token_prediction)"]["num_positions"]
+    assert list(scores) == [str(quickstart / "baseline"), model, f"{model} (mtp)"]
+    assert [score["sampler"] for score in scores.values()] == [None, "batch", "mtp"]
+    assert scores[model]["num_positions"] == scores[f"{model} (mtp)"]["num_positions"]
 
 
 def test_the_papers_protocol_is_chosen_by_name(quickstart, monkeypatch, capsys, tmp_path):
@@ -287,7 +287,7 @@ def test_temperature_outside_the_range_is_refused(quickstart, monkeypatch, capsy
     arguments = ("generate", quickstart / "calm", "--sampler", "batch", "--temperature", "0")
     code, _, error = run(monkeypatch, capsys, *arguments)
     assert code == 2
-    assert "temperature must lie in (0, 1], got 0.0" in error
+    assert "temperature must be in (0, 1], got 0.0" in error
 
 
 def test_data_of_another_tokenizer_are_refused(quickstart, tmp_path, monkeypatch, capsys):

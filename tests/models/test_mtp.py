@@ -12,13 +12,18 @@ from transformers import AutoModelForCausalLM
 
 from calm import CalmConfig, CalmForCausalLM
 from calm.checkpoints.loading import load_model
-from calm.models import mtp
+from calm.generation.sampling_params import SamplingParams
+from calm.models import mtp as mtp_module
 
 KINDS = ("independent", "autoregressive")
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def mtp(temperature=1.0):
+    return SamplingParams(temperature, "mtp").with_defaults()
 
 
 def log_law(model, hidden, before):
@@ -73,8 +78,8 @@ def test_draws_follow_the_law_of_every_token(temperature, kind, monkeypatch):
     model = tiny.calm(3, vocab_size=vocab_size, token_prediction=kind)
     hidden = model(torch.randint(vocab_size, (2, 6))).last_hidden_state[:, -1]
     rows = hidden.repeat_interleave(count, 0)
-    chunk = model.next_chunk(rows, temperature, "token_prediction", 1, seeded(1))
-    assert (chunk.num_drawn == 1).all()
+    chunk = model.sample_patch(rows, mtp(temperature), seeded(1))
+    assert (chunk.num_samples == 1).all()
     assert (chunk.num_decoded == 3).all()
 
     triples = torch.tensor(list(product(range(vocab_size), repeat=3)))
@@ -86,10 +91,10 @@ def test_draws_follow_the_law_of_every_token(temperature, kind, monkeypatch):
     found = torch.stack([torch.bincount(each, minlength=216) for each in places]) / count
     assert ((found - law).abs() <= 4.5 * (law * (1 - law) / count).sqrt() + 2 / count).all()
 
-    monkeypatch.setattr(mtp, "_TILE_ELEMENTS", 1000 * vocab_size)
-    assert torch.equal(model.next_chunk(rows, temperature, "token_prediction", 1, seeded(1)).tokens, chunk.tokens)
+    monkeypatch.setattr(mtp_module, "_TILE_ELEMENTS", 1000 * vocab_size)
+    assert torch.equal(model.sample_patch(rows, mtp(temperature), seeded(1)).tokens, chunk.tokens)
     # Close to temperature 0 it is the likeliest token, whatever the noise.
-    coldest = model.next_chunk(hidden, 1e-300, "token_prediction").tokens
+    coldest = model.sample_patch(hidden, mtp(1e-300)).tokens
     for place in range(3):
         assert torch.equal(coldest[:, place], log_law(model, hidden, coldest[:, :place]).argmax(-1))
 
@@ -100,7 +105,7 @@ def test_tokens_of_a_patch_depend_on_each_other_where_they_should():
     for kind in KINDS:
         model = tiny.calm(2, vocab_size=6, token_prediction=kind)
         hidden = model(torch.zeros(1, 2, dtype=torch.long)).last_hidden_state[0].expand(20000, -1)
-        tokens = model.next_chunk(hidden, sampler="token_prediction", generator=seeded()).tokens
+        tokens = model.sample_patch(hidden, mtp(), seeded()).tokens
         joint = torch.bincount(tokens @ torch.tensor([6, 1]), minlength=36).view(6, 6) / len(tokens)
         apart = joint.sum(1, keepdim=True) * joint.sum(0)
         information = torch.special.xlogy(joint, joint / apart).sum()
@@ -112,13 +117,13 @@ def test_it_is_saved_and_takes_no_part_in_what_the_head_draws(kind, tmp_path):
     model = tiny.calm(2, token_prediction=kind)
     model.save_pretrained(tmp_path)
     again, ids = CalmForCausalLM.from_pretrained(tmp_path), tiny.tokens(1, 4)
-    settings = {"max_new_tokens": 8, "sampler": "token_prediction"}
+    settings = {"max_new_tokens": 8, "sampler": "mtp"}
     first, second = (each.generate(ids, generator=seeded(), **settings) for each in (model, again))
     assert torch.equal(first, second)
-    from_head = model.generate(ids, max_new_tokens=8, generator=seeded())
+    from_head = model.generate(ids, max_new_tokens=8, sampler="batch", generator=seeded())
     for parameter in again.mtp_head.parameters():
         torch.nn.init.zeros_(parameter)
-    assert torch.equal(again.generate(ids, max_new_tokens=8, generator=seeded()), from_head)
+    assert torch.equal(again.generate(ids, max_new_tokens=8, sampler="batch", generator=seeded()), from_head)
     assert not torch.equal(again.generate(ids, generator=seeded(), **settings), first)
 
 

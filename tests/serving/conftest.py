@@ -40,6 +40,7 @@ def calm(tokenizer):
     model = CalmForCausalLM.from_autoencoder(CalmAutoencoder(config), BACKBONE | tokens, head, mtp_weight=1.0)
     for parameter in model.head.parameters():  # a new head gives one and the same latent
         torch.nn.init.normal_(parameter, std=0.3)
+    model.generation_config.sampler = "batch"
     return model.eval()
 
 

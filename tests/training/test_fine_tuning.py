@@ -304,7 +304,7 @@ def test_decoded_draws_are_scored_where_a_trained_model_goes_on(workspace):  # n
 def test_token_prediction_is_added_to_a_trained_model(workspace):  # noqa: F811
     source = train(calm_recipe(workspace, "without_tokens", max_steps=6))
     with pytest.raises(ValueError, match="trained without it"):
-        CalmForCausalLM.from_pretrained(source).generate(sampler="token_prediction")
+        CalmForCausalLM.from_pretrained(source).generate(sampler="mtp")
     added = {"mtp_weight": 1.0, "mtp_type": "autoregressive"}
     model = added | {"pretrained": str(source), "freeze_backbone": True}
     values = recipe(workspace, "calm", "with_tokens", model, max_steps=30, learning_rate=1e-2)
@@ -315,7 +315,7 @@ def test_token_prediction_is_added_to_a_trained_model(workspace):  # noqa: F811
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"head"}
     assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"mtp_head"}
-    CalmForCausalLM.from_pretrained(output).generate(sampler="token_prediction", max_new_tokens=4)
+    CalmForCausalLM.from_pretrained(output).generate(sampler="mtp", max_new_tokens=4)
     # What learns counts: more than a head alone, less than everything.
     alone, all_of_it = (
         recipe(workspace, "calm", "x", each, max_steps=30)

@@ -59,15 +59,15 @@ class StaticStep:
             mask = torch.cat([mask, mask.new_ones(len(mask), self.num_patches - mask.shape[1])], dim=1)
         return type(state)(state.hidden, self.cache, state.position, mask)
 
-    def extend(self, model: Any, state: Any, chunk: Tensor) -> Any:
-        """As the model's ``extend``: a chunk ``[B, K]`` more."""
+    def extend(self, model: Any, state: Any, patch: Tensor) -> Any:
+        """Feed a patch ``[B, K]`` back, as the ``extend`` of the model."""
         # The compiler gives a piece of code up after a few shapes otherwise, for all models of the process.
         with torch._dynamo.config.patch(recompile_limit=_SHAPES):
-            hidden = self.run(model, chunk, state.position, state.patch_mask, self.cache)
+            hidden = self.run(model, patch, state.position, state.patch_mask, self.cache)
         # A copy: the graph will write there again.
         return type(state)(hidden.clone(), self.cache, state.position + 1, state.patch_mask)
 
 
-def _step(model: Any, chunk: Tensor, position: Tensor, patch_mask: Tensor | None, cache: StaticCache) -> Tensor:
-    outputs = model(chunk, attention_mask=patch_mask, position_ids=position, past_key_values=cache, use_cache=True)
+def _step(model: Any, patch: Tensor, position: Tensor, patch_mask: Tensor | None, cache: StaticCache) -> Tensor:
+    outputs = model(patch, attention_mask=patch_mask, position_ids=position, past_key_values=cache, use_cache=True)
     return outputs.last_hidden_state[:, -1]

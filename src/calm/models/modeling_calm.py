@@ -16,6 +16,7 @@ from calm.checkpoints.reference import load_pretrained
 from calm.compat.weight_names import save_under_present_names
 from calm.functional.rng import Generator
 from calm.generation.loop import CalmGenerationMixin
+from calm.generation.samplers import default_sampler
 from calm.generation.settings import GENERATION_DEFAULTS
 from calm.models.configuration_calm import CalmConfig
 from calm.models.configuration_codes import TokenCodesConfig
@@ -159,9 +160,8 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         if config.mtp_weight:
             self.mtp_head = self._new_mtp_head()
         self.post_init()
-        sampler = {"sampler": "direct"} if self.head.has_log_prob else {}
         self.generation_config = GenerationConfig(
-            **GENERATION_DEFAULTS | sampler,
+            **GENERATION_DEFAULTS | {"sampler": default_sampler(self)},
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
             bos_token_id=config.bos_token_id,

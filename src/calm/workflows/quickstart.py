@@ -52,7 +52,6 @@ VOCAB_SIZE = 1024
 MODELS = {"calm": "calm.yaml", "baseline": "baseline.yaml"}
 LABELS = {"calm": "CALM", "baseline": "baseline"}
 EVALUATION_BLOCKS = 240
-MTP = "token_prediction"
 
 
 def run_quickstart(

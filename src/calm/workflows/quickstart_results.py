@@ -14,11 +14,12 @@ from calm.data.documents import read_documents
 from calm.data.text import decode_continuation, encode_plain_text
 from calm.evaluation.brier_lm import BrierResult, evaluate_brier
 from calm.evaluation.ngram_baselines import evaluate_counts
-from calm.generation.completions import SamplingSettings, continue_tokens
+from calm.generation.completions import continue_tokens
+from calm.generation.sampling_params import SamplingParams
 from calm.models.context import patch_size_of
 from calm.models.modeling_calm import CalmForCausalLM
 
-MTP = "token_prediction"
+MTP = "mtp"
 # The scored rows: a model, its sampler at temperature 1, and its sampler for the continuations.
 ROWS = {
     "CALM": ("calm", "batch", "direct"),
@@ -111,9 +112,9 @@ def sample_rows(models: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed
         ids = encode_plain_text(tokenizer, prompt)
         for row, (name, _, sampler) in ROWS.items():
             model = models[name]
-            settings = SamplingSettings(SAMPLE_TOKENS, SAMPLE_TEMPERATURE, sampler, seed=seed)
+            params = SamplingParams(SAMPLE_TEMPERATURE, sampler, max_new_tokens=SAMPLE_TOKENS, seed=seed)
             prompt_ids = torch.tensor([ids], device=model.device)
-            (new,), _ = continue_tokens(model, tokenizer, prompt_ids, torch.ones_like(prompt_ids), settings)
+            (new,), _ = continue_tokens(model, tokenizer, prompt_ids, torch.ones_like(prompt_ids), params)
             samples.append(
                 {
                     "model": row,
