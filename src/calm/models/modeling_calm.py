@@ -3,14 +3,13 @@
 Shapes: B batch, T = L * K tokens, L patches, K tokens of a patch, D hidden, Z latent.
 """
 
-from dataclasses import dataclass
+import warnings
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
 
 from calm.checkpoints.reference import load_pretrained
 from calm.compat.weight_names import save_under_present_names
@@ -27,65 +26,14 @@ from calm.models.layer_access import device_of, embedding_matrix
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_codes import TokenCodes
 from calm.models.mtp import MTPHead
+from calm.models.outputs import CalmOutput, NoLogitsError
+from calm.models.patches import PatchEmbedding, patch_mask, target_patches
 from calm.utils.deprecation import RENAMED_CALM_PARTS
 
-
-def target_patches(labels: Tensor, patch_size: int) -> Tensor:
-    """Which patches behind the first have a loss, those without a label -100: ``[B, L * K] -> [B, L - 1]``."""
-    return labels[:, patch_size:].ne(-100).unflatten(-1, (-1, patch_size)).all(-1)
-
-
-def patch_mask(attention_mask: Tensor, patch_size: int, num_patches: int) -> Tensor:
-    """A mask of tokens ``[B, L * K]`` or of patches ``[B, L]`` as one of patches; ValueError for another length."""
-    length = attention_mask.shape[1]
-    if length == num_patches * patch_size:
-        return attention_mask.unflatten(1, (-1, patch_size)).amax(-1)
-    if length != num_patches:
-        raise ValueError(
-            f"attention_mask must have an entry for each of the {num_patches * patch_size} tokens or of the "
-            f"{num_patches} patches, got {length}."
-        )
-    return attention_mask
-
-
-class NoLogitsError(ValueError, AttributeError):
-    """Raised where logits of a CALM are asked for; an AttributeError, so that ``hasattr`` finds none."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "a CALM has no logits: its head gives samples of the next patch. Its forward returns the loss when labels "
-            "are passed; label smoothing, trl's SFTTrainer, lm-eval's `--model hf` and others that compute a loss or "
-            "scores from logits cannot be used. `calm train`, transformers' Trainer, `calm evaluate` and `calm harness`"
-            " can."
-        )
-
-
-@dataclass
-class CalmOutput(ModelOutput):
-    """
-    Args:
-        loss: scalar, when labels were given: the head's loss, mean over the target patches, and that of the token
-            predictor where there is one.
-        last_hidden_state: ``[B, L, D]``; position i is the condition of patch i + 1.
-        past_key_values: the cache, one entry per patch.
-        metrics: named parts of the loss, scalars.
-        hidden_states: of the backbone's layers, each ``[B, L, D]``, where they were asked for.
-    """
-
-    loss: Tensor | None = None
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    metrics: dict[str, Tensor] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-
-    @property
-    def logits(self) -> Tensor:
-        raise NoLogitsError
-
-    def __getitem__(self, key: Any) -> Any:
-        if key == "logits":
-            raise NoLogitsError
-        return super().__getitem__(key)
+_RANDOM_AUTOENCODER = (
+    "the autoencoder of this CALM has random weights, and it stays frozen: use CalmForCausalLM.from_autoencoder(...) "
+    "with a trained one, or from_pretrained(...)."
+)
 
 
 def new_autoencoder(config: Any) -> CalmAutoencoder | TokenCodes:
@@ -103,22 +51,6 @@ def _rename_former_parts(state_dict: dict[str, Any], prefix: str, *_: Any) -> No
 
 def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-class PatchEmbedding(nn.Module):
-    """K token embeddings to one input of the backbone: ``[..., K, D] -> [..., D]``."""
-
-    def __init__(self, patch_size: int, hidden_size: int):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(patch_size * hidden_size, 2 * hidden_size),
-            nn.SiLU(),
-            nn.Linear(2 * hidden_size, hidden_size),
-            nn.LayerNorm(hidden_size, eps=1e-6),
-        )
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        return self.layers(embeddings.flatten(-2))
 
 
 class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
@@ -169,6 +101,9 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         self._register_load_state_dict_pre_hook(_rename_former_parts)
         keep_adapters_out(self.autoencoder)
         self.train(self.training)  # freezes the autoencoder
+        weight = next(self.autoencoder.parameters(), None)
+        if weight is not None and weight.device.type != "meta":  # weights are loaded into models on the meta device
+            warnings.warn(_RANDOM_AUTOENCODER, stacklevel=2)
 
     @property
     def token_predictor(self) -> MTPHead:
@@ -236,7 +171,9 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         config = CalmConfig(
             backbone_config=backbone_config, head_config=head_config, autoencoder_config=autoencoder.config, **fields
         )
-        model = cls(config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_RANDOM_AUTOENCODER[:40])
+            model = cls(config)
         model.autoencoder.load_state_dict(autoencoder.state_dict())
         return model
 
