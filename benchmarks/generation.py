@@ -116,8 +116,8 @@ def load_models(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
             config = CalmConfig(
                 backbone_config=fields,
                 autoencoder_config=CalmAutoencoderConfig(**shape["autoencoder"]),
-                token_prediction_weight=1.0 if name == "differ" else 0.0,
-                token_prediction_type="autoregressive",
+                mtp_weight=1.0 if name == "differ" else 0.0,
+                mtp_type="autoregressive",
             )
             models[name] = CalmForCausalLM(config)
             torch.nn.init.normal_(models[name].head.output_layer.weight, std=scale)
@@ -208,7 +208,7 @@ def timed_parts(model: Any, run: Callable[[], Any], options: argparse.Namespace)
     watch(model.autoencoder.decoder, "token_states", "decoder")
     watch(model.autoencoder, "best_tokens", "vocabulary")
     if "mtp" in model.samplers:
-        watch(model.token_predictor, "draw", "token prediction")
+        watch(model.mtp_head, "draw", "token prediction")
     started = time.perf_counter()
     out = run()
     total = time.perf_counter() - started

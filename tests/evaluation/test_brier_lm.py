@@ -143,7 +143,7 @@ def test_scores_of_token_prediction_are_those_of_independent_tokens(patch_size):
         text = ids.clone()
         text[0, start : start + NGRAM] = torch.tensor(gram)  # what lies behind it in its patch changes no state before
         hidden = model(text).last_hidden_state[0, start // patch_size - 1 : -1]
-        states = model.token_predictor.proj(hidden).view(-1, hidden.shape[-1])
+        states = model.mtp_head.proj(hidden).view(-1, hidden.shape[-1])
         law = (states @ model.get_input_embeddings().weight.T).double().softmax(-1)
         table[gram] = law[range(NGRAM), gram].prod()
     exact = 100 * exact_brier(table, ids[0, start : start + NGRAM])

@@ -61,7 +61,7 @@ def test_padding_behind_short_texts_takes_no_positions():
             "n_positions": 8,
         },
         head_config={"type": "energy"} | tiny.HEAD_FIELDS["energy"],
-        token_prediction_weight=1.0,
+        mtp_weight=1.0,
     )  # fmt: skip
     model = CalmForCausalLM(config).eval()
     contexts, continuations = [[2, 3, 4, 5, 6, 7], [2]], [[8, 9], [3, 4, 5, 6, 7, 8, 9]]

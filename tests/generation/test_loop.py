@@ -351,7 +351,7 @@ def test_a_step_is_compiled_for_any_number_of_shapes(monkeypatch):
         ({"temperature": float("nan")}, r"temperature must be at least 0, got nan"),
         ({"temperature": 0.1, "num_candidates": 5}, r"num_candidates must be at least 10 at temperature 0.1 .*got 5"),
         ({"sampler": "nucleus"}, "sampler must be one of batch, exact, direct, mtp, got 'nucleus'"),
-        ({"sampler": "mtp"}, r"this model was trained without it \(model.token_prediction_weight in its"),
+        ({"sampler": "mtp"}, r"this model was trained without it \(model.mtp_weight in its"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"max_time": 0}, r"max_time must be a number of seconds above 0, got 0"),
         ({"inputs": torch.ones(1, 4)}, r"inputs is another name of input_ids"),

@@ -1,13 +1,17 @@
-"""Token prediction: its loss and its draws against the law it stands for, written out."""
+"""The MTP head: its loss and its samples against its distribution, written out."""
 
+import json
 from itertools import product
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import embedding, layer_norm, silu
+from transformers import AutoModelForCausalLM
 
 from calm import CalmConfig, CalmForCausalLM
+from calm.checkpoints.loading import load_model
 from calm.generation.sampling_params import SamplingParams
 from calm.models import mtp as mtp_module
 
@@ -24,10 +28,10 @@ def mtp(temperature=1.0):
 
 def log_law(model, hidden, before):
     """Log-probabilities ``[P, V]`` of the token behind those of its patch ``[P, n]``, for states ``[P, D]``."""
-    predictor, embeddings = model.token_predictor, model.get_input_embeddings().weight
+    predictor, embeddings = model.mtp_head, model.get_input_embeddings().weight
     width, position = hidden.shape[1], before.shape[1]
     state = hidden @ predictor.proj.weight[position * width : (position + 1) * width].T
-    if model.config.token_prediction_type == "autoregressive" and position:
+    if model.config.mtp_type == "autoregressive" and position:
         first, _, last = predictor.mixers[position - 1]
         known = torch.cat([hidden[:, None], embedding(before, embeddings)], dim=1)
         known = layer_norm(known, (width,), predictor.norm.weight, predictor.norm.bias)
@@ -39,10 +43,12 @@ def log_law(model, hidden, before):
 @pytest.mark.parametrize("patch_size", [1, 3])
 def test_the_loss_is_the_cross_entropy_of_the_next_patch(patch_size, kind):
     taught, ids = tiny.calm(patch_size, token_prediction=kind), tiny.tokens(2, 4 * patch_size)
-    fields = taught.config.to_dict() | {"token_prediction_weight": 0.0}
+    fields = taught.config.to_dict() | {"mtp_weight": 0.0}
     plain = CalmForCausalLM(CalmConfig(**fields)).eval()
-    plain.load_state_dict({name: tensor for name, tensor in taught.state_dict().items() if "predictor" not in name})
-    taught.config.token_prediction_weight = 0.5
+    plain.load_state_dict(
+        {name: tensor for name, tensor in taught.state_dict().items() if not name.startswith("mtp_head.")}
+    )
+    taught.config.mtp_weight = 0.5
     labels = ids.clone()
     labels[0, 2 * patch_size] = -100  # the third patch of the first row counts for neither loss
     noise = {"noise": torch.rand(4, 2, 3, 6), "target_noise": torch.randn(8, 2, 3, 8)}
@@ -115,10 +121,52 @@ def test_it_is_saved_and_takes_no_part_in_what_the_head_draws(kind, tmp_path):
     first, second = (each.generate(ids, generator=seeded(), **settings) for each in (model, again))
     assert torch.equal(first, second)
     from_head = model.generate(ids, max_new_tokens=8, sampler="batch", generator=seeded())
-    for parameter in again.token_predictor.parameters():
+    for parameter in again.mtp_head.parameters():
         torch.nn.init.zeros_(parameter)
     assert torch.equal(again.generate(ids, max_new_tokens=8, sampler="batch", generator=seeded()), from_head)
     assert not torch.equal(again.generate(ids, generator=seeded(), **settings), first)
+
+
+def as_an_earlier_release_saved_it(model, path):
+    """The files of a model, with the former names of its fields and weights."""
+    model.save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    for name in ("weight", "type"):
+        config[f"token_prediction_{name}"] = config.pop(f"mtp_{name}")
+    (path / "config.json").write_text(json.dumps(config))
+    weights = load_file(path / "model.safetensors")
+    former = {name.replace("mtp_head.", "token_predictor."): value for name, value in weights.items()}
+    assert former.keys() != weights.keys()
+    save_file(former, path / "model.safetensors", {"format": "pt"})
+    return former
+
+
+def test_models_of_earlier_releases_load_without_a_warning_and_are_saved_under_the_present_names(tmp_path):
+    model = tiny.calm(2, token_prediction="autoregressive")
+    former = as_an_earlier_release_saved_it(model, tmp_path / "former")
+    for load in (CalmForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained, load_model):
+        loaded = load(tmp_path / "former")
+        assert (loaded.config.mtp_weight, loaded.config.mtp_type) == (1.0, "autoregressive")
+        assert loaded.token_predictor is loaded.mtp_head  # scripts that read the former names
+        assert loaded.config.token_prediction_weight == 1.0
+        for name, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name
+    loaded.save_pretrained(tmp_path / "again")
+    assert "mtp_head.proj.weight" in load_file(tmp_path / "again" / "model.safetensors")
+    assert "mtp_weight" in json.loads((tmp_path / "again" / "config.json").read_text())
+    # As the Trainer resumes.
+    fresh = tiny.calm(2, token_prediction="autoregressive")
+    torch.nn.init.zeros_(fresh.mtp_head.proj.weight)
+    assert fresh.load_state_dict(former, strict=True).missing_keys == []
+    assert torch.equal(fresh.mtp_head.proj.weight, model.mtp_head.proj.weight)
+
+
+def test_former_names_in_python_warn():
+    fields = {"autoencoder_config": tiny.autoencoder_config(), "backbone_config": tiny.backbone()}
+    with pytest.warns(FutureWarning, match="CalmConfig: token_prediction_weight is now called mtp_weight"):
+        config = CalmConfig(**fields, token_prediction_weight=2.0)
+    assert config.mtp_weight == 2.0
+    assert "token_prediction_weight" not in config.to_dict()
 
 
 def test_every_weight_learns():
@@ -127,10 +175,10 @@ def test_every_weight_learns():
         model = tiny.calm(patch_size, token_prediction="autoregressive").train()
         ids = tiny.tokens(2, 4 * patch_size)
         model(ids, labels=ids).loss.backward()
-        unused = [name for name, p in model.token_predictor.named_parameters() if p.grad is None or not p.grad.any()]
+        unused = [name for name, p in model.mtp_head.named_parameters() if p.grad is None or not p.grad.any()]
         assert unused == []
 
 
 def test_another_kind_is_refused():
-    with pytest.raises(Exception, match=r"token_prediction_type'[\s\S]*expected one of"):
-        CalmConfig(token_prediction_type="bigram")
+    with pytest.raises(Exception, match=r"mtp_type'[\s\S]*expected one of"):
+        CalmConfig(mtp_type="bigram")

@@ -27,7 +27,7 @@ DEVICE_MAPS = {
     "mixed": {
         "backbone": "cpu",
         "patch_embedding": "disk",
-        "token_predictor": "cpu",
+        "mtp_head": "cpu",
         "head": "disk",
         "autoencoder": "disk",
     },

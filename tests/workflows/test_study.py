@@ -29,7 +29,7 @@ PLAN = {
             "recipe": "calm.yaml",
             "set": {
                 "model.autoencoder": "@autoencoder",
-                "model.token_prediction_weight": 1.0,
+                "model.mtp_weight": 1.0,
                 "model.backbone_weights": "@teacher",
             },
         },
@@ -299,7 +299,7 @@ def test_the_plans_of_the_examples_hold_together(name, tmp_path):
     plan = Plan.load(f"examples/study/{name}.yaml")
     stages = {model: plan.recipe(model, tmp_path).stage for model in plan.models}
     assert {"autoencoder", "calm"} <= set(stages.values())
-    assert plan.recipe("paper-m", tmp_path).model["autoencoder"] == str(tmp_path / "autoencoder-k4")
+    assert plan.recipe("paper-m", tmp_path).model.autoencoder == str(tmp_path / "autoencoder-k4")
 
 
 def test_a_model_with_token_codes_is_trained_scored_and_judged(family, tmp_path):  # noqa: F811

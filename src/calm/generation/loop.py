@@ -76,7 +76,7 @@ class CalmGenerationMixin:
     config: Any
     head: Any
     autoencoder: Any
-    token_predictor: Any
+    mtp_head: Any
     get_input_embeddings: Callable[[], Any]
     token_matrix: Callable[[torch.device], Tensor]
     __call__: Callable[..., Any]

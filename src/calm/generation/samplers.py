@@ -327,24 +327,21 @@ class MtpSampler(Sampler):
 
     def missing(self, model: Any) -> str:
         """Return what a model lacks, as :meth:`Sampler.missing`."""
-        if model.config.token_prediction_weight:
+        if model.config.mtp_weight:
             return ""
-        return (
-            "multi-token prediction, and this model was trained without it (model.token_prediction_weight in its "
-            "recipe)"
-        )
+        return "multi-token prediction, and this model was trained without it (model.mtp_weight in its recipe)"
 
     def sample(self, model: Any, hidden: Tensor, params: SamplingParams, generator: Generator) -> SampledPatches:
         """Return the next patches, as :meth:`Sampler.sample`."""
         embeddings = model.token_matrix(hidden.device)
         options = {} if params.top_p == 1 else {"top_p": params.top_p}
-        tokens = model.token_predictor.draw(hidden, embeddings, params.temperature, generator, **options)
+        tokens = model.mtp_head.draw(hidden, embeddings, params.temperature, generator, **options)
         return SampledPatches.once(tokens, _logprobs(self, model, hidden, tokens, params))
 
     def score(self, model: Any, hidden: Tensor, tokens: Tensor, num_top: int = 0) -> tuple[TokenLogprobs, Tensor]:
         """Return log-probabilities, as :meth:`Sampler.score`."""
         embeddings = model.token_matrix(hidden.device)
-        log_prob, is_best, *top = model.token_predictor.log_probabilities(hidden, tokens, embeddings, num_top=num_top)
+        log_prob, is_best, *top = model.mtp_head.log_probabilities(hidden, tokens, embeddings, num_top=num_top)
         return TokenLogprobs(log_prob, *top), is_best
 
 

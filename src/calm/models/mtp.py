@@ -23,7 +23,7 @@ from calm.models.linear_cross_entropy import linear_cross_entropy
 _TILE_ELEMENTS = 2**20  # of a (positions x vocabulary) tensor: 4 MiB in float32
 
 
-class TokenPredictor(nn.Module):
+class MTPHead(nn.Module):
     """States of the next patch's tokens, in front of the backbone's token embeddings as output layer."""
 
     def __init__(self, patch_size: int, hidden_size: int, autoregressive: bool = False):

@@ -49,7 +49,7 @@ def score_run(recipe: Recipe, evaluation: Evaluation) -> dict[str, Any]:
         rebuilt = evaluate_reconstruction(model.autoencoder, blocks, evaluation.num_blocks)
         score["token_accuracy_sample"] = rebuilt.token_accuracy_sample
         score["token_prediction"] = None
-        if model.config.token_prediction_weight:
+        if model.config.mtp_weight:
             positions = recipe.data.block_size // model.config.patch_size
             cost = compute(model, positions, sampler="mtp").inference_flops_per_token["total"]
             without_head = scored(sampler="mtp").to_dict()
