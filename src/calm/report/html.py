@@ -10,7 +10,7 @@ _STYLE = """
   --border: rgba(255, 255, 255, .14); --mark: #12365f; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 20px 16px 48px; }
+main { max-width: 1140px; margin: 0 auto; padding: 20px 16px 48px; }
 h1 { font-size: 1.6rem; margin: 0 0 4px; }
 h2 { font-size: 1.15rem; margin: 36px 0 8px; }
 p { margin: 8px 0; max-width: 75ch; }
@@ -20,8 +20,8 @@ p { margin: 8px 0; max-width: 75ch; }
 .columns > .card { display: flex; flex-direction: column; }
 .chart { display: block; width: 100%; max-width: 680px; height: auto; margin: 0 auto; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--border); }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 8px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--border); }
 th { color: var(--muted); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
 pre, code { font-family: ui-monospace, monospace; font-size: .84rem; }

@@ -161,7 +161,7 @@ def _texts(results: dict) -> dict[str, str]:
         "judges the next one to four tokens by samples, so that both are scored by the same rule. \"CALM\" samples "
         "with its head, \"CALM, MTP decoding\" with the multi-token prediction of the same backbone.",
         "samples": "The first continuation of each model, not a selection. Models are ordered by BrierLM, the best "
-        f"first. Temperature {results['samples'][0]['temperature']:g}; the prompt is marked.",
+        f"first. Temperature {results['samples'][0]['temperature']:g}; every text begins with its prompt.",
         "round_trip": f"The {trip['kind']} turns every patch of {results['patch_size']} tokens into one vector of "
         f"{len(trip['vector'])} numbers and back. In this line of held-out text {trip['num_correct']} of "
         f"{trip['num_tokens']} tokens come back.",

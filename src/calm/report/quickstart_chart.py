@@ -60,7 +60,7 @@ def scores_chart(points: Sequence[ScorePoint]) -> str:
             bar = f'<path class="bar" d="M{x:.1f} {low:.1f}V{high:.1f}"/>'
         shape = _shape(_SHAPES[min(point.colour, len(_SHAPES) - 1)], x, y)
         parts.append(f'<g class="{colour}">{title}{bar}{shape}</g>')
-        labels.append(_Label(f"{point.label} {point.y:z.2f}", x, y, on_the_left=point.x > 0.7, column=point.x))
+        labels.append(_Label(f"{point.label} {point.y:z.2f}", x, y, on_the_left=point.x > 0.4, column=point.x))
     parts += _place_labels(labels)
     return _svg(parts, "BrierLM against backbone steps per generated token")
 
@@ -126,9 +126,9 @@ def _place_labels(labels: Sequence[_Label]) -> list[str]:
         for label in sorted((label for label in labels if label.column == column), key=lambda label: -label.y):
             y = min(label.y + 4, below - _LABEL_HEIGHT)
             below = y
-            x, anchor = (label.x - 9, "end") if label.on_the_left else (label.x + 9, "start")
-            if not label.on_the_left:
-                x = max(other.x for other in labels if other.column == column) + 9
+            # Beside all points of its place, so that a label covers none.
+            points = [other.x for other in labels if other.column == column]
+            x, anchor = (min(points) - 9, "end") if label.on_the_left else (max(points) + 9, "start")
             parts.append(
                 f'<text class="label" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(label.text)}</text>'
             )
@@ -146,8 +146,8 @@ def _shape(name: str, x: float, y: float) -> str:
 
 
 def _ticks(top: float) -> list[float]:
-    """Return four to six round numbers from 0 to at least ``top``."""
-    rough = top / 4
+    """Return five to seven round numbers from 0 to at least ``top``."""
+    rough = top / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     return [round(step * number, 10) for number in range(math.ceil(top / step - 1e-9) + 1)]

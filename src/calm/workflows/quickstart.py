@@ -126,7 +126,8 @@ class _Quickstart:
             return
         started = self.clock()
         for name in MODELS:
-            self.plan["seconds_per_step"][name] = seconds_per_step(self._recipe(name, vocab_size=VOCAB_SIZE))
+            recipe = self._recipe(name, vocab_size=VOCAB_SIZE)
+            self.plan["seconds_per_step"][name] = seconds_per_step(recipe, self.clock)
         planning.check_budget(self.budget, self._step_seconds)
         self.run.mkdir(parents=True, exist_ok=True)
         write_whole(self.run / QUICKSTART, json.dumps(self.settings))
