@@ -1,6 +1,6 @@
 """Write a small set of chats and the tokenizer that formats them.
 
-    python examples/chat/make_chats.py runs/quickstart/calm data/small_chats
+    python examples/chat/make_chats.py runs/quickstart/calm runs/small_chat.data
 
 writes ``chats.jsonl`` (records of ``messages``) and ``tokenizer/`` (the model's tokenizer with the chat template beside
 this file). The questions are simple: capitals, opposites, what comes after a day or month, sums. Most chats have one
