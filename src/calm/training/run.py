@@ -26,7 +26,7 @@ from calm.models.context import patch_size_of
 from calm.training.loop.interruption import InterruptionCallback, TrainingInterruptedError
 from calm.training.loop.metrics_log import JsonlCallback
 from calm.training.loop.trainer import CalmTrainer
-from calm.training.recipe.models import build_model, load_teacher
+from calm.training.recipe.models import build_model
 from calm.training.recipe.recipe import Recipe
 from calm.training.recipe.trainer_arguments import check_processes, training_arguments
 from calm.training.state.data_order import NumberedBlocks
@@ -124,7 +124,6 @@ def _make_trainer(recipe: Recipe, arguments: TrainingArguments) -> CalmTrainer:
         brier_blocks=recipe.brier_blocks,
         about={"data": data_fingerprint(recipe)},
         keep=recipe.training["save_total_limit"],
-        teacher=load_teacher(recipe, model, arguments),
     )
     trainer.remove_callback(TqdmCallback)
     trainer.remove_callback(PrinterCallback)
