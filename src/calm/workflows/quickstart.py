@@ -52,7 +52,6 @@ VOCAB_SIZE = 1024
 MODELS = {"calm": "calm.yaml", "baseline": "baseline.yaml"}
 LABELS = {"calm": "CALM", "baseline": "baseline"}
 EVALUATION_BLOCKS = 240
-MTP = "token_prediction"
 
 
 def run_quickstart(
@@ -85,33 +84,32 @@ class _Quickstart:
         self.settings = {"minutes": minutes, "seed": seed}
         self.budget = 60 * minutes
         self.plan: dict[str, Any] = {"seconds_per_step": {}, "seconds": {}, "rounds": [], "num_blocks": None}
+        self.overall = TaskID(0)
         self.tasks: dict[str, TaskID] = {}
 
     def carry_out(self) -> dict:
         results_path = self.run / "results.json"
         self._open()
-        overall = self.progress.add_task("quickstart", total=5, note="")
+        # The seconds of the budget are its steps.
+        self.overall = self.progress.add_task("quickstart", total=round(self.budget), note="")
 
         def stage(name: str, target: Path, work: Callable[[], object]) -> None:
-            self.progress.update(overall, note=name)
+            self._show(name)
             if not target.exists():
                 self._announce(name, planning.seconds_for([name], self._step_seconds))
                 with self._timed(name):
                     work()
-            self.progress.advance(overall)
 
         corpus, tokenizer, data = self.run / "corpus", self.run / "tokenizer", self.run / "data"
         stage("corpus", corpus / "validation.jsonl", lambda: write_embedded_corpus(corpus))
         stage("tokenizer", tokenizer, lambda: _train_tokenizer(corpus / "train.jsonl", tokenizer))
         stage("token files", data / "train" / "manifest.json", lambda: _prepare(corpus, tokenizer, data, self.seed))
-        self.progress.update(overall, note="train CALM and baseline in turns")
         self._train()
-        self.progress.advance(overall)
-        self.progress.update(overall, note="scores, speed and samples")
+        self._show("scores, speed and samples")
         if not results_path.exists():
             results = self.settings | self._evaluate()
             write_json(results_path, results | {"stages": self._stages(results["training"])})
-        self.progress.update(overall, completed=5, note="done")
+        self.progress.update(self.overall, completed=round(self.budget), note="done")
         return json.loads(results_path.read_text(encoding="utf-8"))
 
     def _open(self) -> None:
@@ -154,6 +152,9 @@ class _Quickstart:
         yield
         self._record(stage, self.clock() - started)
 
+    def _show(self, note: str) -> None:
+        self.progress.update(self.overall, completed=round(min(self._elapsed, 0.99 * self.budget)), note=note)
+
     def _announce(self, stage: str, seconds: float) -> None:
         self.progress.console.out(f"{stage}: about {duration(seconds)}", highlight=False)
 
@@ -175,6 +176,7 @@ class _Quickstart:
                     )
                 entries.append(following.to_dict() | {"seconds": {}})
                 write_json(self.run / "plan.json", self.plan)
+            self._show("train CALM and baseline in turns")
             self._train_round(entries[-1])
 
     def _train_round(self, entry: dict[str, Any]) -> None:

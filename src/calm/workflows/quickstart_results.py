@@ -17,6 +17,7 @@ from calm.evaluation.ngram_baselines import evaluate_counts
 from calm.generation.completions import SamplingSettings, continue_tokens
 from calm.models.context import patch_size_of
 from calm.models.modeling_calm import CalmForCausalLM
+from calm.models.modeling_codes import TokenCodes
 
 MTP = "token_prediction"
 # The scored rows: a model, its sampler at temperature 1, and its sampler for the continuations.
@@ -149,7 +150,7 @@ def round_trip(model: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase, line:
     latents = model.autoencoder.encode(torch.tensor([ids], device=model.device)).mean
     decoded = model.autoencoder.decode(latents).argmax(-1).flatten().tolist()
     return {
-        "kind": "code table" if model.autoencoder.config.model_type == "calm_token_codes" else "autoencoder",
+        "kind": "code table" if isinstance(model.autoencoder, TokenCodes) else "autoencoder",
         "patches": [tokenizer.decode(ids[first : first + patch_size]) for first in range(0, len(ids), patch_size)],
         "vector": [round(value, 2) for value in latents[0, 0].tolist()],
         "decoded": tokenizer.decode(decoded),
