@@ -45,6 +45,7 @@ def test_training_ends_in_time_and_with_the_learning_rate_at_zero(machine):
     rounds, end = carry_out(MACHINES[machine])
     assert end < 1.2 * BUDGET
     assert rounds[0].start == 0
+    assert rounds[0].end > WARMUP_STEPS
     assert all(before.end == after.start for before, after in itertools.pairwise(rounds))
     assert all(before.end_rate == after.start_rate for before, after in itertools.pairwise(rounds))
     assert rounds[-1].end >= MIN_STEPS

@@ -19,7 +19,7 @@ NUM_DECAY_ROUNDS = 3  # the last ones
 MIN_STEPS = 100  # fewer steps teach a model nothing that is worth a comparison
 MIN_ROUND_STEPS = 20  # every round loads and saves both models
 MIN_DECAY_SHARE = 0.1  # steps of the decay as a share of the steps before, where the time is used up
-WARMUP_STEPS = 50
+WARMUP_STEPS = 40  # within the first round
 # What the stages around training take, in units of one training step of all models together, measured on two cores.
 # Both slow down together on a busy machine.
 STAGE_UNITS = {"corpus": 14, "tokenizer": 12, "token files": 25, "scores": 80, "speed and samples": 40}
@@ -89,7 +89,8 @@ def next_round(rounds: Sequence[Round], seconds_left: float, seconds_per_step: f
     fewest = MIN_ROUND_STEPS if rate < 1 else max(MIN_ROUND_STEPS, math.ceil(start * MIN_DECAY_SHARE))
     planned = max(start + steps, start + fewest, MIN_STEPS)
     rounds_left = max(1, NUM_ROUNDS - len(rounds))
-    end = min(planned, start + max(MIN_ROUND_STEPS, math.ceil((planned - start) / rounds_left)))
+    smallest = MIN_ROUND_STEPS if rounds else max(MIN_ROUND_STEPS, WARMUP_STEPS + 1)
+    end = min(planned, start + max(smallest, math.ceil((planned - start) / rounds_left)))
     if planned - end < MIN_ROUND_STEPS or steps <= fewest:
         end = planned
     is_decay = rounds_left <= NUM_DECAY_ROUNDS or end == planned or rate < 1
