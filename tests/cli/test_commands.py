@@ -104,7 +104,7 @@ def test_quickstart_trains_both_models_in_rounds_on_the_same_tokens(quickstart):
     for name in ("calm", "baseline"):
         assert json.loads((quickstart / name / "complete.json").read_text())["global_step"] == end
     stages = {stage["stage"]: stage for stage in results["stages"]}
-    assert list(stages) == ["measure speed", "corpus", "tokenizer", "token files", "train CALM", "train baseline",
+    assert list(stages) == ["start", "corpus", "tokenizer", "token files", "train CALM", "train baseline",
                             "scores", "speed and samples"]  # fmt: skip
     assert stages["train CALM"]["steps"] == stages["train baseline"]["steps"] == end
     assert all(stage["seconds"] > 0 for stage in stages.values())

@@ -55,7 +55,13 @@ EVALUATION_BLOCKS = 240
 
 
 def run_quickstart(
-    run: Path, minutes: float, seed: int, device: str, progress: Progress, clock: Callable[[], float] = time.monotonic
+    run: Path,
+    minutes: float,
+    seed: int,
+    device: str,
+    progress: Progress,
+    clock: Callable[[], float] = time.monotonic,
+    started: float | None = None,
 ) -> dict:
     """Carry out or resume the quickstart in ``run`` and return the results, which are also in ``results.json``.
 
@@ -66,12 +72,14 @@ def run_quickstart(
         device: name of the device that trains.
         progress: display of the stages.
         clock: returns the present time in seconds.
+        started: time at which the command began to load its libraries; default: now.
 
     Raises:
         ValueError: the budget is too short for this machine, or the directory has another content.
     """
     with only_writer(run):
-        return _Quickstart(run, minutes, seed, device, progress, clock).carry_out()
+        quickstart = _Quickstart(run, minutes, seed, device, progress, clock)
+        return quickstart.carry_out(clock() if started is None else started)
 
 
 class _Quickstart:
@@ -87,9 +95,9 @@ class _Quickstart:
         self.overall = TaskID(0)
         self.tasks: dict[str, TaskID] = {}
 
-    def carry_out(self) -> dict:
+    def carry_out(self, started: float) -> dict:
         results_path = self.run / "results.json"
-        self._open()
+        self._open(started)
         # The seconds of the budget are its steps.
         self.overall = self.progress.add_task("quickstart", total=round(self.budget), note="")
 
@@ -112,7 +120,7 @@ class _Quickstart:
         self.progress.update(self.overall, completed=round(self.budget), note="done")
         return json.loads(results_path.read_text(encoding="utf-8"))
 
-    def _open(self) -> None:
+    def _open(self, started: float) -> None:
         """Read the plan of the run directory or begin one; ValueError where that is not possible."""
         plan_path = self.run / "plan.json"
         _check_settings(self.run, self.settings)
@@ -122,14 +130,13 @@ class _Quickstart:
                 raise ValueError(f"{self.run} was begun by another release: choose another directory, or remove it.")
             self.plan = plan
             return
-        started = self.clock()
         for name in MODELS:
             recipe = self._recipe(name, vocab_size=VOCAB_SIZE)
             self.plan["seconds_per_step"][name] = seconds_per_step(recipe, self.clock)
         planning.check_budget(self.budget, self._step_seconds)
         self.run.mkdir(parents=True, exist_ok=True)
         write_whole(self.run / QUICKSTART, json.dumps(self.settings))
-        self._record("measure speed", self.clock() - started)
+        self._record("start", self.clock() - started)
 
     @property
     def _step_seconds(self) -> float:
@@ -253,7 +260,8 @@ class _Quickstart:
         scores_stage, samples_stage = planning.AFTER_TRAINING
         step_seconds = self._step_seconds
         left = self.budget - self._elapsed - planning.seconds_for([samples_stage], step_seconds)
-        self._announce(scores_stage, min(max(left, 0), planning.seconds_for([scores_stage], step_seconds)))
+        usual = planning.seconds_for([scores_stage], step_seconds)
+        self._announce(scores_stage, min(max(left, planning.MIN_SCORES_SHARE * usual), usual))
         with self._timed(scores_stage):
             if self.plan["num_blocks"] is None:
                 per_block = seconds_per_block(models, blocks, self.clock)
