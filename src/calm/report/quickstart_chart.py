@@ -43,7 +43,7 @@ def scores_chart(points: Sequence[ScorePoint]) -> str:
     top = max(point.y + (point.error or 0) for point in points)
     ticks = _ticks(max(top, 0.1))
     x_ticks = sorted({0.0, 1.0, *(point.x for point in points)})
-    plot = _Axes((-0.06, 1.1), (0.0, max(ticks[-1], top)))
+    plot = _Axes((-0.15, 1.06), (0.0, max(ticks[-1], top)))
     parts = [plot.frame(x_ticks, ticks, "backbone steps per generated token", "BrierLM (100 is best)")]
     at_the_same_x: dict[float, int] = {}
     labels: list[_Label] = []
