@@ -19,6 +19,7 @@ from calm.generation.model_runner import model_runner
 from calm.generation.sampling_params import SamplingParams
 from calm.models.context import patch_size_of
 from calm.models.modeling_calm import CalmForCausalLM
+from calm.models.modeling_codes import TokenCodes
 
 MTP = "mtp"
 # The scored rows: a model, its sampler at temperature 1, and its sampler for the continuations.
@@ -148,7 +149,7 @@ def round_trip(model: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase, line:
     latents = model.autoencoder.encode(torch.tensor([ids], device=model.device)).mean
     decoded = model.autoencoder.decode(latents).argmax(-1).flatten().tolist()
     return {
-        "kind": "code table" if model.autoencoder.config.model_type == "calm_token_codes" else "autoencoder",
+        "kind": "code table" if isinstance(model.autoencoder, TokenCodes) else "autoencoder",
         "patches": [tokenizer.decode(ids[first : first + patch_size]) for first in range(0, len(ids), patch_size)],
         "vector": [round(value, 2) for value in latents[0, 0].tolist()],
         "decoded": tokenizer.decode(decoded),
