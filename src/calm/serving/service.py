@@ -130,7 +130,7 @@ class Service:
         messages = [{"role": message.role, "content": message.text} for message in request.messages]
         try:
             return encode_chat(self.tokenizer, messages, add_generation_prompt=True)
-        except Exception as error:  # templates raise what they like
+        except ValueError as error:
             raise ValueError(f"the chat template does not accept these messages: {error}") from error
 
     def jobs(
