@@ -237,6 +237,17 @@ def test_a_directory_has_one_writer_at_a_time(tokenizer, source, tmp_path, monke
         prepare([source], tokenizer, tmp_path / "data")
 
 
+def test_a_link_and_what_it_leads_to_have_one_writer(tokenizer, source, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data")
+    for held, other in (("link", "data"), ("data", "link")):
+        with only_writer(tmp_path / held), pytest.raises(ValueError, match="another process is writing"):
+            prepare([source], tokenizer, tmp_path / other)
+    manifest = prepare([source], tokenizer, tmp_path / "link")
+    assert read_manifest(tmp_path / "data") == manifest
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_workers_of_a_killed_preparation_are_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "_WAIT_FOR_WORKERS", 0)
     (tmp_path / "work").mkdir()
