@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from calm import CalmConfig, CalmForCausalLM
 from calm.functional import tiles
 from calm.models.configuration_codes import TokenCodesConfig
-from calm.models.configuration_heads import CategoricalFlowHeadConfig
+from calm.models.heads.categorical_flow import CategoricalFlowHeadConfig
 from calm.models.modeling_codes import TokenCodes
 
 SMALL = 5  # tokens of a vocabulary whose patches can be enumerated
