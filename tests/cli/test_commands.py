@@ -16,6 +16,7 @@ from calm.data.tokenizer import load_tokenizer
 from calm.evaluation import brier_lm
 from calm.report.quickstart import write
 from calm.training.loop.metrics_log import read_metrics
+from calm.utils.files import only_writer
 from calm.utils.progress import make_progress
 from calm.workflows import quickstart_plan, quickstart_results
 
@@ -258,6 +259,14 @@ def test_evaluate_keeps_what_is_scored_when_it_is_stopped(quickstart, monkeypatc
     )  # fmt: skip
     assert code == 130
     assert list(json.loads((tmp_path / "scores.json").read_text())["models"]) == [str(quickstart / "baseline")]
+
+
+def test_two_evaluations_do_not_write_the_same_file(monkeypatch, capsys, tmp_path):
+    for option, name in (("--output", "scores.json"), ("--plot", "scores.png")):
+        with only_writer(tmp_path / name):
+            code, _, error = run(monkeypatch, capsys, "evaluate", "x", "--data", "y", option, tmp_path / name)
+        assert code == 2
+        assert f"another process is writing {tmp_path / name}: wait for it" in error
 
 
 def test_evaluate_draws_models_at_their_temperatures(quickstart, monkeypatch, capsys, tmp_path):
