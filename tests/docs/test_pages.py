@@ -82,3 +82,18 @@ def test_commands_and_recipes_exist(page):
     assert set(named) <= set(get_command(app).commands)
     recipes = re.findall(r"\brecipes/[\w/]+\.yaml", page.read_text(encoding="utf-8"))
     assert [name for name in recipes if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_files_of_the_source_exist(page):
+    named = re.findall(r"`([a-z_]+/[\w/]+\.(?:py|sh|yaml|jinja))`", FENCE.sub("", page.read_text(encoding="utf-8")))
+    roots = [ROOT, ROOT / "src", ROOT / "src" / "calm"]
+    missing = [name for name in named if not any((root / name).exists() for root in roots)]
+    assert [name for name in missing if "NAME" not in name] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_have_no_former_names(page):
+    content = page.read_text(encoding="utf-8")
+    former = ["token_prediction", "finish.yaml", "examples/study/cpu.yaml"]
+    assert [name for name in former if name in content] == []
