@@ -6,7 +6,7 @@ DEMO := runs/quickstart
 MINUTES ?= 8
 PIP_OPTIONS := --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow check lint format types env clean
+.PHONY: demo test test-slow check lint format types docs env clean
 
 env: $(VENV)/.ready
 
@@ -43,5 +43,9 @@ format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: env
+	$(BIN)/python -m pip install $(PIP_OPTIONS) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site
