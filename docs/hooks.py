@@ -11,8 +11,10 @@ from typer.cli import get_docs_for_click
 from calm.cli.main import app
 from calm.training.recipe.reference import recipe_reference
 
-# <picture> elements: one figure for light and one for dark pages. MkDocs does not resolve paths in HTML.
-_FIGURE = re.compile(r'\b(src|srcset)="((?:\.\./)*figures/[^"]+)"')
+# A figure with one file for light and one for dark pages.
+_FIGURE = re.compile(
+    r'<picture>\s*<source [^>]*srcset="([^"]+)"[^>]*>\s*<img alt="([^"]*)" src="([^"]+)"\s*/?>\s*</picture>'
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -22,13 +24,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_content(html: str, page, config: MkDocsConfig, files: Files) -> str:
-    """Make the paths of figures relative to the page's address."""
+    """Show the figure of the theme that the reader chose, which ``<picture>`` does not know."""
 
-    def relative(match: re.Match[str]) -> str:
-        source = posixpath.normpath(posixpath.join(posixpath.dirname(page.file.src_uri), match[2]))
-        return f'{match[1]}="{files.get_file_from_path(source).url_relative_to(page.file)}"'
+    def image(source: str, theme: str, alt: str) -> str:
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(page.file.src_uri), source))
+        return f'<img alt="{alt}" src="{files.get_file_from_path(path).url_relative_to(page.file)}#only-{theme}">'
 
-    return _FIGURE.sub(relative, html)
+    return _FIGURE.sub(lambda match: image(match[3], "light", match[2]) + image(match[1], "dark", match[2]), html)
 
 
 def _commands() -> str:
