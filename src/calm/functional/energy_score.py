@@ -8,6 +8,7 @@ Shapes: N model samples, M target samples, Z latent dimensions, ... any leading 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +112,7 @@ def full_float32() -> Iterator[None]:
 
 class _MeanDistance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, alpha: float, with_gradients: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, alpha: float, with_gradients: bool) -> Tensor:
         wants_x, wants_y = (with_gradients and wanted for wanted in ctx.needs_input_grad[:2])
         # In half precision the difference of squares would be all rounding error.
         with torch.autocast(x.device.type, enabled=False), full_float32():
@@ -132,7 +133,7 @@ class _MeanDistance(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gradient = gradient[..., None, None]
         of_x, of_y = (None if part is None else gradient * part for part in ctx.saved_tensors)
         return of_x, of_y, None, None

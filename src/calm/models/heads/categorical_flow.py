@@ -35,8 +35,8 @@ _SAMPLING_ELEMENTS = 2**22  # of the logits that exist at once on a CPU
 @strict
 class CategoricalFlowHeadConfig(HeadConfig):
     r"""
-    The head that chooses the tokens of a patch in a few passes, trained by cross-entropy. It needs the autoencoder of
-    token codes ([`TokenCodesConfig`]).
+    The head that samples the tokens of a patch in a few passes, trained by cross-entropy. It needs token codes in place
+    of an autoencoder ([`TokenCodesConfig`]).
 
     Args:
         type: ``"categorical_flow"``.
@@ -58,7 +58,7 @@ class CategoricalFlowHeadConfig(HeadConfig):
     shortlist_size: int | None = None
     layer_norm_eps: float = 1e-6
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self._check_at_least(1, "num_mlp_layers", "hidden_size", "code_size", "shortlist_size")
         self._check_at_least(2, "num_passes", because=" (the first pass predicts the tokens independently)")
@@ -109,7 +109,7 @@ class MaskedTokenNetwork(nn.Module):
     The last layer starts at zero, so that an untrained network leaves independent multi-token prediction.
     """
 
-    gradient_checkpointing = False  # transformers sets it, and the function beside it
+    gradient_checkpointing = False  # transformers sets this and the function below
     _gradient_checkpointing_func: Callable[..., Tensor]
 
     def __init__(self, config: CategoricalFlowHeadConfig, patch_size: int, hidden_size: int):
