@@ -34,6 +34,9 @@ class Blocks:
     def __getitem__(self, index):
         return {"input_ids": self.ids[index]}
 
+    def documents(self, num_blocks=None):
+        return list(range(len(self.ids[:num_blocks])))
+
     def batches(self, num_blocks, batch_size, shuffle_seed=None):
         yield from self.ids[:num_blocks].split(batch_size)
 
@@ -383,7 +386,12 @@ def test_standard_error_shrinks_with_the_number_of_blocks():
 def test_blocks_of_a_result_are_in_the_order_of_the_text(tmp_path):
     """A target error takes them in random order; which blocks are neighbours decides the standard error."""
     (np.arange(40 * 12) ** 2 // 7 % 5).astype(np.uint16).tofile(tmp_path / "tokens.bin")
-    manifest = {"files": [{"name": "tokens.bin", "num_tokens": 480}], "token_bytes": 2, "vocab_size": 5}
+    manifest = {
+        "files": [{"name": "tokens.bin", "num_tokens": 480}],
+        "token_bytes": 2,
+        "vocab_size": 5,
+        "eos_token_id": 1,
+    }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"num_tokens": 480}))
     blocks, model = TokenBlocks(tmp_path, 12), token_model()
     plain = evaluate_brier(model, blocks, stride=2, batch_size=3)

@@ -7,11 +7,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm.functional import batch_temperature_sample
 from calm.functional.lazy_samples import LazySamples
-from calm.functional.temperature import sample_batch, sample_exact
+from calm.functional.temperature import exact_rounds, sample_batch
 
 PROBABILITY = torch.tensor([0.45, 0.3, 0.15, 0.1], dtype=torch.float64)
 # Chunks of two tokens: 0 and 1 differ in the second token alone, 2 and 3 in the first.
 CHUNKS = torch.tensor([[5, 0], [5, 1], [6, 0], [7, 1]])
+
+
+def sample_exact(samples, temperature, **options):
+    """Return the patches after the last round."""
+    *_, last = exact_rounds(samples, temperature, **options)
+    return last
 
 
 def sharpened(temperature):

@@ -391,7 +391,7 @@ def test_what_is_no_batch_of_tokens_is_refused(prompts, message):
 
 
 def test_unknown_tokens_are_refused():
-    with pytest.raises(ValueError, match=r"must lie in 0 to 47.*got 3 to 60"):
+    with pytest.raises(ValueError, match=r"must be in 0 to 47.*got 3 to 60"):
         tiny.calm().generate(torch.tensor([[3, 60]]))
 
 

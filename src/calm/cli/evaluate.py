@@ -9,6 +9,7 @@ from calm.generation.sampling_params import DEFAULTS, SamplingParams
 
 
 def evaluate(
+    context: typer.Context,
     models: Annotated[list[str], typer.Argument(help="directories of trained models, or hub ids")],
     data: Annotated[Path, typer.Option(help="prepared validation data, see `calm prepare`")],
     protocol: Annotated[
@@ -91,7 +92,7 @@ def evaluate(
     samplers = list(dict.fromkeys(canonical_name(name) for name in sampler or ["batch"]))
     for how in samplers:
         SamplingParams(1.0, how, num_candidates)
-    _check_writable(output, plot)
+    _check_writable(context, output, plot)
     target = resolve_device(device)
     loaded: dict[str, Any] = {}
     for name in models:
@@ -176,8 +177,10 @@ def evaluate(
         print(f"plot: {plot}")
 
 
-def _check_writable(output: Path | None, plot: Path | None) -> None:
-    """ValueError for a file that could not be written when all is scored."""
+def _check_writable(context: typer.Context, output: Path | None, plot: Path | None) -> None:
+    """Raise ValueError for a file that could not be written at the end, and hold its lock to the end of the command."""
+    from calm.utils.files import only_writer
+
     if plot is not None and plot.suffix != ".png":
         raise ValueError(f"--plot draws a PNG: name a file that ends in .png, got {plot}.")
     for path in (output, plot):
@@ -185,3 +188,4 @@ def _check_writable(output: Path | None, plot: Path | None) -> None:
             if path.is_dir():
                 raise ValueError(f"{path} is a directory: name a file in it.")
             path.parent.mkdir(parents=True, exist_ok=True)
+            context.with_resource(only_writer(path))

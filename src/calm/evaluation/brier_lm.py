@@ -38,12 +38,13 @@ class BrierResult:
     """A BrierLM score and what it was measured on. Brier scores, accuracies and collisions are times 100."""
 
     brier_lm: float
-    brier_lm_error: float | None  # standard error, by bootstrap over runs of blocks; None for fewer than 32 blocks
+    brier_lm_error: float | None  # standard error over documents or runs of blocks; None for fewer than 32 blocks
     brier: list[float]  # Brier-1 to Brier-4, not floored
     brier_error: list[float] | None
     accuracy: list[float]  # probability that a draw agrees with the text on the first 1..4 tokens
     collision: list[float]  # probability that two draws agree with each other
     block_brier: list[list[float]]  # Brier-1 to Brier-4 of every block in the order of the text, to compare models
+    block_documents: list[int] | None  # number of the document of every block; None where it is unknown
     num_positions: int
     num_blocks: int
     block_size: int  # tokens, the longest context
@@ -106,6 +107,7 @@ def evaluate_brier(
     model.eval()
     hits, collisions = [], []
     data_hash = hashlib.sha256()
+    documents = torch.tensor(blocks.documents(num_blocks))
     starts = scored_positions(blocks.block_size, stride).to(device)
     shuffle_seed = None if target_error is None else seed
     order = torch.tensor(shuffled(range(min(num_blocks or len(blocks), len(blocks))), shuffle_seed))
@@ -123,16 +125,19 @@ def evaluate_brier(
         if advance is not None:
             advance(len(ids))
         if target_error is not None:
-            in_order = order[: sum(map(len, hits))].argsort()
+            scored = order[: sum(map(len, hits))]
+            in_order = scored.argsort()
             brier = (2 * torch.cat(hits) - torch.cat(collisions))[in_order]
-            if error_to_stop_at(brier) <= target_error:
+            if error_to_stop_at(brier, documents[scored[in_order]].tolist()) <= target_error:
                 break
     model.train(was_training)
-    in_order = order[: sum(map(len, hits))].argsort()  # errors depend on which blocks are neighbours
+    scored = order[: sum(map(len, hits))]
+    in_order = scored.argsort()  # errors depend on which blocks are neighbours
     hit, collision = torch.cat(hits)[in_order], torch.cat(collisions)[in_order]
     return summarise(
         hit,
         collision,
+        documents[scored[in_order]].tolist(),
         num_positions=len(starts) * len(hit),
         block_size=blocks.block_size,
         stride=stride,
@@ -145,15 +150,16 @@ def evaluate_brier(
     )
 
 
-def summarise(hit: Tensor, collision: Tensor, **protocol: Any) -> BrierResult:
-    """Means over blocks and their standard errors by bootstrap.
+def summarise(hit: Tensor, collision: Tensor, documents: list[int] | None = None, **protocol: Any) -> BrierResult:
+    """Return means over blocks and their standard errors.
 
     Args:
         hit, collision: mean of each block ``[blocks, n]``, in the order of the text.
+        documents: number of the document of each block, where it is known.
         protocol: the other fields of the result.
     """
     brier = 2 * hit - collision
-    errors = brier_errors(brier)
+    errors = brier_errors(brier, documents)
 
     def percent(values: Tensor) -> list[float]:
         return [100 * value for value in values.tolist()]
@@ -166,6 +172,7 @@ def summarise(hit: Tensor, collision: Tensor, **protocol: Any) -> BrierResult:
         accuracy=percent(hit.mean(0)),
         collision=percent(collision.mean(0)),
         block_brier=[[round(value, 4) for value in percent(block)] for block in brier],
+        block_documents=documents,
         num_blocks=len(brier),
         **protocol,
     )

@@ -24,6 +24,7 @@ from calm.evaluation.likelihood import log_likelihoods
 from calm.generation.completions import complete
 from calm.generation.samplers import find_sampler
 from calm.generation.sampling_params import SamplingParams
+from calm.generation.settings import saved_sampling
 from calm.models.context import context_of, room_for_prompt
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.utils.device import resolve_device, resolve_dtype
@@ -145,7 +146,7 @@ class CalmHarness(TemplateLM):
 
     @property
     def _sampler(self) -> str:
-        return self.settings.sampler or self.model.generation_config.sampler
+        return self.settings.sampler or str(saved_sampling(self.model.generation_config)["sampler"])
 
     def _check_likelihoods(self) -> None:
         if not find_sampler(self._sampler).has_probabilities:

@@ -159,25 +159,17 @@ def sample_batch(samples: LazySamples, temperature: float, num_candidates: int) 
     return result
 
 
-def sample_exact(samples: LazySamples, temperature: float, max_samples: int = 4096) -> tuple[Tensor, Tensor]:
-    """Sample one patch per row with probability exactly ~ P(x)^(1/T), for any 0 < T <= 1.
+def exact_rounds(samples: LazySamples, temperature: float, max_samples: int = 4096) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sample one patch per row with probability exactly ~ P(x)^(1/T), for any 0 < T <= 1, round by round.
+
+    A round has at most 64 samples of a row, or those of one attempt, so that a server can serve others between rounds.
 
     Args:
         max_samples: the budget of a row. A row whose samples hardly ever agree spends it and is not accepted.
 
-    Returns:
-        ``(patches [R, K], accepted [R] bool)``; rows with ``accepted = False`` have no patch.
-    """
-    *_, last = exact_rounds(samples, temperature, max_samples)
-    return last
-
-
-def exact_rounds(samples: LazySamples, temperature: float, max_samples: int = 4096) -> Iterator[tuple[Tensor, Tensor]]:
-    """Run :func:`sample_exact` round by round; a round has at most 64 samples of a row, or those of one attempt.
-
     Yields:
-        the same two tensors after every round, updated in place; the last time all rows are accepted or the budget is
-        spent.
+        ``(patches [R, K], accepted [R] bool)`` after every round, updated in place; rows with ``accepted = False`` have
+        no patch. The last time all rows are accepted or the budget is spent.
     """
     exponent = check_temperature(temperature)
     whole = math.floor(exponent)

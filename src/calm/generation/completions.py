@@ -22,7 +22,7 @@ from calm.data.text import (
 )
 from calm.generation.model_runner import Continuations, ModelRunner, model_runner
 from calm.generation.prompts import left_padded
-from calm.generation.sampling_params import DEFAULTS, SamplingParams
+from calm.generation.sampling_params import SamplingParams
 from calm.models.context import positions_needed
 from calm.utils.files import only_writer
 
@@ -115,12 +115,12 @@ def complete_file(
         number of lines.
     """
     runner = model_runner(model)
-    runner.check(params)
+    resolved = runner.resolve(params)  # a mistake shows before anything is written
     numbered, output = _read_prompts(source), Path(output)
     records = [record for _, record in numbered]
     _check_absent(output)
     prompts = encode_plain_texts(tokenizer, [record["prompt"] for record in records])
-    _check_lengths(runner, [number for number, _ in numbered], prompts, source, params)
+    _check_lengths(runner, [number for number, _ in numbered], prompts, source, resolved)
     draft = output.with_name(f".{output.name}.partial")
     settings = {"model": str(getattr(model, "name_or_path", ""))} | params.given()
     settings |= {"stop": list(params.stop)} if params.stop else {}
@@ -180,7 +180,8 @@ def _check_lengths(
     """Raise ValueError for a prompt that does not fit the model's context, before any text is written."""
     if runner.context is None:
         return
-    max_new_tokens = params.max_new_tokens or DEFAULTS["max_new_tokens"]
+    max_new_tokens = params.max_new_tokens
+    assert max_new_tokens is not None
     for number, prompt in zip(numbers, prompts, strict=True):
         if positions_needed(len(prompt), max_new_tokens, runner.patch_size) > runner.context:
             raise ValueError(

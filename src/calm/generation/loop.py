@@ -109,7 +109,7 @@ class CalmGenerationMixin:
         Args:
             input_ids: prompts ``[B, T]``, left-padded; none or an empty prompt starts a new document.
             attention_mask: ``[B, T]``, 0 for the padding on the left. Without one, padding tokens at the edges of a
-                prompt are taken for padding, as transformers does.
+                prompt count as padding, as in transformers.
             max_new_tokens, temperature, sampler, num_candidates: as in
                 :class:`~calm.generation.sampling_params.SamplingParams`. They and its other fields, such as ``top_p``
                 and ``logprobs``, may also be passed as keyword arguments.
@@ -237,14 +237,14 @@ class CalmGenerationMixin:
             raise ValueError(f"sampler {params.sampler} needs {missing}: use {others}.")
 
     def align_prompt(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Whole patches with document separators in front: ``[B, T] -> [B, L * K], patch mask [B, L]``."""
+        """Fill prompts up to whole patches with separators: ``[B, T] -> [B, L * K], patch mask [B, L]``."""
         return align_prompt(
             input_ids, attention_mask, self.config.patch_size, self.config.vocab_size, self.config.separator_id
         )
 
     def prefill(self, aligned_ids: Tensor, patch_mask: Tensor) -> GenerationState:
-        """Read whole patches, as :meth:`align_prompt` gives them: ``[B, L * K], [B, L]``."""
-        # Without padding no mask at all: the backbone would look through it, and wait for the device, at every step.
+        """Read whole patches, as :meth:`align_prompt` returns them: ``[B, L * K], [B, L]``."""
+        # Without padding no mask is passed: the backbone would check it, and wait for the device, at every step.
         mask = None if bool(patch_mask.all()) else patch_mask
         outputs = self(
             aligned_ids,

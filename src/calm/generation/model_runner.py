@@ -283,14 +283,14 @@ class TokenModelRunner(ModelRunner):
         assert params.temperature is not None
         assert params.max_new_tokens is not None
         self._check_room(ids.shape[1], params.max_new_tokens)
+        pad = {} if tokenizer is None else {"pad_token_id": tokenizer.pad_token_id}
         # transformers' generate has no generator argument.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(params.seed or 0)
             out = self.model.generate(
                 ids, attention_mask=mask, streamer=streamer, tokenizer=tokenizer, do_sample=True, top_k=0,
-                pad_token_id=None if tokenizer is None else tokenizer.pad_token_id, top_p=params.top_p,
-                temperature=max(params.temperature, LOWEST_TEMPERATURE), max_new_tokens=params.max_new_tokens,
-                stop_strings=list(params.stop) or None,
+                top_p=params.top_p, temperature=max(params.temperature, LOWEST_TEMPERATURE),
+                max_new_tokens=params.max_new_tokens, stop_strings=list(params.stop) or None, **pad,
             )  # fmt: skip
         return Continuations(out[:, ids.shape[1] :])
 

@@ -123,7 +123,8 @@ def resolve_settings(
     Args:
         arguments: of ``generate``, by name; None is not set.
         saved: of the call, or the model's.
-        own: the model's; its end-of-text and padding tokens hold where nothing else names an end of text.
+        own: the model's; its sampler holds where nothing else names one, and its end-of-text and padding tokens where
+            nothing else names an end of text.
 
     Raises:
         ValueError: for parameters that a CALM cannot follow, and for impossible values.
@@ -162,7 +163,7 @@ def resolve_settings(
     end_ids = _as_list(values["eos_token_id"])
     pad_id = values["pad_token_id"]
     return GenerationSettings(
-        params=params.with_defaults(saved_sampling(saved)),
+        params=params.with_defaults({"sampler": saved_sampling(own).get("sampler"), **saved_sampling(saved)}),
         num_return_sequences=values["num_return_sequences"],
         return_dict_in_generate=values["return_dict_in_generate"],
         max_time=values["max_time"],

@@ -23,6 +23,11 @@ class NextPatches:
             self.logprobs |= {slot: listed[row] for slot, row in zip(slots, rows, strict=True)}
         if len(rows) < len(patches.tokens):
             patches = SampledPatches(patches.tokens[rows], patches.num_samples[rows], patches.num_decoded[rows])
-        self.all.put(slots, patches)
+        if slots == list(range(len(self.is_ready))):
+            # All sequences have the same parameters, the usual case: nothing is copied.
+            tokens = patches.tokens.contiguous()  # its rows will be moved between slots
+            self.all = SampledPatches(tokens, patches.num_samples, patches.num_decoded)
+        else:
+            self.all.put(slots, patches)
         for slot in slots:
             self.is_ready[slot] = True
