@@ -5,7 +5,7 @@ dimensions.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from calm.functional.energy_score import mean_distance, mean_distance_of_pairs
-from calm.functional.rng import Generator, normal, uniform
+from calm.functional.rng import Generator, normal, of_rows, uniform
 from calm.functional.tiles import rows_at_once
 from calm.models.configuration_heads import EnergyHeadConfig
 from calm.models.heads.activated_linear import gated_silu_linear, is_plain, silu_linear
@@ -149,7 +149,7 @@ class EnergyHead(Head):
         distances = []
         for rows in (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)):
             if target_noise is None:
-                source = generator[rows] if isinstance(generator, Sequence) else generator
+                source = of_rows(generator, rows)
                 noise = normal((rows.stop - rows.start, *of_row), source, std.device, row_dim=0)
             else:
                 noise = target_noise[:, rows].movedim(0, -2).float().clone()
