@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py                                   # random weights of the study shape
     python benchmarks/serving.py --model runs/calm --baseline runs/baseline --temperature 0.5
-    python benchmarks/serving.py --check                           # 1000 requests of 64 clients against single runs
+    python benchmarks/serving.py --check [--batch-invariant]       # 1000 requests of 64 clients against single runs
 
 Compared are the engine with a batch, the same engine with one sequence at a time, the same engine with the token
 model, and a plain loop: FastAPI around transformers' `generate` on the token model, one request after the other. Each
@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2 as httpx
@@ -49,7 +48,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=4, help="answers per client, at least 8 in all")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--check", action="store_true", help="compare 1000 answers with single runs")
+    parser.add_argument("--check", action="store_true", help="compare 1000 texts with those of single runs")
+    parser.add_argument("--batch-invariant", action="store_true", help="start the servers with this option")
     parser.add_argument("--output", type=Path, default=Path("serving.json"))
     parser.add_argument("--plain-server", nargs=2, metavar=("MODEL", "PORT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -61,7 +61,7 @@ def main() -> None:
         if model is None or baseline is None:
             drafts = random_models(Path(name), ends=arguments.check)
             model, baseline = model or drafts[0], baseline or drafts[1]
-        result = check(model) if arguments.check else load(model, baseline, arguments)
+        result = check(model, arguments.batch_invariant) if arguments.check else load(model, baseline, arguments)
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     arguments.output.write_text(json.dumps(machine | result, indent=1), encoding="utf-8")
     print(f"written: {arguments.output}")
@@ -90,6 +90,7 @@ def load(model: str, baseline: str, arguments: argparse.Namespace) -> dict:
     most = max(arguments.clients)
     serve = [sys.executable, "-m", "calm.cli.main", "serve"]
     size = ["--context", "1024", "--max-queue", str(2 * most)]
+    size += ["--batch-invariant"] * arguments.batch_invariant
     servers = {
         "CALM, batched": [*serve, model, "--max-batch", str(most), *size],
         "CALM, one at a time": [*serve, model, "--max-batch", "1", *size],
@@ -214,44 +215,55 @@ def plain_server(model: str, port: str) -> None:
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
-def check(model: str) -> dict:
-    """1000 requests of 64 clients: none is lost, and each gets the text that `generate` gives it alone."""
+def check(model: str, batch_invariant: bool) -> dict:
+    """1,000 requests of 64 clients at once, and the same requests one after the other: is every text the same?
+
+    The texts are also compared with those of `generate`, which rounds otherwise in batch-invariant steps.
+    """
     settings = [{"temperature": 1.0}, {"temperature": 0.5, "num_candidates": 32}]
 
     def body(number: int) -> dict:
         return {"prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": 8 + number % 25, "seed": number,
                 **settings[number % len(settings)]}  # fmt: skip
 
-    texts: dict[int, str] = {}
+    async def texts_of(address: str, num_clients: int) -> dict[int, str]:
+        texts, numbers = {}, iter(range(1000))
 
-    async def client(http: httpx.AsyncClient, numbers: Iterator[int]) -> None:
-        for number in numbers:
-            answer = await http.post("/v1/completions", json=body(number))
-            texts[number] = answer.json()["choices"][0]["text"]
+        async def client(http: httpx.AsyncClient) -> None:
+            for number in numbers:
+                response = await http.post("/v1/completions", json=body(number))
+                texts[number] = response.json()["choices"][0]["text"]
 
-    async def all_clients(address: str) -> None:
-        numbers = iter(range(1000))
         async with httpx.AsyncClient(base_url=address, timeout=600, limits=httpx.Limits(max_connections=None)) as http:
-            await asyncio.gather(*(client(http, numbers) for _ in range(64)))
+            await asyncio.gather(*(client(http) for _ in range(num_clients)))
+        return texts
 
     command = [sys.executable, "-m", "calm.cli.main", "serve", model, "--max-batch", "64", "--context", "1024"]
-    start = time.perf_counter()
-    with Server(command) as address:
-        asyncio.run(all_clients(address))
-    seconds = time.perf_counter() - start
+    seconds = {}
+    with Server([*command, *["--batch-invariant"] * batch_invariant]) as address:
+        texts = {}
+        for num_clients in (64, 1):
+            start = time.perf_counter()
+            texts[num_clients] = asyncio.run(texts_of(address, num_clients))
+            seconds[num_clients] = time.perf_counter() - start
     calm, tokenizer = load_language_model(model), load_tokenizer(model)
-    different = []
+    generated = {}
     for number in range(1000):
         asked = body(number)
         one = SamplingSettings(
             asked["max_tokens"], asked["temperature"], num_candidates=asked.get("num_candidates"), seed=asked["seed"]
         )
-        if complete(calm, tokenizer, [asked["prompt"]], one)[0]["text"] != texts[number]:
-            different.append(number)
+        generated[number] = complete(calm, tokenizer, [asked["prompt"]], one)[0]["text"]
+    different = {
+        name: [number for number in range(1000) if other[number] != texts[64].get(number)]
+        for name, other in (("one_client", texts[1]), ("generate", generated))
+    }
     print(
-        f"1000 requests of 64 clients in {seconds:.0f} s: {len(texts)} answers, {len(different)} not the single run's"
+        f"1000 requests of 64 clients in {seconds[64]:.0f} s (1 client: {seconds[1]:.0f} s): {len(texts[64])} answers, "
+        f"{len(different['one_client'])} not the text of the request alone, {len(different['generate'])} not that of "
+        "generate"
     )
-    return {"answers": len(texts), "different": different, "seconds": seconds}
+    return {"answers": len(texts[64]), "different": different, "seconds": seconds}
 
 
 if __name__ == "__main__":

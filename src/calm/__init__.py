@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from calm.models.configuration_autoencoder import CalmAutoencoderConfig
     from calm.models.configuration_calm import CalmConfig
     from calm.models.configuration_codes import TokenCodesConfig
-    from calm.models.configuration_heads import (
-        CategoricalFlowHeadConfig,
-        DiffusionHeadConfig,
-        EnergyHeadConfig,
-        FlowHeadConfig,
-    )
+    from calm.models.heads.base import Head, HeadConfig, HeadLoss
+    from calm.models.heads.categorical_flow import CategoricalFlowHeadConfig
+    from calm.models.heads.diffusion import DiffusionHeadConfig
+    from calm.models.heads.energy import EnergyHeadConfig
+    from calm.models.heads.flow import FlowHeadConfig
+    from calm.models.heads.registry import register_head
     from calm.models.modeling_autoencoder import CalmAutoencoder
     from calm.models.modeling_calm import CalmForCausalLM
     from calm.models.modeling_codes import TokenCodes
@@ -35,9 +35,13 @@ __all__ = [
     "DiffusionHeadConfig",
     "EnergyHeadConfig",
     "FlowHeadConfig",
+    "Head",
+    "HeadConfig",
+    "HeadLoss",
     "TokenCodes",
     "TokenCodesConfig",
     "__version__",
+    "register_head",
 ]
 
 # The module of every public name.
@@ -46,12 +50,16 @@ _MODULES = {
     "CalmAutoencoderConfig": "calm.models.configuration_autoencoder",
     "CalmConfig": "calm.models.configuration_calm",
     "CalmForCausalLM": "calm.models.modeling_calm",
-    "CategoricalFlowHeadConfig": "calm.models.configuration_heads",
-    "DiffusionHeadConfig": "calm.models.configuration_heads",
-    "EnergyHeadConfig": "calm.models.configuration_heads",
-    "FlowHeadConfig": "calm.models.configuration_heads",
+    "CategoricalFlowHeadConfig": "calm.models.heads.categorical_flow",
+    "DiffusionHeadConfig": "calm.models.heads.diffusion",
+    "EnergyHeadConfig": "calm.models.heads.energy",
+    "FlowHeadConfig": "calm.models.heads.flow",
+    "Head": "calm.models.heads.base",
+    "HeadConfig": "calm.models.heads.base",
+    "HeadLoss": "calm.models.heads.base",
     "TokenCodes": "calm.models.modeling_codes",
     "TokenCodesConfig": "calm.models.configuration_codes",
+    "register_head": "calm.models.heads.registry",
 }
 _PACKAGES = (
     "checkpoints",

@@ -65,6 +65,19 @@ print(type(AutoModel.from_pretrained(r"{tmp_path / "autoencoder"}")).__name__)
     assert python(code).split() == ["CalmForCausalLM", "CalmAutoencoder"]
 
 
+@pytest.mark.parametrize(("make", "auto_class"), [(tiny.calm, "AutoModelForCausalLM"), (tiny.autoencoder, "AutoModel")])
+def test_auto_classes_without_our_import_name_the_package_to_install(make, auto_class, tmp_path):
+    make().save_pretrained(tmp_path)
+    code = f"""
+from transformers import {auto_class}
+try:
+    {auto_class}.from_pretrained(r"{tmp_path}")
+except ValueError as error:
+    print(error)
+"""
+    assert "has model type `calm-lm" in python(code)
+
+
 def test_every_public_name_is_there_and_known_to_type_checkers():
     assert set(calm.__all__) <= set(dir(calm))
     assert all(getattr(calm, name) is not None for name in calm.__all__)

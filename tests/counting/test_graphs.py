@@ -37,7 +37,17 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(("name", "half"), [*((name, False) for name in MODELS), ("energy", True), ("baseline", True)])
+_FAST = ("energy", "categorical flow", "baseline")
+
+
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [
+        *(pytest.param(name, False, marks=[] if name in _FAST else pytest.mark.slow) for name in MODELS),
+        pytest.param("energy", True, marks=pytest.mark.slow),
+        pytest.param("baseline", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_training_step_is_one_graph(name, half):
     model = MODELS[name]()
     torch._dynamo.reset()
@@ -61,6 +71,7 @@ def test_a_training_step_is_one_graph(name, half):
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["energy", "categorical flow"])
 def test_a_compiled_step_has_the_loss_and_gradients_of_the_eager_one(name):
     model, ids = MODELS[name](), tiny.tokens(2, 16)

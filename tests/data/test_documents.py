@@ -8,7 +8,6 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from calm.data.corpus import in_validation, stdlib_documents, write_embedded_corpus
 from calm.data.documents import BadRecordError, read_documents, split_text
 from calm.data.sources import find_sources, unread_summary
 from calm.data.tokenizer import train_tokenizer
@@ -113,29 +112,6 @@ def test_missing_empty_and_unknown_sources_are_refused(tmp_path):
     (tmp_path / "a.docx").write_bytes(b"")
     with pytest.raises(ValueError, match=r"cannot read .*a\.docx: documents are \.txt"):
         find_sources([tmp_path / "a.docx"])
-
-
-def test_the_embedded_corpus_replaces_nothing(tmp_path):
-    (tmp_path / "validation.jsonl").write_text("mine")
-    with pytest.raises(ValueError, match=r"validation.jsonl is there already and holds something else"):
-        write_embedded_corpus(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["validation.jsonl"]
-    (tmp_path / "validation.jsonl").unlink()
-    assert write_embedded_corpus(tmp_path) == write_embedded_corpus(tmp_path)  # the same again
-
-
-def test_embedded_corpus_is_the_standard_library_split_by_file(tmp_path):
-    paths = write_embedded_corpus(tmp_path)
-    records = {
-        split: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for split, path in paths.items()
-    }
-    assert len(records["train"]) > 400
-    assert 10 < len(records["validation"]) < 0.1 * len(records["train"])
-    assert sum(len(record["text"]) for record in records["train"]) > 5e6
-    assert all(in_validation(record["path"]) for record in records["validation"])
-    assert not any(in_validation(record["path"]) for record in records["train"])
-    assert not any("/test/" in f"/{path}" for path, _ in stdlib_documents())
 
 
 def test_suffixes_are_known_in_every_spelling(tmp_path):

@@ -37,7 +37,7 @@ def test_what_some_rows_draw_the_whole_has_drawn():
 def test_uniform_numbers_are_below_one_and_uniform(dtype):
     numbers = uniform((10, N // 10), RowStreams(torch.arange(10)), dtype=dtype)
     assert numbers.dtype == dtype
-    assert 0 <= numbers.min()
+    assert numbers.min() >= 0
     assert numbers.max() < 1
     counts = torch.histc(numbers.float(), 32, 0, 1)
     chi_square = ((counts - N / 32).square() / (N / 32)).sum()

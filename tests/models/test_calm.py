@@ -3,9 +3,10 @@ import json
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from calm import CalmConfig, CalmForCausalLM
+from calm.checkpoints.loading import load_model
 
 
 def test_saved_model_is_self_contained(tmp_path):
@@ -22,6 +23,26 @@ def test_saved_model_is_self_contained(tmp_path):
     assert config["head_config"]["type"] == "energy"
 
 
+@pytest.mark.parametrize(("former", "make"), [("calm", tiny.calm), ("calm_autoencoder", tiny.autoencoder)])
+def test_checkpoints_saved_under_the_former_model_type_load(former, make, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["model_type"] == former.replace("calm", "calm-lm").replace("_", "-")
+    fields |= {"model_type": former}
+    if former == "calm":
+        fields["autoencoder_config"]["model_type"] = "calm_autoencoder"
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    auto_class = AutoModelForCausalLM if former == "calm" else AutoModel
+    for load in (type(model).from_pretrained, auto_class.from_pretrained, load_model):
+        loaded = load(tmp_path)
+        assert type(loaded) is type(model)
+        assert loaded.config.to_dict()["model_type"] == type(model.config).model_type
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    # transformers warns where the names differ.
+    assert type(model.config).get_config_dict(tmp_path)[0]["model_type"] == type(model.config).model_type
+
+
 def test_the_type_a_configuration_was_saved_with_does_not_matter_to_a_new_model(tmp_path):
     tiny.calm().to(torch.bfloat16).save_pretrained(tmp_path)
     model = CalmForCausalLM(CalmConfig.from_pretrained(tmp_path))
@@ -32,13 +53,12 @@ def test_the_type_a_configuration_was_saved_with_does_not_matter_to_a_new_model(
 
 def test_what_is_no_calm_is_named(tmp_path):
     tiny.autoencoder().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a model of type 'calm_autoencoder'; CalmForCausalLM loads type 'calm'"):
+    with pytest.raises(
+        ValueError, match="holds a model of type 'calm-lm-autoencoder'; CalmForCausalLM loads type 'calm-lm'"
+    ):
         CalmForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="vocab_size is a field of backbone_config and autoencoder_config"):
         CalmConfig(vocab_size=48)
-    model, ids = tiny.calm(type="flow"), tiny.tokens(2, 8)
-    with pytest.raises(ValueError, match=r"target_ids are for an energy head.*got flow"):
-        model(ids, labels=ids, target_ids=ids[None, :, 4:].unflatten(-1, (1, 4)))
 
 
 def test_a_mask_may_count_tokens_or_patches():
@@ -125,23 +145,6 @@ def test_no_target_gives_zero_loss_and_no_nan():
     assert loss == 0
 
 
-def test_possible_next_patches_must_divide_the_target_draws():
-    ids = tiny.tokens(1, 12)
-    with pytest.raises(ValueError, match=r"num_target_samples \(8\) of the energy head must be a multiple of the 3"):
-        tiny.calm()(ids, labels=ids, target_ids=torch.zeros(3, 1, 2, 4, dtype=torch.long))
-
-
-def test_mean_pull_is_added():
-    ids, noise = tiny.tokens(2, 8), torch.rand(4, 2, 1, 6) - 0.5
-    plain = tiny.calm()
-    pulled = tiny.calm(mean_pull_weight=2.0)
-    target_noise = torch.randn(8, 2, 1, 8)
-    arguments = {"labels": ids, "noise": noise, "target_noise": target_noise}
-    samples = plain.head.sample(plain(ids).last_hidden_state[:, :-1], noise)
-    distance = (samples.mean(0) - plain.autoencoder.encode(ids[:, 4:]).mean).square().sum(-1).mean()
-    torch.testing.assert_close(pulled(ids, **arguments).loss, plain(ids, **arguments).loss + 2 * distance)
-
-
 def test_condition_residual_opens_a_path_for_the_context():
     model = tiny.calm(condition_residual=True)
     for block in model.head.blocks:  # with the blocks shut, only the residual path is left
@@ -209,7 +212,7 @@ def test_impossible_configurations_are_refused(changes, message):
 
 def test_a_whole_number_is_a_number():
     autoencoder = tiny.autoencoder_config(latent_dropout=0, token_dropout=0, kl_weight=1, kl_clip=0)
-    head = {"type": "energy", "alpha": 1, "mean_pull_weight": 1}
+    head = {"type": "energy", "alpha": 1}
     CalmConfig(
         autoencoder_config=autoencoder, backbone_config=tiny.backbone(), head_config=head, token_prediction_weight=3
     )
@@ -218,6 +221,21 @@ def test_a_whole_number_is_a_number():
         backbone_config=tiny.backbone(),
         head_config={"type": "diffusion", "clip_latent": 4},
     )
+
+
+def test_configurations_with_removed_options_load_and_name_those_that_had_an_effect(tmp_path):
+    tiny.calm().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["head_config"] |= {"num_latent_groups": 1, "mean_pull_weight": 0.0}  # as every model was saved
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = CalmForCausalLM.from_pretrained(tmp_path)
+    assert not hasattr(loaded.config.head_config, "num_latent_groups")
+    config["head_config"]["num_latent_groups"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.warns(FutureWarning, match=r"head_config: num_latent_groups was removed and is ignored \(it was 4\)"):
+        loaded = CalmForCausalLM.from_pretrained(tmp_path)
+    ids = tiny.tokens(1, 8)
+    assert torch.equal(loaded(ids).last_hidden_state, tiny.calm()(ids).last_hidden_state)
 
 
 def test_the_kind_of_attention_can_be_chosen(tmp_path):

@@ -231,6 +231,18 @@ def test_values_of_the_wrong_kind_are_named(path, value, message):
     assert message in str(error.value)
 
 
+def test_removed_keys_are_ignored_with_a_warning_where_they_had_an_effect():
+    values = copy.deepcopy(CALM)
+    values["distillation"] = None
+    values["model"]["head"] = {"type": "energy", "num_latent_groups": 1, "mean_pull_weight": 0.0}
+    assert Recipe.from_dict(values).model["head"] == {"type": "energy"}  # as every finished run has it
+    with pytest.warns(FutureWarning, match="the recipe: distillation was removed and is ignored"):
+        Recipe.from_dict(values | {"distillation": {"teacher": "runs/baseline"}})
+    values["model"]["head"]["num_latent_groups"] = 16
+    with pytest.warns(FutureWarning, match=r"model\.head: num_latent_groups was removed and is ignored \(it was 16\)"):
+        Recipe.from_dict(values)
+
+
 @pytest.mark.parametrize("nothing", ["null", "false", "none", "[]"])
 def test_a_run_may_report_to_nobody(recipe, nothing):
     assert training_arguments(Recipe.load(recipe, [f"training.report_to={nothing}"])).report_to == []

@@ -25,24 +25,23 @@ PLAN = {
         "teacher": {"label": "token model", "recipe": "baseline.yaml"},
         "autoencoder": {"recipe": "autoencoder.yaml", "set": {"model.patch_size": 3}},
         "plain": {"label": "CALM", "recipe": "calm.yaml", "set": {"model.autoencoder": "@autoencoder"}},
-        "distilled": {
+        "warm": {
             "recipe": "calm.yaml",
             "set": {
                 "model.autoencoder": "@autoencoder",
                 "model.token_prediction_weight": 1.0,
-                "distillation.teacher": "@teacher",
-                "distillation.num_continuations": 2,
+                "model.backbone_weights": "@teacher",
             },
         },
     },
     "fluency": {
-        "judge": "teacher", "models": ["teacher", "plain", "distilled:token_prediction"], "temperatures": [1.0, 0.5],
+        "judge": "teacher", "models": ["teacher", "plain", "warm:token_prediction"], "temperatures": [1.0, 0.5],
         "num_texts": 4, "prompt_tokens": 6, "new_tokens": 12,
     },
     "report": [
-        {"title": "Frontier", "text": "Who wins.", "lines": {"CALM": ["plain", "distilled"], "token": ["teacher"]}},
+        {"title": "Frontier", "text": "Who wins.", "lines": {"CALM": ["plain", "warm"], "token": ["teacher"]}},
         {"title": "Autoencoders", "rows": ["autoencoder"]},
-        {"title": "Changes", "rows": ["autoencoder", "plain", "distilled", "distilled:token_prediction"]},
+        {"title": "Changes", "rows": ["autoencoder", "plain", "warm", "warm:token_prediction"]},
     ],
 }  # fmt: skip
 
@@ -63,20 +62,20 @@ def test_every_model_is_trained_and_scored_once_and_reported(family, tmp_path, m
     # The whole way to a model counts.
     way = scores["autoencoder"]["training_flops"]
     assert scores["plain"]["total_flops"] == scores["plain"]["training_flops"] + way
-    distilled = scores["distilled"]
-    assert distilled["total_flops"] == distilled["training_flops"] + way + scores["teacher"]["training_flops"]
-    assert distilled["training_flops"] > scores["plain"]["training_flops"]
+    warm = scores["warm"]
+    assert warm["total_flops"] == warm["training_flops"] + way + scores["teacher"]["training_flops"]
+    assert warm["training_flops"] > scores["plain"]["training_flops"]
     # What token prediction gives in the head's place, where it was trained, of the same text.
-    without_head = scores["distilled"]["token_prediction"]
+    without_head = scores["warm"]["token_prediction"]
     assert without_head["data_sha256"] == scores["plain"]["data_sha256"]
-    assert without_head["brier"] != scores["distilled"]["brier"]
-    assert without_head["inference_flops_per_token"] < scores["distilled"]["inference_flops_per_token"]
+    assert without_head["brier"] != scores["warm"]["brier"]
+    assert without_head["inference_flops_per_token"] < scores["warm"]["inference_flops_per_token"]
     assert f" {without_head['brier'][0]:.2f} | " in text
     # Every model beside the first of its table, block by block.
-    apart = brier_difference(distilled["block_brier"], scores["plain"]["block_brier"])
-    assert f"| distilled | {brier_cell(distilled)} | {difference_cell(apart)} |" in text
-    assert "| distilled, token prediction | " in text
-    assert "### distilled, token prediction, T = 0.5" in text
+    apart = brier_difference(warm["block_brier"], scores["plain"]["block_brier"])
+    assert f"| warm | {brier_cell(warm)} | {difference_cell(apart)} |" in text
+    assert "| warm, token prediction | " in text
+    assert "### warm, token prediction, T = 0.5" in text
     assert scores["plain"]["token_prediction"] is None
     for part in ("| CALM | ", "| token model | ", "Who wins.", "![Frontier](plot_1.png)", "![Changes](plot_3.png)",
                  "| the documents |", "▸"):  # fmt: skip
@@ -94,13 +93,11 @@ def test_every_model_is_trained_and_scored_once_and_reported(family, tmp_path, m
     some = run_study(plan, tmp_path / "some", only=["plain"])
     assert sorted(path.parent.name for path in (tmp_path / "some").glob("*/score.json")) == ["autoencoder", "plain"]
     assert "| CALM | " in some.read_text()
-    with pytest.raises(
-        ValueError, match=r"the plan has no model nobody; it has teacher, autoencoder, plain, distilled"
-    ):
+    with pytest.raises(ValueError, match=r"the plan has no model nobody; it has teacher, autoencoder, plain, warm"):
         run_study(plan, run, only=["nobody"])
     # A report of what is there.
-    (run / "distilled" / "score.json").unlink()
-    assert "| distilled |" not in write_report(run).read_text()
+    (run / "warm" / "score.json").unlink()
+    assert "| warm |" not in write_report(run).read_text()
 
 
 def test_texts_are_judged_again_where_the_plan_asks_for_others(family, tmp_path, monkeypatch):  # noqa: F811
@@ -146,12 +143,12 @@ def test_what_a_model_was_made_from_counts_once(family, tmp_path):  # noqa: F811
     models = PLAN["models"] | {
         "both": {
             "recipe": "calm.yaml",
-            "set": PLAN["models"]["distilled"]["set"] | {"model.backbone_weights": "@teacher"},
+            "set": PLAN["models"]["warm"]["set"] | {"model.backbone_weights": "@warm"},
         }
     }
     run = tmp_path / "run"
     run_study(Plan.load(write(family, models=models, fluency=None, report=[])), run, only=["both"])
-    scores = {name: json.loads((run / name / "score.json").read_text()) for name in ("both", "teacher", "autoencoder")}
+    scores = {name: json.loads((run / name / "score.json").read_text()) for name in models if name != "plain"}
     assert scores["both"]["total_flops"] == sum(score["training_flops"] for score in scores.values())
 
 
@@ -179,7 +176,7 @@ def test_what_a_study_costs_is_known_before_it_is_trained(family, tmp_path, monk
     plan, run = Plan.load(write(family)), tmp_path / "run"
     before = study_cost(plan, run)
     assert not run.exists()
-    run_study(plan, run, only=["distilled"])
+    run_study(plan, run, only=["warm"])
     for name, cost in study_cost(plan, run).items():
         assert cost == before[name] | {"is_done": name != "plain"}
         if cost["is_done"]:

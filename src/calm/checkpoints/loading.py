@@ -14,6 +14,7 @@ from calm.checkpoints.hub import check_weights, code_in_pickle, listing, read_co
 from calm.checkpoints.meta_model import SETTINGS_ERRORS, outline
 from calm.checkpoints.reference import AUTOENCODER, is_reference_layout
 from calm.generation.settings import check_generation_config
+from calm.models.auto_classes import current_model_type
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
 
@@ -121,5 +122,5 @@ def model_class(path: str | os.PathLike) -> Any:
         raise ValueError(str(error)) from error
     if is_reference_layout(config):
         return CalmAutoencoder if config["architectures"][0] == AUTOENCODER else CalmForCausalLM
-    kinds = {"calm_autoencoder": CalmAutoencoder, "calm": CalmForCausalLM}
-    return kinds.get(str(config.get("model_type")), AutoModelForCausalLM)
+    kinds = {kind.config_class.model_type: kind for kind in (CalmAutoencoder, CalmForCausalLM)}
+    return kinds.get(str(current_model_type(config.get("model_type"))), AutoModelForCausalLM)

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from calm.checkpoints.hub import HUB_OPTIONS, check_weights, read_config, read_weights
 from calm.checkpoints.reference_names import reference_names, replace_prefix
+from calm.models.auto_classes import current_model_type
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.configuration_calm import CalmConfig
+from calm.models.heads.registry import find_head, reference_architectures
 
 AUTOENCODER = "Autoencoder"
-_HEAD_TYPES = {"EnergyTransformer": "energy", "DiffusionTransformer": "diffusion", "FlowTransformer": "flow"}
 # Beside the names that count, the reference's output embedding and its energy head are stored under these.
 _TIED_HEAD = "decoder.lm_head_weight"
 _SECOND_HEAD, _FIRST_HEAD = "generative_head.", "mlp_generator."
@@ -36,11 +37,10 @@ _AUTOENCODER_FIELDS = (
     "vocab_size", "patch_size", "hidden_size", "intermediate_size", "latent_size", "num_encoder_layers",
     "num_decoder_layers", "hidden_act", "mlp_bias", "rms_norm_eps", "initializer_range", "kl_weight",
 )  # fmt: skip
-# Of a head: what trains it and draws from it, not what it is.
-_ONLY_TREATED_OTHERWISE = {
-    f"head_config.{name}"
-    for name in ("num_target_samples", "num_latent_groups", "mean_pull_weight", "num_sampling_steps", "solver")
-}
+# The reference's configuration has these fields for every head.
+_ENERGY_DEFAULTS = {"noise_size": 64, "beta": 1.0}
+# Fields of a head that set how it is trained and sampled, and do not change what it computes.
+_ONLY_TREATED_OTHERWISE = {f"head_config.{name}" for name in ("num_target_samples", "num_sampling_steps", "solver")}
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -48,8 +48,9 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def is_reference_layout(config: dict) -> bool:
     """Whether the fields of a ``config.json`` are the reference's."""
     architectures = config.get("architectures") or [""]
-    known = (AUTOENCODER, *_HEAD_TYPES)
-    return not config.get("model_type") and isinstance(architectures, list) and architectures[0] in known
+    if config.get("model_type") or not isinstance(architectures, list):
+        return False
+    return architectures[0] in (AUTOENCODER, *reference_architectures())
 
 
 def load_pretrained(
@@ -76,7 +77,8 @@ def load_pretrained(
     if path is None or not is_reference_layout(fields):
         if autoencoder is not None:
             raise ValueError(f"{path} holds its autoencoder: pass autoencoder= for checkpoints of the reference alone.")
-        kind, wanted = fields.get("model_type"), cls.config_class.model_type  # type: ignore[union-attr]
+        kind = current_model_type(fields.get("model_type"))
+        wanted = cls.config_class.model_type  # type: ignore[union-attr]
         if kind is not None and kind != wanted:
             raise ValueError(f"{path} holds a model of type {kind!r}; {cls.__name__} loads type {wanted!r} alone.")
         return transformers_from_pretrained(path, *args, trust_remote_code=False, **kwargs)
@@ -156,14 +158,9 @@ def language_model_config(config: dict, autoencoder: CalmAutoencoderConfig) -> C
                 f"the language model was trained with {name} {config[name]}, but its autoencoder has "
                 f"{getattr(autoencoder, name)}: they do not belong together."
             )
-    head_type = _HEAD_TYPES[config["architectures"][0]]
-    head: dict[str, Any] = {
-        "type": head_type,
-        "num_mlp_layers": config.get("num_mlp_layers", 4),
-        "num_samples": config.get("num_samples", 8),
-    }
-    if head_type == "energy":
-        head |= {"noise_size": config.get("noise_size", 64), "alpha": config.get("beta", 1.0)}
+    head_type = reference_architectures()[config["architectures"][0]]
+    fields = find_head(head_type).reference_fields
+    head: dict[str, Any] = {ours: config.get(theirs, default) for ours, (theirs, default) in fields.items()}
     backbone = {name: config[name] for name in _BACKBONE_FIELDS if name in config}
     backbone["rope_theta"] = config.get("rope_theta", 10000.0)
     if config.get("rope_scaling"):
@@ -171,7 +168,7 @@ def language_model_config(config: dict, autoencoder: CalmAutoencoderConfig) -> C
     return CalmConfig(
         backbone_config=backbone | _token_ids(config),
         autoencoder_config=autoencoder,
-        head_config=head,
+        head_config={"type": head_type} | head,
         initializer_range=config.get("initializer_range", 0.02),
         # Its training text has the begin-of-text token in front of every document, and nothing behind.
         document_separator_id=_token_ids(config)["bos_token_id"],
@@ -191,29 +188,30 @@ def save_reference(model: Any, path: str | os.PathLike, final_path: str | os.Pat
     """
     path = Path(path)
     config: Any = model.config
-    inner = getattr(config, "autoencoder_config", config)
+    is_autoencoder = isinstance(config, CalmAutoencoderConfig)
+    if not is_autoencoder:
+        _check_head_is_known(config.head_config.type)
+    inner = config if is_autoencoder else config.autoencoder_config
     if inner.embedding_size != inner.hidden_size:
         raise ValueError(
             "the reference's autoencoder has no embedding_size of its own: this model cannot be converted."
         )
-    if isinstance(config, CalmAutoencoderConfig):
+    if is_autoencoder:
         _write(path, _reference_autoencoder_fields(config), _their_state(model))
         return
     backbone, head = config.backbone_config, config.head_config
+    head_class = find_head(head.type)
     if backbone.model_type != "llama":
         raise ValueError(f"the reference knows Llama backbones only, this one is {backbone.model_type!r}.")
     fields = {name: getattr(backbone, name) for name in _BACKBONE_FIELDS}
-    architecture = next(name for name, kind in _HEAD_TYPES.items() if kind == head.type)
     rope = dict(backbone.rope_parameters)
     fields |= {
-        "architectures": [architecture],
+        "architectures": [head_class.reference_architecture],
         "ae_path": str((Path(final_path or path) / "autoencoder").resolve()),
         "patch_size": config.patch_size,
         "latent_size": config.autoencoder_config.latent_size,
-        "num_mlp_layers": head.num_mlp_layers,
-        "num_samples": head.num_samples,
-        "noise_size": getattr(head, "noise_size", 64),
-        "beta": getattr(head, "alpha", 1.0),
+        **_ENERGY_DEFAULTS,
+        **{theirs: getattr(head, ours) for ours, (theirs, _) in head_class.reference_fields.items()},
         "rope_theta": rope.pop("rope_theta"),
         "rope_scaling": None if rope.get("rope_type") == "default" else {**rope, "type": rope["rope_type"]},
         "pretraining_tp": 1,
@@ -222,6 +220,16 @@ def save_reference(model: Any, path: str | os.PathLike, final_path: str | os.Pat
     _check_representable(config, fields)
     save_reference(model.autoencoder, path / "autoencoder")
     _write(path, fields | _shared_fields(model), _their_state(model))
+
+
+def _check_head_is_known(head_type: str) -> None:
+    """Raise ValueError for a head that the reference implementation does not have."""
+    known = reference_architectures().values()
+    if head_type not in known:
+        raise ValueError(
+            f"the reference implementation has no {head_type} head, only {', '.join(known)}: this model cannot be "
+            "converted to its layout."
+        )
 
 
 def _token_ids(config: dict) -> dict:
@@ -315,7 +323,8 @@ def _rename(path: str | os.PathLike, theirs: dict[str, Tensor], config: CalmAuto
     theirs = dict(theirs)
     # Where both stand, they must agree: with us they are one tensor. One alone is as good as the other.
     twins = [(prefix + _TIED_HEAD, f"{prefix}encoder.embed_tokens.weight")]
-    if not is_autoencoder and config.head_config.type == "energy":
+    names = {their: our for our, their in reference_names(config).items()}
+    if any(name.startswith(_FIRST_HEAD) for name in names):
         twins += [
             (name, _FIRST_HEAD + name.removeprefix(_SECOND_HEAD)) for name in theirs if name.startswith(_SECOND_HEAD)
         ]
@@ -324,7 +333,6 @@ def _rename(path: str | os.PathLike, theirs: dict[str, Tensor], config: CalmAuto
             copy = theirs.pop(second)
             if not torch.equal(theirs.setdefault(first, copy), copy):
                 raise ValueError(f"{second} and {first} in {path} must be equal (they are one tensor), but differ.")
-    names = {their: our for our, their in reference_names(config).items()}
     return {replace_prefix(name, names): tensor for name, tensor in theirs.items()}
 
 

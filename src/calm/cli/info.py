@@ -63,18 +63,16 @@ def info(
     if isinstance(model, CalmForCausalLM):
         model.check_sampling(temperature, sampler, num_candidates)
     cost = compute(model, context, temperature, num_candidates, sampler=sampler)
-    per_token: float | None = cost.training_flops_per_token
+    per_token = cost.training_flops_per_token
     if recipe is not None:
-        teacher = recipe.distillation.teacher if recipe.distillation is not None else None
-        teacher_is_gone = teacher is not None and not beside and not Path(teacher).is_dir()
-        per_token = None if teacher_is_gone else training_flops_per_token(recipe, model, beside)
+        per_token = training_flops_per_token(recipe, model, beside)
     training_tokens = tokens if tokens is not None else planned
     document = {
         "source": source,
         "parameters": cost.parameters,
         "training_tokens": training_tokens,
         "training_flops_per_token": per_token,
-        "training_flops": per_token * training_tokens if per_token and training_tokens is not None else None,
+        "training_flops": per_token * training_tokens if training_tokens is not None else None,
         "inference_flops_per_token": cost.inference_flops_per_token,
         "temperature": temperature,
         "sampler": sampler,

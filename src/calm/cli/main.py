@@ -15,6 +15,7 @@ from calm.cli.environment import quieten_libraries, wait_passively
 from calm.cli.evaluate import evaluate
 from calm.cli.generate import generate
 from calm.cli.harness import HARNESS_ARGUMENTS, harness
+from calm.cli.imports import with_imports
 from calm.cli.info import info
 from calm.cli.prepare import prepare
 from calm.cli.quickstart import quickstart
@@ -52,16 +53,16 @@ app.command()(quickstart)
 app.command()(corpus)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.command()(prepare)
-app.command()(train)
-app.command()(evaluate)
-app.command()(bandwidth)
-app.command()(study)
-app.command()(report)
-app.command()(generate)
-app.command(context_settings=HARNESS_ARGUMENTS)(harness)
-app.command()(serve)
-app.command()(convert)
-app.command()(info)
+app.command()(with_imports(train))
+app.command()(with_imports(evaluate))
+app.command()(with_imports(bandwidth))
+app.command()(with_imports(study))
+app.command()(with_imports(report))
+app.command()(with_imports(generate))
+app.command(context_settings=HARNESS_ARGUMENTS)(with_imports(harness))
+app.command()(with_imports(serve))
+app.command()(with_imports(convert))
+app.command()(with_imports(info))
 
 _MAX_MESSAGE = 1500  # characters; an error may name a value of any length
 _CTRL_C = 128 + signal.SIGINT

@@ -23,6 +23,12 @@ def serve(
     max_candidates: Annotated[
         int, typer.Option(help="draws a request may choose from; steps of all wait for them")
     ] = 1000,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant", help="rounding of a text does not depend on the requests beside it; slower steps"
+        ),
+    ] = False,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer, where the model has none beside it")] = None,
     name: Annotated[str | None, typer.Option(help="name of the model in requests; default its directory's")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
@@ -51,7 +57,7 @@ def serve(
     if baseline is not None:
         other = _name_of(baseline)
         models[other if other not in models else f"{other}-baseline"] = (baseline, baseline)
-    limits = Limits(max_batch, max_queue, context, max_candidates)
+    limits = Limits(max_batch, max_queue, context, max_candidates, batch_invariant)
     run_server(
         models,
         limits,

@@ -66,22 +66,6 @@ def compute(
     return _token_model_compute(model, context)
 
 
-def distillation_flops_per_token(
-    teacher: PreTrainedModel, model: CalmForCausalLM, continuations: int, context: int
-) -> float:
-    """What a teacher's continuations add to a token of CALM's training.
-
-    The teacher reads the text once; of every continuation it reads all tokens but the last, and looks at the vocabulary
-    for the first together with the other continuations. The encoder sees every continuation instead of the text.
-    """
-    patch_size = model.config.patch_size
-    parts = _token_model_compute(teacher, context).inference_flops_per_token
-    own = continuations * (patch_size - 1) / patch_size
-    looks = parts["output_embedding"] * (1 / patch_size + own)
-    reads = (parts["backbone"] + parts["attention"]) * (1 + own)
-    return reads + looks + (continuations - 1) * _encode_flops(model.autoencoder) / patch_size
-
-
 def _autoencoder_compute(model: CalmAutoencoder) -> Compute:
     patch_size = model.config.patch_size
     encode, decode = _encode_flops(model), _decode_flops(model)

@@ -1,8 +1,8 @@
 """Random numbers from one generator, or from one stream per row.
 
-A stream per row makes what a row gets independent of its neighbours. It is a list of ``torch.Generator`` or, on devices,
-:class:`RowStreams`: all rows at once from counters, without a kernel per row and without a state that a compiler cannot
-trace. Unless said otherwise the rows are the last dimension but one.
+A stream per row makes what a row gets independent of its neighbours. It is a list of ``torch.Generator`` or, on
+devices, :class:`RowStreams`: all rows at once from counters, without a kernel per row and without a state that a
+compiler cannot trace. Unless said otherwise the rows are the last dimension but one.
 
 Shapes: R rows, X numbers of a row, V values of a distribution.
 """

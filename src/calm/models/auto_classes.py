@@ -8,6 +8,9 @@ the seconds that importing transformers and torch takes. Registration has two st
    ``PreTrainedConfig``: the rest may be half imported at that moment.
 2. The models register when the first configuration is constructed: every way to a model passes through that. The
    moment when ``AutoModel`` is imported is too early, because the model files of transformers import it themselves.
+
+Without ``import calm`` transformers knows no plugins, and its error prints nothing of a checkpoint but the
+``model_type``. The model types therefore start with the name of the package to install, ``calm-lm``.
 """
 
 import importlib
@@ -19,6 +22,8 @@ from typing import Any
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 _CONFIGURATIONS = ("calm.models.configuration_autoencoder", "calm.models.configuration_calm")
 _MODELS = ("calm.models.modeling_autoencoder", "calm.models.modeling_calm")
+
+_FORMER_MODEL_TYPES = {"calm": "calm-lm", "calm_autoencoder": "calm-lm-autoencoder"}
 
 
 def register_configurations() -> None:
@@ -32,6 +37,21 @@ def register_configurations() -> None:
 def register_models() -> None:
     """Register the models; called whenever a configuration is constructed."""
     _import(_MODELS)
+
+
+def register_configuration(config_class: Any) -> None:
+    """Register a configuration with ``AutoConfig``, also under the name that older checkpoints were saved with."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for former, current in _FORMER_MODEL_TYPES.items():
+        if current == config_class.model_type:
+            CONFIG_MAPPING.register(former, config_class, exist_ok=True)
+
+
+def current_model_type(model_type: Any) -> Any:
+    """Return the ``model_type`` of a checkpoint, the current one where it was saved under a former one."""
+    return _FORMER_MODEL_TYPES.get(model_type, model_type) if isinstance(model_type, str) else model_type
 
 
 class _AutoConfigFinder(MetaPathFinder):

@@ -1,4 +1,4 @@
-"""What scores, distillation and serving need of a model: they read its hidden states and its cache by themselves."""
+"""Checks that a model supports what scores and serving do with its hidden states and its key/value cache."""
 
 from typing import Any
 

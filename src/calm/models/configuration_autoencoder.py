@@ -1,9 +1,11 @@
 """Configuration of the autoencoder."""
 
-from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from typing import Any
 
-from calm.models.auto_classes import register_models
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from calm.models.auto_classes import current_model_type, register_configuration, register_models
 from calm.models.limits import check_sizes
 
 
@@ -30,7 +32,7 @@ class CalmAutoencoderConfig(PreTrainedConfig):
         kl_clip: floor of each dimension's KL in nats.
     """
 
-    model_type = "calm_autoencoder"
+    model_type = "calm-lm-autoencoder"
 
     vocab_size: int = 128257
     patch_size: int = 4
@@ -56,6 +58,7 @@ class CalmAutoencoderConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         register_models()
+        kwargs.pop("model_type", None)  # of a checkpoint, perhaps the former one
         super().__post_init__(**kwargs)
         check_sizes(vars(self))
         if self.embedding_size is None:
@@ -81,5 +84,12 @@ class CalmAutoencoderConfig(PreTrainedConfig):
                 f"token_dropout_id must be a token id, 0 to {self.vocab_size - 1}, got {self.token_dropout_id}."
             )
 
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        fields, others = super().get_config_dict(*args, **kwargs)
+        if "model_type" in fields:
+            fields["model_type"] = current_model_type(fields["model_type"])
+        return fields, others
 
-AutoConfig.register("calm_autoencoder", CalmAutoencoderConfig, exist_ok=True)
+
+register_configuration(CalmAutoencoderConfig)

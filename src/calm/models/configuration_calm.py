@@ -6,10 +6,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from calm.models.auto_classes import register_models
+from calm.models.auto_classes import current_model_type, register_configuration, register_models
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.configuration_codes import TokenCodesConfig
-from calm.models.configuration_heads import HEAD_CONFIGS
+from calm.models.heads.registry import find_head, head_types
 from calm.models.limits import check_sizes
 
 # Losses beside the head's: their weights, and all fields that are about them.
@@ -39,7 +39,7 @@ class CalmConfig(PreTrainedConfig):
             it.
     """
 
-    model_type = "calm"
+    model_type = "calm-lm"
     sub_configs: ClassVar = {"backbone_config": AutoConfig, "autoencoder_config": CalmAutoencoderConfig}
 
     # Dicts and None become configurations when the object is made.
@@ -58,6 +58,7 @@ class CalmConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         register_models()
+        kwargs.pop("model_type", None)  # of a checkpoint, perhaps the former one
         patch_size = kwargs.pop("patch_size", None)
         for name in ("vocab_size", "hidden_size"):
             if name in kwargs:
@@ -76,12 +77,10 @@ class CalmConfig(PreTrainedConfig):
             self.backbone_config = AutoConfig.for_model(model_type, **fields)
         if not isinstance(self.head_config, PreTrainedConfig):
             fields = dict(self.head_config or {})
-            head_type = fields.setdefault("type", "energy")
-            if head_type not in HEAD_CONFIGS:
-                raise ValueError(f"head_config.type must be one of {', '.join(HEAD_CONFIGS)}, got {head_type!r}.")
+            head = find_head(fields.setdefault("type", "energy"))
             fields.pop("model_type", None)
             check_sizes(fields, "head_config.")
-            self.head_config = HEAD_CONFIGS[head_type](**fields)
+            self.head_config = head.config_class(**fields)
         self._check_head_fits()
         super().__post_init__(**kwargs)
 
@@ -94,11 +93,6 @@ class CalmConfig(PreTrainedConfig):
             raise ValueError(
                 f"patch_size is {patch_size}, but the autoencoder was built for {self.patch_size} tokens per patch."
             )
-        groups, latent_size = self.head_config.num_latent_groups, self.autoencoder_config.latent_size
-        if latent_size % groups:
-            raise ValueError(
-                f"head_config.num_latent_groups ({groups}) must divide the autoencoder's latent_size ({latent_size})."
-            )
         if self.backbone_config.vocab_size != self.autoencoder_config.vocab_size:
             raise ValueError(
                 f"backbone_config.vocab_size ({self.backbone_config.vocab_size}) and autoencoder_config.vocab_size "
@@ -106,37 +100,34 @@ class CalmConfig(PreTrainedConfig):
             )
 
     def _check_head_fits(self) -> None:
-        """Raise ValueError where the head needs another autoencoder; give a categorical flow head its code size."""
+        """Raise ValueError when the head cannot be used with the autoencoder; set the fields that follow from it."""
         head, autoencoder = self.head_config, self.autoencoder_config
-        needs_codes = head.type == "categorical_flow"
+        needs_codes = find_head(head.type).needs_token_codes
         if needs_codes != (autoencoder.model_type == TokenCodesConfig.model_type):
             raise ValueError(
                 f"head_config.type {head.type!r} does not fit the autoencoder ({autoencoder.model_type}): a "
                 "categorical_flow head needs token codes (in a recipe, model.autoencoder: {type: codes, patch_size: 4, "
                 "code_size: 32}), and other heads need a trained autoencoder."
             )
-        if needs_codes:
-            if head.code_size not in (None, autoencoder.code_size):
-                raise ValueError(
-                    f"head_config.code_size is {head.code_size}, but the autoencoder's is {autoencoder.code_size}: "
-                    "leave it out."
-                )
-            head.code_size = autoencoder.code_size
-            if head.shortlist_size is not None and head.shortlist_size > autoencoder.vocab_size:
-                raise ValueError(
-                    f"head_config.shortlist_size must be at most the vocabulary's {autoencoder.vocab_size} tokens, got "
-                    f"{head.shortlist_size}."
-                )
+        head.fit_to(autoencoder)
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        fields, others = super().get_config_dict(*args, **kwargs)
+        if "model_type" in fields:
+            fields["model_type"] = current_model_type(fields["model_type"])
+        return fields, others
 
     def check_loss_weights(self) -> None:
         """ValueError where the weight of an auxiliary loss does not fit."""
         for name in AUXILIARY_WEIGHTS:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        if self.decoded_brier_weight and self.head_config.type != "energy":
+        if self.decoded_brier_weight and not find_head(self.head_config.type).returns_samples:
+            with_samples = [name for name in head_types() if find_head(name).returns_samples]
             raise ValueError(
-                "decoded_brier_weight is for an energy head, which draws in its loss; the head_config's type is "
-                f"{self.head_config.type!r}."
+                f"decoded_brier_weight needs a head whose loss returns samples ({', '.join(with_samples)}); the type "
+                f"in head_config is {self.head_config.type!r}."
             )
 
     @property
@@ -202,4 +193,4 @@ def _calm_m_backbone() -> dict:
     ).to_diff_dict() | {"vocab_size": 128257}
 
 
-AutoConfig.register("calm", CalmConfig, exist_ok=True)
+register_configuration(CalmConfig)

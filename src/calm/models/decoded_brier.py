@@ -5,7 +5,7 @@ another one may be equally far from it. This looks at the draws through the deco
 drawn from the mixture of what the decoder says of N latents, and the Brier scores of its n-grams are a proper rule for
 that mixture, with a gradient. Evaluation scores the same n-grams (BrierLM), from tokens alone.
 
-Shapes: N draws of the head, P positions, K tokens of a patch, S possible next patches, E decoder states, V vocabulary.
+Shapes: N draws of the head, P positions, K tokens of a patch, E decoder states, V vocabulary.
 """
 
 import torch
@@ -26,10 +26,10 @@ def decoded_brier(states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
     Args:
         states: of the decoder for every draw, N >= 2, ``[N, P, K, E]``.
         embeddings: its output layer, ``[V, E]``.
-        text: token ids of the next patch ``[S, P, K]``; of several, the mean counts.
+        text: token ids of the next patch ``[P, K]``.
     """
     longest = min(states.shape[2], NGRAM)
-    states, text = states[:, :, :longest].permute(1, 2, 0, 3), text[..., :longest].permute(1, 2, 0)
+    states, text = states[:, :, :longest].permute(1, 2, 0, 3), text[:, :longest]
     # The products with the vocabulary have the precision of the rest of the model; probabilities are float32.
     device = states.device.type
     embeddings = embeddings.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype)
@@ -40,7 +40,7 @@ def decoded_brier(states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
 
 
 class _DecodedBrier(torch.autograd.Function):
-    """``[P, K, N, E], [V, E], [P, K, S] -> [P]``."""
+    """``[P, K, N, E], [V, E], [P, K] -> [P]``."""
 
     @staticmethod
     def forward(ctx, states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
@@ -49,12 +49,12 @@ class _DecodedBrier(torch.autograd.Function):
 
     @staticmethod
     def _forward(ctx, states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
-        num_tokens, num_draws, num_texts = states.shape[1], states.shape[2], text.shape[2]
+        num_tokens, num_draws = states.shape[1:3]
         probs = (states.to(embeddings.dtype) @ embeddings.T).float().softmax(-1)  # [P, K, N, V]
-        places = text[:, :, None].expand(-1, -1, num_draws, -1)
-        right = probs.gather(-1, places)  # [P, K, N, S]
+        places = text[:, :, None, None].expand(-1, -1, num_draws, -1)
+        right = probs.gather(-1, places)  # [P, K, N, 1]
         agree = probs @ probs.mT  # [P, K, N, N]
-        of_right = 2 / (num_tokens * num_draws * num_texts)
+        of_right = 2 / (num_tokens * num_draws)
         of_agree = (1 - torch.eye(num_draws, device=agree.device)) / (num_tokens * num_draws * (num_draws - 1))
         score = (right.cumprod(1) * of_right).sum((1, 2, 3)) - (agree.cumprod(1) * of_agree).sum((1, 2, 3))
         if ctx.needs_input_grad[0]:

@@ -34,11 +34,7 @@ def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor) -> Tens
     if len(labels) == 0:
         return states.sum().float()
     dtype = product_dtype(states)
-    if (
-        dtype == torch.float32
-        and hasattr(torch.nn, "LinearCrossEntropyOptions")
-        and not torch.compiler.is_compiling()
-    ):
+    if dtype == torch.float32 and hasattr(torch.nn, "LinearCrossEntropyOptions") and not torch.compiler.is_compiling():
         any_label = labels.ne(-100).any()
         # Without a label all count, times zero: a mean over nothing would be NaN, and so would its gradients be.
         labels = torch.where(any_label, labels, labels.clamp(min=0))

@@ -14,33 +14,18 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils import ModelOutput
 
 from calm.checkpoints.reference import load_pretrained
-from calm.functional.gaussian import gaussian_kl, gaussian_sample
+from calm.functional.gaussian import gaussian_kl
 from calm.functional.rng import Generator, uniform
 from calm.models.best_token import best_token
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.frozen import FrozenLayers
 from calm.models.layer_access import device_of, embedding_matrix, is_plain
 from calm.models.linear_cross_entropy import linear_cross_entropy
+from calm.models.posterior import Posterior
 
 # While it trains, its accuracy is measured on so many tokens of a batch: on all of them it would take as long as a
 # third of the loss.
 _ACCURACY_TOKENS = 512
-
-
-@dataclass
-class Posterior:
-    """Diagonal Gaussian over the latent of every patch.
-
-    ``mean`` and ``log_std`` are ``[B, L, Z]``; ``token_ids`` are the encoded tokens, ``[B, L, K]``.
-    """
-
-    mean: Tensor
-    log_std: Tensor
-    token_ids: Tensor | None = None
-
-    def sample(self, num_samples: int, noise: Tensor | None = None, generator: Generator = None) -> Tensor:
-        """``[num_samples, B, L, Z]`` draws; standard normal ``noise`` of that shape makes them deterministic."""
-        return gaussian_sample(self.mean, self.log_std, num_samples, noise, generator)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from calm.models.configuration_calm import CalmConfig
 from calm.models.configuration_codes import TokenCodesConfig
 from calm.models.decoded_brier import decoded_brier
 from calm.models.frozen import check_frozen, keep_adapters_out
-from calm.models.heads import HEADS
+from calm.models.heads.registry import find_head
 from calm.models.layer_access import device_of, embedding_matrix
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_codes import TokenCodes
@@ -121,8 +121,8 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
     base_model_prefix = "calm"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    # Parts that read weights past their modules, and must lie on one device.
-    _no_split_modules = ["CalmAutoencoder", "EnergyHead", "DiffusionHead", "FlowHead", "TokenPredictor"]  # noqa: RUF012
+    # Parts that read weights past their modules, and must be on one device; the head names itself.
+    _no_split_modules = ["CalmAutoencoder", "TokenPredictor"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -141,7 +141,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
                 "key/value cache, which generation and scores need; take one of attention layers alone."
             )
         self.patch_embedding = PatchEmbedding(config.patch_size, config.hidden_size)
-        self.head = HEADS[config.head_config.type](
+        self.head = find_head(config.head_config.type)(
             config.head_config, config.hidden_size, config.autoencoder_config.latent_size
         )
         self.autoencoder = new_autoencoder(config.autoencoder_config)
@@ -273,7 +273,6 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
-        target_ids: Tensor | None = None,
         noise: Tensor | None = None,
         target_noise: Tensor | None = None,
         generator: Generator = None,
@@ -290,8 +289,6 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
                 backbone takes it.
             labels: ``[B, T]``, usually ``input_ids``. A patch with any label -100 is no target.
             position_ids: ``[B, L]``, positions of the patches.
-            target_ids: ``[S, B, L - 1, K]``, S continuations of every context that are the targets of its loss in place
-                of the text; for the energy head. The labels then only say which patches count.
             noise, target_noise: of the head's loss, ``[N, B, L - 1, ...]`` and ``[M, B, L - 1, Z]``; given both, the
                 loss is deterministic.
             generator: source of the noise otherwise; one, or a list of one per row: the loss of a row then does not
@@ -323,7 +320,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         hidden = outputs.last_hidden_state
         loss, metrics = None, None
         if labels is not None:
-            loss, metrics = self._loss(hidden, labels, target_ids, noise, target_noise, generator)
+            loss, metrics = self._loss(hidden, labels, noise, target_noise, generator)
         states = outputs.hidden_states if output_hidden_states else None
         output = CalmOutput(loss, hidden, outputs.past_key_values, metrics, states)
         return output.to_tuple() if return_dict is False else output
@@ -332,20 +329,15 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         self,
         hidden: Tensor,
         labels: Tensor,
-        target_ids: Tensor | None,
         noise: Tensor | None,
         target_noise: Tensor | None,
         generator: Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        patch_size, head_type = self.config.patch_size, self.config.head_config.type
-        if target_ids is not None and head_type != "energy":
-            raise ValueError(
-                f"target_ids are for an energy head, whose loss compares draws with draws; got {head_type}."
-            )
+        patch_size = self.config.patch_size
         check_frozen(self.autoencoder)
         labels = labels.long()
         is_target = target_patches(labels, patch_size)
-        ids = labels[:, patch_size:].clamp(min=0) if target_ids is None else target_ids.flatten(-2)
+        ids = labels[:, patch_size:].clamp(min=0)
         with torch.no_grad():
             posterior = self.autoencoder.encode(ids)
         head_loss = self.head.loss(hidden[:, :-1], posterior, noise, target_noise, generator)
@@ -370,12 +362,12 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         return loss, metrics
 
     def _decoded_brier(self, samples: Tensor, ids: Tensor) -> Tensor:
-        """Of draws ``[N, B, L - 1, Z]`` against text ``[(S,) B, (L - 1) * K]``: ``[B, L - 1]``."""
+        """Of draws ``[N, B, L - 1, Z]`` against text ``[B, (L - 1) * K]``: ``[B, L - 1]``."""
         # The frozen autoencoder keeps its precision where a sharded model has another.
         states = self.autoencoder.decoder(samples.to(self.autoencoder.dtype))
-        text = ids.view(-1, *states.shape[1:-1])
+        text = ids.view(states.shape[1:-1])
         matrix = self.autoencoder.output_matrix(states.device)
-        brier = decoded_brier(states.flatten(1, 2), matrix, text.flatten(1, 2))
+        brier = decoded_brier(states.flatten(1, 2), matrix, text.flatten(0, 1))
         return brier.view(samples.shape[1:-1])
 
 

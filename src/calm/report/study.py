@@ -16,7 +16,7 @@ from calm.report.tables import brier_cell, difference_cell, differences, score_c
 PLAN, SCORE, REPORT = "plan.yaml", "score.json", "report.md"
 WITHOUT_HEAD = ":token_prediction"  # behind a model's name in a plan: what its token prediction gives, without its head
 _COSTS = {
-    "total_flops": "training FLOPs, autoencoder and teacher included",
+    "total_flops": "training FLOPs, autoencoder included",
     "inference_flops_per_token": "FLOPs per generated token",
 }
 
@@ -81,7 +81,7 @@ def _protocol(scores: dict[str, dict], labels: dict[str, str]) -> str:
     return (
         f"{on} ± is one standard error, from 32 blocks on. A difference, where there is one, is to the first model of "
         "the table; its error is smaller, because a block that is hard for one model is hard for all. FLOPs count "
-        "the whole way to a model: its autoencoder, its teacher, what its backbone was taken from. Token prediction: "
+        "the whole way to a model: its autoencoder, and what its backbone was taken from. Token prediction: "
         "BrierLM, and Brier-1, of texts that it draws in the place of the head, where it was trained."
     )
 

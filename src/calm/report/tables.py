@@ -168,8 +168,6 @@ def compute_tables(document: dict) -> list[Table]:
 
 
 def _training_line(document: dict) -> str:
-    if document["training_flops_per_token"] is None:
-        return "training: not known, the teacher it was distilled from is gone"
     line = f"training: {_flops(document['training_flops_per_token'])} FLOPs per token"
     if document["training_flops"] is None:
         return line + " (--tokens gives the total)"

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from calm.functional.tiles import is_out_of_memory
 from calm.generation.loop import NextChunk
 from calm.models.context import positions_needed, room_for_new
+from calm.serving.batch_invariance import BatchInvariance
 from calm.serving.jobs import Chunk, Job
 from calm.serving.model_runner import Sampling, Stepper
 from calm.serving.slots import SlotCache
@@ -61,6 +63,7 @@ class Engine:
         max_batch: sequences that run at a time; each has a slot of the cache.
         context: tokens of prompt and continuation together, at most.
         max_queue: sequences that may wait.
+        batch_invariant: whether the text of a sequence must not depend on the others, not even by rounding.
     """
 
     def __init__(
@@ -71,7 +74,9 @@ class Engine:
         context: int,
         max_queue: int,
         telemetry: Telemetry,
+        batch_invariant: bool = False,
     ):
+        self.invariance = BatchInvariance() if batch_invariant else None
         self.stepper, self.tokenizer = stepper, tokenizer
         self.max_batch, self.max_queue = max_batch, max_queue
         self.context = context // stepper.patch_size * stepper.patch_size
@@ -134,6 +139,10 @@ class Engine:
 
     @torch.no_grad()
     def _loop(self) -> None:
+        with self.invariance or nullcontext():
+            self._run()
+
+    def _run(self) -> None:
         while True:
             with self._changed:
                 while not (self._waiting or self._running or self._stopping):
@@ -170,7 +179,7 @@ class Engine:
             jobs = [self._waiting.popleft() for _ in range(count)]
         group: list[Job] = []
         for job in sorted(jobs, key=lambda job: len(job.prompt_ids)):
-            if group and (len(group) + 1) * len(job.prompt_ids) > _PREFILL_TOKENS:
+            if group and (self.invariance or (len(group) + 1) * len(job.prompt_ids) > _PREFILL_TOKENS):
                 self._read(group)
                 group = []
             group.append(job)
@@ -230,7 +239,8 @@ class Engine:
             positions = torch.tensor(places, device=self.stepper.device)
             mask = self.cache.next_step(positions, max(places) + 1)
             try:
-                conditions = self.stepper.step(tokens[:count], positions, mask, self.cache)
+                with self._own_keys(places):
+                    conditions = self.stepper.step(tokens[:count], positions, mask, self.cache)
             except Exception as error:
                 if count == 1 or not is_out_of_memory(error):
                     raise
@@ -246,6 +256,17 @@ class Engine:
             for slot, running in enumerate(self._running):
                 running.position += is_drawn[slot]
             return
+
+    @contextmanager
+    def _own_keys(self, places: list[int]) -> Iterator[None]:
+        """Tell batch-invariant attention how many keys each sequence has while the last of them is written."""
+        if self.invariance:
+            self.invariance.lengths = [place + 1 for place in places]
+        try:
+            yield
+        finally:
+            if self.invariance:
+                self.invariance.lengths = None
 
     def _draw(self) -> tuple[NextChunk, list[bool]]:
         """Draw chunks of all running sequences, those with the same settings together; return also which have one."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calm.data.text import encode_chat, encode_plain_text
 from calm.models.context import context_of
 from calm.models.modeling_calm import CalmForCausalLM
+from calm.serving.batch_invariance import check_batch_invariance
 from calm.serving.engine import Engine
 from calm.serving.jobs import Chunk, Job
 from calm.serving.model_runner import Sampling, stepper_of
@@ -25,12 +26,14 @@ class Limits:
         max_queue: sequences that may wait.
         context: tokens of prompt and continuation together; at most what the model was made for.
         max_candidates: draws a request may have the batch sampler choose from; a step of all waits for them.
+        batch_invariant: whether the text of a request must not depend on the requests beside it, not even by rounding.
     """
 
     max_batch: int = 16
     max_queue: int = 256
     context: int = 4096
     max_candidates: int = 1000
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_queue", "context", "max_candidates"):
@@ -56,7 +59,12 @@ class Service:
         if context < 2 * stepper.patch_size:
             raise ValueError(f"context must be at least {2 * stepper.patch_size} tokens for {name}, got {context}.")
         self.max_candidates = limits.max_candidates
-        self.engine = Engine(stepper, tokenizer, limits.max_batch, context, limits.max_queue, Telemetry(metrics, name))
+        if limits.batch_invariant:
+            check_batch_invariance(stepper.backbone_config, name)
+        telemetry = Telemetry(metrics, name)
+        self.engine = Engine(
+            stepper, tokenizer, limits.max_batch, context, limits.max_queue, telemetry, limits.batch_invariant
+        )
 
     def describe(self) -> dict[str, Any]:
         """An entry of `/v1/models`."""

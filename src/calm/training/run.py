@@ -26,7 +26,7 @@ from calm.models.context import patch_size_of
 from calm.training.loop.interruption import InterruptionCallback, TrainingInterruptedError
 from calm.training.loop.metrics_log import JsonlCallback
 from calm.training.loop.trainer import CalmTrainer
-from calm.training.recipe.models import build_model, load_teacher
+from calm.training.recipe.models import build_model
 from calm.training.recipe.recipe import Recipe
 from calm.training.recipe.trainer_arguments import check_processes, training_arguments
 from calm.training.state.data_order import NumberedBlocks
@@ -46,7 +46,11 @@ Blocks = TokenBlocks | ConversationBlocks
 
 
 def train(
-    recipe: Recipe, progress: Progress | None = None, allow_recipe_change: bool = False, verify: bool = False
+    recipe: Recipe,
+    progress: Progress | None = None,
+    allow_recipe_change: bool = False,
+    verify: bool = False,
+    progress_callback: ProgressCallback | None = None,
 ) -> Path:
     """Carry a recipe out. Interrupted, the same call goes on from the last checkpoint; complete, it returns at once.
 
@@ -55,6 +59,7 @@ def train(
     Args:
         allow_recipe_change: go on with a run that another recipe began (more steps, another learning rate).
         verify: compare all prepared data with their checksums; by default a sample of them.
+        progress_callback: shows the steps in the place of a task "train STAGE" of ``progress``.
 
     Returns:
         the output directory: model, tokenizer, ``recipe.yaml``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``.
@@ -73,7 +78,7 @@ def train(
         check_processes(recipe, arguments)
         trainer = _make_trainer(recipe, arguments)
         with _alone_in(output, arguments, partial(_check_start, recipe, allow_recipe_change, verify)):
-            _run(trainer, recipe, progress)
+            _run(trainer, recipe, progress, progress_callback)
     except (ImportError, RuntimeError) as error:
         if _is_lost_connection(error):
             raise ConnectionError(
@@ -119,7 +124,6 @@ def _make_trainer(recipe: Recipe, arguments: TrainingArguments) -> CalmTrainer:
         brier_blocks=recipe.brier_blocks,
         about={"data": data_fingerprint(recipe)},
         keep=recipe.training["save_total_limit"],
-        teacher=load_teacher(recipe, model, arguments),
     )
     trainer.remove_callback(TqdmCallback)
     trainer.remove_callback(PrinterCallback)
@@ -154,7 +158,9 @@ def _check_start(recipe: Recipe, allow_recipe_change: bool, verify: bool) -> Non
         check_checksums(Path(path), read_manifest(path), every_chunk=verify)
 
 
-def _run(trainer: CalmTrainer, recipe: Recipe, progress: Progress | None) -> None:
+def _run(
+    trainer: CalmTrainer, recipe: Recipe, progress: Progress | None, progress_callback: ProgressCallback | None
+) -> None:
     is_main, numbered = trainer.is_world_process_zero(), cast(NumberedBlocks, trainer.train_dataset)
     blocks = numbered.blocks
     interruption = InterruptionCallback()
@@ -180,7 +186,7 @@ def _run(trainer: CalmTrainer, recipe: Recipe, progress: Progress | None) -> Non
             )
         checkpoint = checkpoint_to_resume(trainer, recipe, partial(shown.console.out, highlight=False))
         if is_main:
-            trainer.add_callback(ProgressCallback(shown, f"train {recipe.stage}"))
+            trainer.add_callback(progress_callback or ProgressCallback(shown, f"train {recipe.stage}"))
         try:
             _train_to_the_end(trainer, recipe, checkpoint)
         except RuntimeError as error:

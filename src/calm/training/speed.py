@@ -1,4 +1,4 @@
-"""How long a training step takes here, so that a time budget can be turned into a number of steps."""
+"""Seconds per training step on this machine, so that a time budget can be turned into a number of steps."""
 
 import statistics
 import time
@@ -6,32 +6,38 @@ from typing import Any
 
 import torch
 
-from calm.training.recipe.models import build_model
+from calm.training.recipe.models import outline_model
 from calm.training.recipe.recipe import Recipe
 from calm.training.recipe.trainer_arguments import training_arguments
-from calm.training.run import load_blocks
 
 _WARMUP_STEPS = 2
-_MEASURED_STEPS = 6
+_MEASURED_STEPS = 5
 
 
 def seconds_per_step(recipe: Recipe) -> float:
-    """Median seconds of an optimiser step of the recipe, on a throw-away copy of its model and real blocks."""
-    model: Any = build_model(recipe)
-    blocks, _ = load_blocks(recipe, model)
+    """Return the median seconds of an optimiser step of the recipe.
+
+    The steps train a copy of its model with random weights on random tokens. Neither the data of the recipe nor its
+    output directory need exist; the vocabulary is that of the data or, without data, ``model.backbone.vocab_size``.
+    """
     arguments = training_arguments(recipe)
-    model = model.to(arguments.device).train()
+    device = arguments.device
+    model: Any = outline_model(recipe).to_empty(device=device).train()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            torch.nn.init.normal_(tensor, std=0.02, generator=torch.Generator(device).manual_seed(0))
+        else:
+            tensor.zero_()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-    batch_size, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-    items = [blocks[index % len(blocks)] for index in range(batch_size)]
-    batch = {name: torch.stack([item[name] for item in items]).to(arguments.device) for name in items[0]}
+    shape = (arguments.per_device_train_batch_size, recipe.data.block_size)
+    ids = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
     times = []
     for _ in range(_WARMUP_STEPS + _MEASURED_STEPS):
         started = time.perf_counter()
-        for _ in range(accumulation):
-            with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
-                loss = model(**batch).loss
+        for _ in range(arguments.gradient_accumulation_steps):
+            with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
+                loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -1,6 +1,7 @@
 """Progress of commands: live lines in a terminal (step, elapsed and remaining time, loss), plain lines elsewhere."""
 
 import time
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -91,28 +92,61 @@ class CommandProgress(Progress):
         if ends or time.monotonic() - self._line_at[task_id] > _SECONDS_BETWEEN_LINES:
             self._line_at[task_id] = time.monotonic()
             total = "?" if task.total is None else f"{task.total:.0f}"
-            line = f"{task.description}  {task.completed:.0f}/{total}  {task.fields.get('note', '')}"
+            line = f"{task.description}  {task.completed:.0f}/{total}  {_times(task)}  {task.fields.get('note', '')}"
             self.console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)
 
 
-class ProgressCallback(TrainerCallback):
-    """Show a Trainer's run as one task of a progress display."""
+def duration(seconds: float) -> str:
+    """Return a time as hours, minutes and seconds."""
+    return str(timedelta(seconds=round(seconds)))
 
-    def __init__(self, progress: Progress, description: str):
+
+def _times(task: Task) -> str:
+    elapsed = task.finished_time if task.finished else task.elapsed
+    times = duration(elapsed or 0)
+    if not task.finished and task.time_remaining is not None:
+        times += f" left {duration(task.time_remaining)}"
+    return times
+
+
+class ProgressCallback(TrainerCallback):
+    """Show a Trainer's run as one task of a progress display.
+
+    Args:
+        progress: the display.
+        description: name of the task.
+        total: steps of the task, if the run is only a part of it; default: the steps of the run.
+        task: a task that an earlier part of the run has begun.
+
+    Attributes:
+        task: the task, once training has begun.
+        first_step: steps before this part of the run.
+    """
+
+    def __init__(self, progress: Progress, description: str, total: int | None = None, task: TaskID | None = None):
         self.progress = progress
         self.description = description
+        self.total = total
+        self.task = task
+        self.first_step = 0
+        self.begun = False
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.task = self.progress.add_task(
-            self.description, total=state.max_steps, completed=state.global_step, note=""
-        )
+        self.begun, self.first_step = True, state.global_step
+        total = self.total or state.max_steps
+        if self.task is None:
+            self.task = self.progress.add_task(self.description, total=total, completed=state.global_step, note="")
+        else:
+            self.progress.update(self.task, total=total, completed=state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        assert self.task is not None
         # The last step is shown at the end, with the note of its log.
         if state.global_step < state.max_steps:
             self.progress.update(self.task, completed=state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
+        assert self.task is not None
         self.progress.update(self.task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
@@ -121,4 +155,5 @@ class ProgressCallback(TrainerCallback):
         shown = {name: logs[name] for name in ("loss", "accuracy", "energy_score") if name in logs}
         note = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shown.items())
         note += f"  {logs.get('tokens_per_second', 0):,.0f} tokens/s"
+        assert self.task is not None
         self.progress.update(self.task, note=note)

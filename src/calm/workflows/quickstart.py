@@ -1,103 +1,288 @@
 """The whole path on a small corpus, in a given time: `calm quickstart` and `make demo`.
 
-Every stage leaves its result in the run directory. What is there already is not done again, so that a run that was
-killed goes on where it was when it is started again with the same arguments.
+Every stage leaves its result in the run directory. A stage that is complete is not repeated, so a run that was killed
+resumes when it is started again with the same arguments. How many steps the models train follows from the clock
+(:mod:`calm.workflows.quickstart_plan`).
 """
 
 import json
+import shlex
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.progress import Progress
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from rich.progress import Progress, TaskID
+from transformers import PreTrainedModel
 
 from calm.checkpoints.loading import load_model
 from calm.data.blocks import TokenBlocks
 from calm.data.corpus import write_embedded_corpus
 from calm.data.documents import read_documents
 from calm.data.prepare import prepare
-from calm.data.text import decode_continuation, encode_plain_text
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
-from calm.evaluation.brier_lm import evaluate_brier
-from calm.evaluation.ngram_baselines import evaluate_counts
-from calm.generation.completions import SamplingSettings, continue_tokens
-from calm.models.modeling_calm import CalmForCausalLM
+from calm.models.context import patch_size_of
 from calm.training.recipe.cost import recipe_cost
 from calm.training.recipe.recipe import Recipe
 from calm.training.run import train
 from calm.training.speed import seconds_per_step
-from calm.training.state.resume import is_complete, read_run
+from calm.training.state.resume import read_run
 from calm.utils.files import only_writer, staged_directory, write_json, write_whole
+from calm.utils.progress import ProgressCallback, duration
+from calm.workflows import quickstart_plan as planning
+from calm.workflows.quickstart_plan import Round
+from calm.workflows.quickstart_results import (
+    NGRAM_ROWS,
+    ROWS,
+    SAMPLE_TEMPERATURE,
+    first_line,
+    generation_speed,
+    round_trip,
+    sample_rows,
+    score_rows,
+    seconds_per_block,
+)
 
 QUICKSTART = "quickstart.json"  # the settings of a run directory
 VOCAB_SIZE = 1024
-# The models in the order of their training. They get the same steps on the same blocks, as many as fit into this share
-# of the time budget; the rest is for the corpus, the evaluation and the samples.
+# The models in the order of their training, with their recipes and labels.
 MODELS = {"calm": "calm.yaml", "baseline": "baseline.yaml"}
-TRAINING_SHARE = 0.8
-FEWEST_STEPS = 20
-# The scored rows: a model, and its sampler.
-ROWS = {
-    "calm": ("calm", "batch"),
-    "calm (token_prediction)": ("calm", "token_prediction"),
-    "baseline": ("baseline", None),
-}
+LABELS = {"calm": "CALM", "baseline": "baseline"}
 EVALUATION_BLOCKS = 240
-EVALUATION_SAMPLES = 8
-# The models whose continuations stand side by side, with their samplers.
-SAMPLED = {
-    "CALM": ("calm", "direct"),
-    "CALM, token_prediction": ("calm", "token_prediction"),
-    "baseline": ("baseline", None),
-}
-SAMPLE_TEMPERATURE = 0.5
-SAMPLE_TOKENS = 64
-PROMPTS = ("def __init__(self, ", "import os\n", "    for i in range(")
-SPEED_TOKENS, SPEED_BATCH = 128, 8
+MTP = "token_prediction"
 
 
-def run_quickstart(run: Path, minutes: float, seed: int, device: str, progress: Progress) -> dict:
-    """Carry out, or finish, the quickstart in ``run``; returns the results, which also lie in ``results.json``."""
+def run_quickstart(
+    run: Path, minutes: float, seed: int, device: str, progress: Progress, clock: Callable[[], float] = time.monotonic
+) -> dict:
+    """Carry out or resume the quickstart in ``run`` and return the results, which are also in ``results.json``.
+
+    Args:
+        run: directory of the quickstart.
+        minutes: time budget of the whole path.
+        seed: seed of initialisation, data order and sampling.
+        device: name of the device that trains.
+        progress: display of the stages.
+        clock: returns the present time in seconds.
+
+    Raises:
+        ValueError: the budget is too short for this machine, or the directory has another content.
+    """
     with only_writer(run):
-        return _run_quickstart(run, minutes, seed, device, progress)
+        return _Quickstart(run, minutes, seed, device, progress, clock).carry_out()
 
 
-def _run_quickstart(run: Path, minutes: float, seed: int, device: str, progress: Progress) -> dict:
-    settings = {"minutes": minutes, "seed": seed}
-    _check_settings(run, settings)
-    overall = progress.add_task("quickstart", total=4 + len(MODELS), note="")
+class _Quickstart:
+    """One run directory: the stages, and the seconds that each has taken so far (``plan.json``)."""
 
-    def stage(name: str, target: Path, work: Callable[[], object]) -> None:
-        progress.update(overall, note=name if not target.exists() else f"{name}: there already")
-        if not target.exists():
-            work()
-        progress.advance(overall)
+    def __init__(
+        self, run: Path, minutes: float, seed: int, device: str, progress: Progress, clock: Callable[[], float]
+    ):
+        self.run, self.seed, self.device, self.progress, self.clock = run, seed, device, progress, clock
+        self.settings = {"minutes": minutes, "seed": seed}
+        self.budget = 60 * minutes
+        self.plan: dict[str, Any] = {"seconds_per_step": {}, "seconds": {}, "rounds": [], "num_blocks": None}
+        self.tasks: dict[str, TaskID] = {}
 
-    corpus, tokenizer_path, data = run / "corpus", run / "tokenizer", run / "data"
-    stage("corpus", corpus / "validation.jsonl", lambda: write_embedded_corpus(corpus))
-    stage("tokenizer", tokenizer_path, lambda: _train_tokenizer(corpus / "train.jsonl", tokenizer_path))
-    stage("prepare", data / "train" / "manifest.json", lambda: _prepare(corpus, tokenizer_path, data, seed))
-    steps = _planned_steps(run, 60 * minutes * TRAINING_SHARE, seed, device)
-    for name in MODELS:
-        recipe = _recipe(run, name, seed, device, steps)
-        progress.update(overall, note=f"train {name}")
-        if not is_complete(recipe):
-            train(recipe, progress)
-        progress.advance(overall)
-    progress.update(overall, note="evaluation and samples")
-    results_path = run / "results.json"
-    if not results_path.exists():
-        results = settings | _evaluate(run, seed, device, progress)
-        write_json(results_path, results)
-    progress.update(overall, completed=4 + len(MODELS), note="done")
-    return json.loads(results_path.read_text(encoding="utf-8"))
+    def carry_out(self) -> dict:
+        results_path = self.run / "results.json"
+        self._open()
+        overall = self.progress.add_task("quickstart", total=5, note="")
+
+        def stage(name: str, target: Path, work: Callable[[], object]) -> None:
+            self.progress.update(overall, note=name)
+            if not target.exists():
+                self._announce(name, planning.seconds_for([name], self._step_seconds))
+                with self._timed(name):
+                    work()
+            self.progress.advance(overall)
+
+        corpus, tokenizer, data = self.run / "corpus", self.run / "tokenizer", self.run / "data"
+        stage("corpus", corpus / "validation.jsonl", lambda: write_embedded_corpus(corpus))
+        stage("tokenizer", tokenizer, lambda: _train_tokenizer(corpus / "train.jsonl", tokenizer))
+        stage("token files", data / "train" / "manifest.json", lambda: _prepare(corpus, tokenizer, data, self.seed))
+        self.progress.update(overall, note="train CALM and baseline in turns")
+        self._train()
+        self.progress.advance(overall)
+        self.progress.update(overall, note="scores, speed and samples")
+        if not results_path.exists():
+            results = self.settings | self._evaluate()
+            write_json(results_path, results | {"stages": self._stages(results["training"])})
+        self.progress.update(overall, completed=5, note="done")
+        return json.loads(results_path.read_text(encoding="utf-8"))
+
+    def _open(self) -> None:
+        """Read the plan of the run directory or begin one; ValueError where that is not possible."""
+        plan_path = self.run / "plan.json"
+        _check_settings(self.run, self.settings)
+        if plan_path.exists():
+            plan = json.loads(plan_path.read_text(encoding="utf-8"))
+            if plan.keys() != self.plan.keys():
+                raise ValueError(f"{self.run} was begun by another release: choose another directory, or remove it.")
+            self.plan = plan
+            return
+        started = self.clock()
+        for name in MODELS:
+            self.plan["seconds_per_step"][name] = seconds_per_step(self._recipe(name, vocab_size=VOCAB_SIZE))
+        planning.check_budget(self.budget, self._step_seconds)
+        self.run.mkdir(parents=True, exist_ok=True)
+        write_whole(self.run / QUICKSTART, json.dumps(self.settings))
+        self._record("measure speed", self.clock() - started)
+
+    @property
+    def _step_seconds(self) -> float:
+        """Seconds of one step of all models together, as measured last."""
+        return sum(self.plan["seconds_per_step"].values())
+
+    @property
+    def _elapsed(self) -> float:
+        """Seconds of all complete stages and rounds, those before a kill included."""
+        rounds = [seconds for planned in self.plan["rounds"] for seconds in planned["seconds"].values()]
+        return sum(self.plan["seconds"].values()) + sum(rounds)
+
+    def _record(self, stage: str, seconds: float) -> None:
+        self.plan["seconds"][stage] = self.plan["seconds"].get(stage, 0.0) + seconds
+        write_json(self.run / "plan.json", self.plan)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = self.clock()
+        yield
+        self._record(stage, self.clock() - started)
+
+    def _announce(self, stage: str, seconds: float) -> None:
+        self.progress.console.out(f"{stage}: about {duration(seconds)}", highlight=False)
+
+    def _train(self) -> None:
+        """Train the models in rounds of equally many steps until the time for training is used up."""
+        entries = self.plan["rounds"]
+        while True:
+            if not entries or len(entries[-1]["seconds"]) == len(MODELS):
+                left = self.budget - self._elapsed
+                left -= planning.seconds_after_training(self.budget, self._step_seconds)
+                rounds = [_round(entry) for entry in entries]
+                following = planning.next_round(rounds, left, self._step_seconds)
+                if following is None:
+                    return
+                if not entries:
+                    self._announce(
+                        f"train CALM and baseline, {following.planned_steps} steps each",
+                        following.planned_steps * self._step_seconds,
+                    )
+                entries.append(following.to_dict() | {"seconds": {}})
+                write_json(self.run / "plan.json", self.plan)
+            self._train_round(entries[-1])
+
+    def _train_round(self, entry: dict[str, Any]) -> None:
+        planned = _round(entry)
+        for name in MODELS:
+            if name in entry["seconds"]:
+                continue
+            callback = ProgressCallback(
+                self.progress, f"train {LABELS[name]}", total=planned.planned_steps, task=self.tasks.get(name)
+            )
+            started = self.clock()
+            recipe = self._recipe(name, planned)
+            train(recipe, self.progress, allow_recipe_change=True, progress_callback=callback)
+            entry["seconds"][name] = self.clock() - started
+            # After a kill, the round may be complete already.
+            if callback.begun:
+                assert callback.task is not None
+                self.tasks[name] = callback.task
+                if steps := planned.end - callback.first_step:
+                    self.plan["seconds_per_step"][name] = entry["seconds"][name] / steps
+            write_json(self.run / "plan.json", self.plan)
+
+    def _recipe(self, name: str, planned: Round | None = None, vocab_size: int | None = None) -> Recipe:
+        """Return the recipe of a model with its place in the run directory and the steps of a round."""
+        paths = {
+            "output_dir": self.run / name,
+            "data.train": self.run / "data" / "train",
+            "data.validation": self.run / "data" / "validation",
+        }
+        values: dict[str, Any] = {key: str(path) for key, path in paths.items()} | {"seed": self.seed}
+        if vocab_size is not None:
+            values["model.backbone.vocab_size"] = vocab_size
+        if self.device == "cpu":
+            values["training.use_cpu"] = True
+        if planned is not None:
+            values |= {
+                "training.max_steps": planned.end,
+                "training.save_steps": max(planning.MIN_ROUND_STEPS, (planned.end - planned.start) // 2),
+                "training.warmup_steps": planning.WARMUP_STEPS,
+                "training.lr_scheduler_type": "warmup_stable_decay",
+                "training.lr_scheduler_kwargs": planned.schedule(),
+            }
+        # As JSON, because a path may be something else to YAML.
+        overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        with resources.as_file(resources.files("calm") / "recipes" / "quickstart" / MODELS[name]) as recipe_path:
+            return Recipe.load(recipe_path, overrides)
+
+    def _stages(self, training: dict[str, dict]) -> list[dict]:
+        """Return stage, steps and tokens (where it has them) and seconds of every stage."""
+        rows: list[dict] = []
+        for stage, seconds in self.plan["seconds"].items():
+            if stage == planning.AFTER_TRAINING[0]:
+                rows += [
+                    {
+                        "stage": f"train {LABELS[name]}",
+                        "steps": self.plan["rounds"][-1]["end"],
+                        "tokens": training[LABELS[name]]["tokens"],
+                        "seconds": sum(entry["seconds"][name] for entry in self.plan["rounds"]),
+                    }
+                    for name in MODELS
+                ]
+            rows.append({"stage": stage, "steps": None, "tokens": None, "seconds": seconds})
+        return rows
+
+    def _evaluate(self) -> dict:
+        block_size = Recipe.load(self.run / "calm" / "recipe.yaml").data.block_size
+        models: dict[str, Any] = {name: load_model(self.run / name) for name in MODELS}
+        for model in models.values():
+            model.to(self.device)
+        stride = models["calm"].config.patch_size
+        data = self.run / "data"
+        train_blocks = TokenBlocks(data / "train", block_size, stride)
+        blocks = TokenBlocks(data / "validation", block_size, stride)
+        scores_stage, samples_stage = planning.AFTER_TRAINING
+        step_seconds = self._step_seconds
+        left = self.budget - self._elapsed - planning.seconds_for([samples_stage], step_seconds)
+        self._announce(scores_stage, min(max(left, 0), planning.seconds_for([scores_stage], step_seconds)))
+        with self._timed(scores_stage):
+            if self.plan["num_blocks"] is None:
+                per_block = seconds_per_block(models, blocks, self.clock)
+                most = min(EVALUATION_BLOCKS, len(blocks))
+                self.plan["num_blocks"] = planning.blocks_to_score(left, per_block, most)
+                write_json(self.run / "plan.json", self.plan)
+            brier = score_rows(models, train_blocks, blocks, self.plan["num_blocks"], self.seed, self.progress)
+        self._announce(samples_stage, planning.seconds_for([samples_stage], step_seconds))
+        with self._timed(samples_stage):
+            tokenizer = load_tokenizer(self.run / "tokenizer")
+            speeds = {row: generation_speed(models[name], blocks, sampler) for row, (name, sampler, _) in ROWS.items()}
+            samples = sample_rows(models, tokenizer, self.seed)
+            trip = round_trip(models["calm"], tokenizer, first_line(self.run / "corpus" / "validation.jsonl"))
+        costs = {name: _training_cost(self.run / name, model) for name, model in models.items()}
+        return {
+            "patch_size": stride,
+            "brier": brier,
+            "steps_per_token": {row: 1 / patch_size_of(models[name].config) for row, (name, _, _) in ROWS.items()}
+            | dict.fromkeys(NGRAM_ROWS, 0),
+            "training": {row: costs[name] for row, (name, _, _) in ROWS.items()},
+            "generation_tokens_per_second": speeds,
+            "samples": samples,
+            "round_trip": trip,
+        }
+
+
+def _round(entry: dict[str, Any]) -> Round:
+    return Round(**{name: value for name, value in entry.items() if name != "seconds"})
 
 
 def _check_settings(run: Path, settings: dict) -> None:
+    """Raise ValueError if a run directory holds something else than a quickstart with these settings."""
     path = run / QUICKSTART
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -109,8 +294,6 @@ def _check_settings(run: Path, settings: dict) -> None:
     # A run that was killed while it wrote its settings leaves a part of them.
     if run.exists() and any(not path.name.startswith(f".{QUICKSTART}.") for path in run.iterdir()):
         raise ValueError(f"{run} is not empty and holds no quickstart: choose another directory.")
-    run.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(settings))
 
 
 def _train_tokenizer(corpus: Path, output: Path) -> None:
@@ -124,66 +307,6 @@ def _prepare(corpus: Path, tokenizer_path: Path, data: Path, seed: int) -> None:
         prepare([corpus / f"{split}.jsonl"], tokenizer, data / split, seed=seed)
 
 
-def _planned_steps(run: Path, seconds: float, seed: int, device: str) -> int:
-    """Return the steps that every model takes; decided once and kept, so that a resumed run ends as planned."""
-    path = run / "plan.json"
-    if not path.exists():
-        per_step = {name: seconds_per_step(_recipe(run, name, seed, device)) for name in MODELS}
-        steps = max(FEWEST_STEPS, int(seconds / sum(per_step.values())))
-        write_whole(path, json.dumps({"seconds_per_step": per_step, "max_steps": steps}))
-    return json.loads(path.read_text(encoding="utf-8"))["max_steps"]
-
-
-def _recipe(run: Path, name: str, seed: int, device: str, steps: int | None = None) -> Recipe:
-    """Return the recipe of a model with its place in the run directory."""
-    paths = {
-        "output_dir": run / name,
-        "data.train": run / "data" / "train",
-        "data.validation": run / "data" / "validation",
-    }
-    # Quoted: to YAML, a path may look like something else.
-    overrides = [f"seed={seed}", *(f"{key}={json.dumps(str(path))}" for key, path in paths.items())]
-    if device == "cpu":
-        overrides.append("training.use_cpu=true")
-    if steps is not None:
-        overrides += [f"training.max_steps={steps}", f"training.save_steps={max(FEWEST_STEPS, steps // 5)}"]
-    with resources.as_file(resources.files("calm") / "recipes" / "quickstart" / MODELS[name]) as recipe_path:
-        return Recipe.load(recipe_path, overrides)
-
-
-def _evaluate(run: Path, seed: int, device: str, progress: Progress) -> dict:
-    block_size = Recipe.load(run / "calm" / "recipe.yaml").data.block_size
-    models: dict[str, Any] = {name: load_model(run / name) for name in MODELS}
-    for model in models.values():
-        model.to(device)
-    stride = models["calm"].config.patch_size
-    train_blocks = TokenBlocks(run / "data" / "train", block_size, stride)
-    blocks = TokenBlocks(run / "data" / "validation", block_size, stride)
-
-    brier = {}
-    for row, (name, sampler) in ROWS.items():
-        task = progress.add_task(f"score {row}", total=len(blocks.spread(EVALUATION_BLOCKS)), note="")
-        advance = lambda done, task=task: progress.advance(task, done)  # noqa: E731
-        scored = evaluate_brier(
-            models[name], blocks, stride, num_blocks=EVALUATION_BLOCKS, num_samples=EVALUATION_SAMPLES, seed=seed,
-            advance=advance, sampler=sampler or "batch",
-        )  # fmt: skip
-        brier[row] = scored.to_dict()
-    for name, order in (("bigram counts", 2), ("unigram counts", 1)):
-        brier[name] = evaluate_counts(train_blocks, blocks, order, stride, EVALUATION_BLOCKS).to_dict()
-
-    tokenizer = load_tokenizer(run / "tokenizer")
-    training = {name: _training_cost(run / name, model) for name, model in models.items()}
-    return {
-        "brier": brier,
-        "training": {row: training[name] for row, (name, _) in ROWS.items()},
-        "generation_tokens_per_second": {
-            row: _generation_speed(models[name], blocks, sampler) for row, (name, sampler) in ROWS.items()
-        },
-        "samples": _samples(models, tokenizer, seed),
-    }
-
-
 def _training_cost(run: Path, model: PreTrainedModel) -> dict:
     recipe, steps = read_run(run)
     assert recipe is not None
@@ -191,36 +314,9 @@ def _training_cost(run: Path, model: PreTrainedModel) -> dict:
     return recipe_cost(recipe, model, steps)
 
 
-def _generation_speed(model: Any, blocks: TokenBlocks, sampler: str | None) -> float:
-    """Tokens per second at temperature 1, a batch of prompts, the median of three runs."""
-    prompts = torch.stack([blocks[index]["input_ids"][:64] for index in range(SPEED_BATCH)]).to(model.device)
-    extra = (
-        {"sampler": sampler}
-        if isinstance(model, CalmForCausalLM)
-        else {"do_sample": True, "top_k": 0, "attention_mask": torch.ones_like(prompts)}
-    )
-    eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
-    model.generation_config.eos_token_id = None  # every row runs to the end
-    model.generation_config.pad_token_id = 0
-    rates = []
-    for _ in range(4):
-        started = time.perf_counter()
-        model.generate(prompts, max_new_tokens=SPEED_TOKENS, temperature=1.0, **extra)
-        rates.append(SPEED_BATCH * SPEED_TOKENS / (time.perf_counter() - started))
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = eos, pad
-    return sorted(rates[1:])[1]
-
-
-def _samples(models: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict]:
-    """Return continuations of every prompt by every model, at one temperature."""
-    samples = []
-    for prompt in PROMPTS:
-        ids = encode_plain_text(tokenizer, prompt)
-        for label, (name, sampler) in SAMPLED.items():
-            model = models[name]
-            settings = SamplingSettings(SAMPLE_TOKENS, SAMPLE_TEMPERATURE, sampler, seed=seed)
-            given = torch.tensor([ids], device=model.device)
-            (new,), _ = continue_tokens(model, tokenizer, given, torch.ones_like(given), settings)
-            text = decode_continuation(tokenizer, ids, new)
-            samples.append({"model": label, "temperature": SAMPLE_TEMPERATURE, "prompt": prompt, "text": text})
-    return samples
+def next_command(run: Path) -> str:
+    """Return a shell command that continues a prompt with the trained CALM, with full paths."""
+    program = Path(sys.executable).with_name("calm")
+    parts = [str(program)] if program.is_file() else [sys.executable, "-m", "calm"]
+    parts += ["generate", str((run / "calm").absolute()), "--prompt", "def ", "--sampler", "direct"]
+    return shlex.join([*parts, "--temperature", f"{SAMPLE_TEMPERATURE:g}"])

@@ -97,3 +97,20 @@ class AdaptiveNormMLP(nn.Module):
                 else:
                     init.xavier_uniform_(module.weight)
                 init.zeros_(module.bias)
+
+
+def reference_names(num_layers: int) -> dict[str, str]:
+    """Return the prefixes of a head's tensors in the reference implementation, by prefix here."""
+    names = {
+        "head.network.input_proj": "generative_head.net.input_proj",
+        "head.network.time_embedding": "generative_head.net.time_embed",
+        "head.network.hidden_proj": "generative_head.net.cond_embed",
+        "head.network.final_modulation": "generative_head.net.final_layer.adaLN_modulation.1",
+        "head.network.output_layer": "generative_head.net.final_layer.linear",
+    }
+    parts = {"norm": "in_ln", "mlp": "mlp", "modulation": "adaLN_modulation.1"}
+    for layer in range(num_layers):
+        names |= {
+            f"head.network.blocks.{layer}.{o}": f"generative_head.net.res_blocks.{layer}.{t}" for o, t in parts.items()
+        }
+    return names

@@ -1,19 +1,55 @@
-"""What every head does: ``sample`` a latent from a hidden state, and say how wrong it is in ``loss``."""
+"""The interface of the heads: their configuration, their loss, and how they sample the next latent vector.
+
+Shapes: D hidden, Z latent, N samples in a loss, ... any leading dimensions.
+"""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from calm.functional.rng import Generator
-from calm.models.modeling_autoencoder import Posterior
+from calm.models.posterior import Posterior
+
+
+class HeadConfig(PreTrainedConfig):
+    """Base of the configurations of the heads.
+
+    A subclass sets ``model_type`` and a field ``type`` whose default is the name of the head in ``head_config.type``.
+    """
+
+    base_config_key = "head_config"
+    type: str = ""
+    num_samples = 1  # passes through the head per position in the loss
+
+    @property
+    def num_network_calls(self) -> int:
+        """Return the passes through the head's network for one sample."""
+        return 1
+
+    def fit_to(self, autoencoder_config: Any) -> None:
+        """Check the fields that depend on the autoencoder, and set those that follow from it.
+
+        Raises:
+            ValueError: when the head cannot be used with the autoencoder.
+        """
+
+    def _check_at_least(self, smallest: int, *names: str, because: str = "") -> None:
+        for name in names:
+            if getattr(self, name) is not None and getattr(self, name) < smallest:
+                raise ValueError(f"head_config.{name} must be at least {smallest}{because}, got {getattr(self, name)}.")
 
 
 @dataclass
 class HeadLoss:
-    """``loss`` of every position ``[...]`` (lower is better) and named parts of it for the log, each ``[...]``.
+    """Result of :meth:`Head.loss`.
 
-    ``samples`` are the draws ``[N, ..., Z]`` that it compares with the target, for heads that draw in their loss.
+    Attributes:
+        loss: of every position, ``[...]``; lower is better.
+        metrics: named parts of the loss for the log, each ``[...]``.
+        samples: the samples that the loss compares with the target, ``[N, ..., Z]``; for heads with
+            ``returns_samples``.
     """
 
     loss: Tensor
@@ -22,13 +58,38 @@ class HeadLoss:
 
 
 class Head(nn.Module):
-    """Base of the heads. To the rest of the model a head is a black box that gives samples.
+    """Base of the heads. The rest of the package uses a head through these methods and capabilities alone.
 
     Attributes:
-        has_log_prob: whether ``sample`` takes ``temperature`` and ``return_log_prob``.
+        config_class: configuration of the head; its default ``type`` is the head's name.
+        returns_samples: whether the loss returns its samples (``HeadLoss.samples``), with a gradient. The decoded-token
+            Brier loss needs them.
+        has_log_prob: whether ``sample`` takes ``temperature`` and ``return_log_prob``, and the head has
+            ``log_probabilities``: the probability of a patch is known.
+        needs_token_codes: whether the latent vectors must be token codes instead of those of a trained autoencoder.
+        reference_architecture: name of the model with this head in the checkpoints of the reference implementation;
+            None where that has no such head.
+        reference_fields: for such a head, name in the reference's configuration and default there, by field of ours.
     """
 
-    has_log_prob = False
+    config_class: ClassVar[type[HeadConfig]]
+    returns_samples: ClassVar[bool] = False
+    has_log_prob: ClassVar[bool] = False
+    needs_token_codes: ClassVar[bool] = False
+    reference_architecture: ClassVar[str | None] = None
+    reference_fields: ClassVar[dict[str, tuple[str, Any]]] = {
+        "num_mlp_layers": ("num_mlp_layers", 4),
+        "num_samples": ("num_samples", 8),
+    }
+
+    def __init__(self, config: Any, hidden_size: int, latent_size: int):
+        super().__init__()
+        self.config = config
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Return the modules that transformers must put on one device: heads read weights past their layers."""
+        return [type(self).__name__]
 
     def attach(self, token_embeddings: nn.Embedding, autoencoder: nn.Module) -> None:
         """Receive the modules of the model that a head may read; called once, when the model is made."""
@@ -40,12 +101,13 @@ class Head(nn.Module):
         generator: Generator = None,
         num_samples: int | None = None,
     ) -> Tensor:
-        """One latent per hidden state, ``[..., D] -> [..., Z]``; given ``noise``, deterministic.
+        """Sample one latent per hidden state, ``[..., D] -> [..., Z]``.
 
         Args:
+            noise: the noise of the sample, of a shape that the head defines; given, the result is deterministic.
             generator: one, or a list of one per hidden state (their last dimension but one).
-            num_samples: draw so many independent latents per state instead, ``[..., D] -> [num_samples, ..., Z]``;
-                what does not depend on the noise is computed once per state.
+            num_samples: number of independent latents per state, ``[..., D] -> [num_samples, ..., Z]``; what does not
+                depend on the noise is computed once per state.
         """
         raise NotImplementedError
 
@@ -57,14 +119,13 @@ class Head(nn.Module):
         target_noise: Tensor | None = None,
         generator: Generator = None,
     ) -> HeadLoss:
-        """Loss of predicting the next patch.
+        """Compute the loss of predicting the next patch.
 
         Args:
             hidden: ``[..., D]``.
-            posterior: of the true next patch, mean and log_std ``[..., Z]``; the energy head also takes those of S
-                possible next patches, ``[S, ..., Z]``.
-            noise: the head's own noise; its shape is the head's matter.
-            target_noise: standard normal ``[M, ..., Z]`` of the draws from the posterior.
+            posterior: of the true next patch, mean and log_std ``[..., Z]``.
+            noise: the head's own noise, of a shape that the head defines.
+            target_noise: standard normal ``[M, ..., Z]`` of the samples of the posterior.
             generator: one, or a list of one per row of hidden (its first dimension).
         """
         raise NotImplementedError
@@ -72,17 +133,25 @@ class Head(nn.Module):
     def flops(self) -> tuple[float, float]:
         """Return the FLOPs per patch of the forward pass of the loss, and of one sample.
 
-        Counted are two operations per parameter of the linear layers.
+        By default two operations per parameter of the linear layers and pass: ``config.num_samples`` passes in the
+        loss, ``config.num_network_calls`` for a sample.
         """
-        config: Any = self.config
         one_pass = 2 * sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
-        return one_pass * config.num_samples, one_pass * config.num_network_calls
+        return one_pass * self.config.num_samples, one_pass * self.config.num_network_calls
 
     def init_weights(self) -> None:
-        """What the head wants beyond the model's normal initialisation of linear layers."""
+        """Initialise what differs from the model's normal initialisation of linear layers; by default nothing."""
+
+    @staticmethod
+    def reference_names(num_layers: int) -> dict[str, str]:
+        """Return the prefixes of the tensors' names in the reference implementation, by prefix here.
+
+        Args:
+            num_layers: residual blocks of the head.
+        """
         raise NotImplementedError
 
 
 def leading_shape(hidden: Tensor, num_samples: int | None) -> tuple[int, ...]:
-    """Shape of the draws without their last dimension, for hidden states ``[..., D]``."""
+    """Return the shape of the samples without their last dimension, for hidden states ``[..., D]``."""
     return (*(() if num_samples is None else (num_samples,)), *hidden.shape[:-1])

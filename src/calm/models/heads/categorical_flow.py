@@ -13,23 +13,81 @@ vocabulary, M shortlist, ... any leading dimensions.
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from calm.functional.rng import Generator, pick, uniform
 from calm.functional.temperature import sharpened
 from calm.functional.tiles import rows_at_once
-from calm.models.configuration_heads import CategoricalFlowHeadConfig
-from calm.models.heads.base import Head, HeadLoss, leading_shape
+from calm.models.heads.base import Head, HeadConfig, HeadLoss, leading_shape
+from calm.models.heads.registry import register_head
 from calm.models.layer_access import embedding_matrix
 from calm.models.linear_cross_entropy import token_cross_entropies
-from calm.models.modeling_autoencoder import Posterior
+from calm.models.posterior import Posterior
 
 _SAMPLING_ELEMENTS = 2**22  # of the logits that exist at once on a CPU
+
+
+@strict
+class CategoricalFlowHeadConfig(HeadConfig):
+    r"""
+    The head that chooses the tokens of a patch in a few passes, trained by cross-entropy. It needs the autoencoder of
+    token codes ([`TokenCodesConfig`]).
+
+    Args:
+        type: ``"categorical_flow"``.
+        num_mlp_layers: residual blocks of the network of the later passes.
+        hidden_size: width of the blocks; default the backbone's.
+        code_size: dimensions of a token's code; default, and required to be, the autoencoder's.
+        num_passes: passes of a sample, at least 2, by default log2(K) + 1. The first pass is multi-token prediction.
+            Every pass chooses the next tokens of the patch, and later passes see them.
+        shortlist_size: M, the most likely tokens of the first pass that later passes choose from; default all tokens.
+    """
+
+    model_type = "calm_categorical_flow_head"
+
+    type: Literal["categorical_flow"] = "categorical_flow"
+    num_mlp_layers: int = 3
+    hidden_size: int | None = None
+    code_size: int | None = None
+    num_passes: int | None = None
+    shortlist_size: int | None = None
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self._check_at_least(1, "num_mlp_layers", "hidden_size", "code_size", "shortlist_size")
+        self._check_at_least(2, "num_passes", because=" (the first pass predicts the tokens independently)")
+
+    def fit_to(self, autoencoder_config: Any) -> None:
+        if self.code_size not in (None, autoencoder_config.code_size):
+            raise ValueError(
+                f"head_config.code_size is {self.code_size}, but the autoencoder's is {autoencoder_config.code_size}: "
+                "leave it out."
+            )
+        self.code_size = autoencoder_config.code_size
+        if self.shortlist_size is not None and self.shortlist_size > autoencoder_config.vocab_size:
+            raise ValueError(
+                f"head_config.shortlist_size must be at most the vocabulary's {autoencoder_config.vocab_size} tokens, "
+                f"got {self.shortlist_size}."
+            )
+
+    def schedule(self, patch_size: int) -> list[int]:
+        """Return how many tokens of a patch of K are chosen before each pass.
+
+        The number grows by equal factors: 0, 1, 2, 4 for K = 8 in four passes.
+        """
+        num_passes = min(self.num_passes or math.ceil(math.log2(patch_size)) + 1, patch_size)
+        counts = [0]
+        for index in range(1, num_passes):
+            # The small summand keeps 8 ** (1 / 3) from falling below 2.
+            counts.append(max(counts[-1] + 1, int(patch_size ** (index / num_passes) + 1e-9)))
+        return counts
 
 
 class ModulatedBlock(nn.Module):
@@ -99,14 +157,16 @@ class MaskedTokenNetwork(nn.Module):
                 init.zeros_(module.bias)
 
 
+@register_head
 class CategoricalFlowHead(Head):
-    """Few-pass choice of tokens; see :class:`~calm.models.configuration_heads.CategoricalFlowHeadConfig`."""
+    """Few-pass choice of tokens; see :class:`CategoricalFlowHeadConfig`."""
 
+    config_class = CategoricalFlowHeadConfig
+    needs_token_codes = True
     has_log_prob = True
 
     def __init__(self, config: CategoricalFlowHeadConfig, hidden_size: int, latent_size: int):
-        super().__init__()
-        self.config = config
+        super().__init__(config, hidden_size, latent_size)
         assert config.code_size is not None
         self.patch_size = latent_size // config.code_size
         self.schedule = config.schedule(self.patch_size)
@@ -307,4 +367,3 @@ def _cross_entropy(states: Tensor, labels: Tensor, embeddings: Tensor) -> Tensor
     """Return the mean cross-entropy of the tokens of each patch whose label is not -100: ``[..., K, D] -> [...]``."""
     losses = token_cross_entropies(states.flatten(0, -2), embeddings, labels.flatten())
     return losses.view(labels.shape).sum(-1) / labels.ne(-100).sum(-1).clamp(min=1)
-

@@ -4,8 +4,10 @@ Shapes: N draws, S sampling steps, D hidden, Z latent, ... any leading dimension
 """
 
 from functools import lru_cache
+from typing import Literal
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
 from calm.functional.diffusion import (
@@ -18,18 +20,69 @@ from calm.functional.diffusion import (
     respace,
 )
 from calm.functional.rng import Generator, normal, uniform
-from calm.models.configuration_heads import DiffusionHeadConfig
-from calm.models.heads.adaln import AdaptiveNormMLP
-from calm.models.heads.base import Head, HeadLoss, leading_shape
-from calm.models.modeling_autoencoder import Posterior
+from calm.models.heads.adaln import AdaptiveNormMLP, reference_names
+from calm.models.heads.base import Head, HeadConfig, HeadLoss, leading_shape
+from calm.models.heads.registry import register_head
+from calm.models.posterior import Posterior
 
 
+@strict
+class DiffusionHeadConfig(HeadConfig):
+    r"""
+    The head that removes noise from a latent vector step by step.
+
+    Args:
+        type: ``"diffusion"``.
+        num_mlp_layers: residual blocks.
+        hidden_size: width of the blocks; default the backbone's.
+        num_samples: N, noisy vectors per position in the loss.
+        num_train_timesteps: steps of the process it is trained on (cosine schedule).
+        num_sampling_steps: steps of a draw, evenly spread over those.
+        sampler: ``"ancestral"`` draws every step with the learned variance; ``"ddim"`` is deterministic behind the
+            first noise and needs fewer steps.
+        clip_latent: bound of the latent's entries as estimated on the way; none in the paper. Small models need one
+            (4, say): in the first steps, almost pure noise, their errors are amplified ten thousand times.
+    """
+
+    model_type = "calm_diffusion_head"
+
+    type: Literal["diffusion"] = "diffusion"
+    num_mlp_layers: int = 4
+    hidden_size: int | None = None
+    num_samples: int = 8
+    num_train_timesteps: int = 1000
+    num_sampling_steps: int = 100
+    sampler: Literal["ancestral", "ddim"] = "ancestral"
+    clip_latent: float | int | None = None
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self._check_at_least(
+            1, "num_samples", "num_mlp_layers", "num_train_timesteps", "num_sampling_steps", "hidden_size"
+        )
+        if self.num_sampling_steps > self.num_train_timesteps:
+            raise ValueError(
+                f"head_config.num_sampling_steps ({self.num_sampling_steps}) must not exceed num_train_timesteps "
+                f"({self.num_train_timesteps})."
+            )
+        if self.clip_latent is not None and not self.clip_latent > 0:
+            raise ValueError(f"head_config.clip_latent must be above 0 or null, got {self.clip_latent}.")
+
+    @property
+    def num_network_calls(self) -> int:
+        return self.num_sampling_steps
+
+
+@register_head
 class DiffusionHead(Head):
-    """Iterative denoiser; see :class:`~calm.models.configuration_heads.DiffusionHeadConfig`."""
+    """Iterative denoiser; see :class:`DiffusionHeadConfig`."""
+
+    config_class = DiffusionHeadConfig
+    reference_architecture = "DiffusionTransformer"
 
     def __init__(self, config: DiffusionHeadConfig, hidden_size: int, latent_size: int):
-        super().__init__()
-        self.config = config
+        super().__init__(config, hidden_size, latent_size)
         self.latent_size = latent_size
         self.network = AdaptiveNormMLP(
             latent_size, hidden_size, 2 * latent_size, config.num_mlp_layers, config.layer_norm_eps, config.hidden_size
@@ -98,6 +151,10 @@ class DiffusionHead(Head):
 
     def init_weights(self) -> None:
         self.network.init_weights()
+
+    @staticmethod
+    def reference_names(num_layers: int) -> dict[str, str]:
+        return reference_names(num_layers)
 
 
 def _schedule(num_train_timesteps: int, num_sampling_steps: int, device: torch.device) -> DiffusionSchedule:

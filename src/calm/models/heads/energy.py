@@ -1,24 +1,65 @@
 """The energy head: noise and a hidden state in, a latent vector out, in one step.
 
-Shapes: N head samples, M target draws, S possible next patches, D hidden, Z latent, U noise, ... any leading
-dimensions.
+Shapes: N head samples, M target samples, D hidden, Z latent, U noise, B rows, ... any leading dimensions.
 """
 
 import math
 from collections.abc import Callable
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from calm.functional.energy_score import mean_distance, mean_distance_of_pairs
 from calm.functional.rng import Generator, normal, of_rows, uniform
 from calm.functional.tiles import rows_at_once
-from calm.models.configuration_heads import EnergyHeadConfig
 from calm.models.heads.activated_linear import gated_silu_linear, is_plain, silu_linear
-from calm.models.heads.base import Head, HeadLoss, leading_shape
-from calm.models.modeling_autoencoder import Posterior
+from calm.models.heads.base import Head, HeadConfig, HeadLoss, leading_shape
+from calm.models.heads.registry import register_head
+from calm.models.posterior import Posterior
+from calm.utils.deprecation import REMOVED_ENERGY_FIELDS, drop_removed
+
+
+@strict
+class EnergyHeadConfig(HeadConfig):
+    r"""
+    The head that maps uniform noise and a hidden state to a latent vector, trained by the energy score.
+
+    Args:
+        type: ``"energy"``.
+        num_mlp_layers: residual blocks. The paper takes a quarter of the backbone's layers.
+        hidden_size: width of the blocks; default, and in the paper, the backbone's.
+        noise_size: entries of the uniform noise.
+        num_samples: N, draws of the head per position in the loss.
+        num_target_samples: M, draws of the true patch's posterior per position in the loss.
+        alpha: exponent of the energy score, in (0, 2).
+        condition_residual: whether the hidden state also enters the residual stream, beside the noise. In the paper it
+            acts through the gates of the blocks alone, which start out almost closed: small models on small budgets
+            then hardly learn to look at their context.
+    """
+
+    model_type = "calm_energy_head"
+
+    type: Literal["energy"] = "energy"
+    num_mlp_layers: int = 4
+    hidden_size: int | None = None
+    noise_size: int = 64
+    num_samples: int = 8
+    num_target_samples: int = 100
+    alpha: float | int = 1.0
+    condition_residual: bool = False
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self, **kwargs):
+        drop_removed(kwargs, REMOVED_ENERGY_FIELDS, "head_config")
+        super().__post_init__(**kwargs)
+        self._check_at_least(2, "num_samples", because=" (the score compares pairs)")
+        self._check_at_least(1, "num_target_samples", "noise_size", "num_mlp_layers", "hidden_size")
+        if not 0 < self.alpha < 2:
+            raise ValueError(f"head_config.alpha must lie in (0, 2), got {self.alpha}.")
 
 
 class GatedBlock(nn.Module):
@@ -47,15 +88,19 @@ class GatedBlock(nn.Module):
         return F.linear(x, x_weight).add_(F.linear(condition, condition_weight, self.mix.bias))
 
 
+@register_head
 class EnergyHead(Head):
-    """Single-step generator of the next latent; see :class:`~calm.models.configuration_heads.EnergyHeadConfig`."""
+    """Single-step generator of the next latent; see :class:`EnergyHeadConfig`."""
 
+    config_class = EnergyHeadConfig
+    returns_samples = True
+    reference_architecture = "EnergyTransformer"
+    reference_fields: ClassVar = Head.reference_fields | {"noise_size": ("noise_size", 64), "alpha": ("beta", 1.0)}
     gradient_checkpointing = False  # transformers sets it, and the function beside it
     _gradient_checkpointing_func: Callable[..., Tensor]
 
     def __init__(self, config: EnergyHeadConfig, hidden_size: int, latent_size: int):
-        super().__init__()
-        self.config = config
+        super().__init__(config, hidden_size, latent_size)
         eps, width = config.layer_norm_eps, config.hidden_size or hidden_size
         self.noise_proj = nn.Linear(config.noise_size, width)
         self.noise_norm = nn.LayerNorm(width, eps=eps)
@@ -106,72 +151,61 @@ class EnergyHead(Head):
         target_noise: Tensor | None = None,
         generator: Generator = None,
     ) -> HeadLoss:
-        """Negative energy score of N draws against M draws of the posterior; noise ``[N, B, ..., U]``.
+        """Return the negative energy score of N samples against M samples of the posterior.
 
-        Of S possible next patches, each gives M / S of the draws; ValueError where S does not divide M.
+        Args:
+            noise: uniform in [-0.5, 0.5], ``[N, B, ..., U]``.
+            target_noise: standard normal, ``[M, B, ..., Z]``.
         """
         config = self.config
-        mean, std = posterior.mean.float(), posterior.log_std.float().exp()
-        if mean.dim() == hidden.dim():
-            mean, std = mean[None], std[None]
-        if config.num_target_samples % len(mean):
-            raise ValueError(
-                f"num_target_samples ({config.num_target_samples}) of the energy head must be a multiple of the "
-                f"{len(mean)} possible next patches: every one gives as many targets."
-            )
-        center = mean.mean(0)
         if noise is None:
             noise = self.draw_noise(hidden, config.num_samples, generator, row_dim=1)
         samples = self.sample(hidden, noise)
-        # Distances do not change with the origin; that of the differences of squares lies among the points.
-        errors = (samples.float() - center).movedim(0, -2)  # [..., N, Z]
-        diversity = self._distance(mean_distance_of_pairs, errors)
-        fidelity = self._fidelity(errors, mean - center, std, target_noise, generator)
-        loss = 2 * fidelity - diversity
-        metrics = {"energy_score": -loss, "fidelity": fidelity, "diversity": diversity}
-        if config.mean_pull_weight:
-            pull = errors.mean(-2).square().sum(-1)
-            loss = loss + config.mean_pull_weight * pull
-            metrics["mean_pull"] = pull
-        return HeadLoss(loss, metrics, samples)
+        # Distances do not depend on the origin; differences of squares are most exact with the origin among the points.
+        errors = (samples.float() - posterior.mean.float()).movedim(0, -2)  # [..., N, Z]
+        diversity = mean_distance_of_pairs(errors, config.alpha)
+        fidelity = self._fidelity(errors, posterior.log_std.float().exp(), target_noise, generator)
+        score = diversity - 2 * fidelity
+        return HeadLoss(-score, {"energy_score": score, "fidelity": fidelity, "diversity": diversity}, samples)
 
-    def _fidelity(
-        self, errors: Tensor, mean: Tensor, std: Tensor, target_noise: Tensor | None, generator: Generator
-    ) -> Tensor:
-        """Mean distance of the samples ``[..., N, Z]`` to M draws of the posteriors ``[S, ..., Z]``, ``[...]``.
+    def _fidelity(self, errors: Tensor, std: Tensor, target_noise: Tensor | None, generator: Generator) -> Tensor:
+        """Return the mean distance of the samples ``[..., N, Z]`` to M samples of the posterior, ``[...]``.
 
-        A few rows at a time: their draws are all that is held at once, and nothing of them is kept for the backward
-        pass.
+        It is computed some rows at a time: only the target samples of these rows exist at once, and none is kept for
+        the backward pass.
         """
-        num_patches, num_rows = mean.shape[:2]
-        of_row = (*mean.shape[2:-1], self.config.num_target_samples, mean.shape[-1])
-        size = rows_at_once(math.prod(of_row), mean.device, in_cache=1)  # on a CPU a row fills the cache
+        of_row = (*std.shape[1:-1], self.config.num_target_samples, std.shape[-1])
+        size = rows_at_once(math.prod(of_row), std.device, in_cache=1)  # on a CPU a row fills the cache
         distances = []
-        for rows in (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)):
+        for start in range(0, len(std), size):
+            rows = slice(start, min(start + size, len(std)))
             if target_noise is None:
                 source = of_rows(generator, rows)
-                noise = normal((rows.stop - rows.start, *of_row), source, std.device, row_dim=0)
+                targets = normal((rows.stop - rows.start, *of_row), source, std.device, row_dim=0)
             else:
-                noise = target_noise[:, rows].movedim(0, -2).float().clone()
-            targets = noise.unflatten(-2, (num_patches, -1))  # [rows, ..., S, M / S, Z]
-            targets.mul_(std[:, rows].movedim(0, -2).unsqueeze(-2))
-            if num_patches > 1:
-                targets.add_(mean[:, rows].movedim(0, -2).unsqueeze(-2))
-            targets = targets.flatten(-3, -2)
-            distances.append(self._distance(mean_distance, errors[rows], targets))
+                targets = target_noise[:, rows].movedim(0, -2).float().clone()
+            targets.mul_(std[rows].unsqueeze(-2))  # [rows, ..., M, Z], relative to the posterior's mean
+            distances.append(mean_distance(errors[rows], targets, self.config.alpha))
         return torch.cat(distances)
-
-    def _distance(self, kind: Callable[..., Tensor], *points: Tensor) -> Tensor:
-        """Mean distance of points ``[..., n, Z]``, plus, where the loss wants them, those of groups of dimensions."""
-        alpha, groups = self.config.alpha, self.config.num_latent_groups
-        whole = kind(*points, alpha)
-        if groups == 1:
-            return whole
-        parts = [each.unflatten(-1, (groups, -1)).movedim(-2, -3) for each in points]  # [..., groups, n, Z / groups]
-        # So that, together, they pull at a dimension as much as the whole does.
-        return whole + kind(*parts, alpha).sum(-1) / groups**0.5
 
     def init_weights(self) -> None:
         """Every sample starts at the same point: the first steps learn where the latents lie, then their spread."""
         init.zeros_(self.output_layer.weight)
         init.zeros_(self.output_layer.bias)
+
+    @staticmethod
+    def reference_names(num_layers: int) -> dict[str, str]:
+        names = {
+            "head.noise_proj": "mlp_generator.noise_embd",
+            "head.noise_norm": "mlp_generator.norm_noise",
+            "head.hidden_proj": "mlp_generator.hidden_embd",
+            "head.hidden_norm": "mlp_generator.norm_hidden",
+            "head.final_norm": "mlp_generator.final_layer.in_ln",
+            "head.final_mlp.0": "mlp_generator.final_layer.linears.0",
+            "head.output_layer": "mlp_generator.final_layer.linears.2",
+        }
+        parts = {"norm": "in_ln", "mix": "linears.0", "mlp.1": "linears.2", "mlp.3": "linears.4"}
+        parts["down_proj"] = "down_proj"
+        for layer in range(num_layers):
+            names |= {f"head.blocks.{layer}.{o}": f"mlp_generator.mlp_blocks.{layer}.{t}" for o, t in parts.items()}
+        return names

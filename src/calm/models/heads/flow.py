@@ -3,24 +3,63 @@
 Shapes: N draws, D hidden, Z latent, ... any leading dimensions.
 """
 
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
 from calm.functional.flow import flow_matching_loss, integrate_flow, straight_path
 from calm.functional.rng import Generator, normal, uniform
-from calm.models.configuration_heads import FlowHeadConfig
-from calm.models.heads.adaln import AdaptiveNormMLP
-from calm.models.heads.base import Head, HeadLoss, leading_shape
-from calm.models.modeling_autoencoder import Posterior
+from calm.models.heads.adaln import AdaptiveNormMLP, reference_names
+from calm.models.heads.base import Head, HeadConfig, HeadLoss, leading_shape
+from calm.models.heads.registry import register_head
+from calm.models.posterior import Posterior
 
 _TIME_UNITS = 1000  # the network sees the time as a whole number of these
 
 
+@strict
+class FlowHeadConfig(HeadConfig):
+    r"""
+    The head that follows a learned velocity from noise to a latent vector.
+
+    Args:
+        type: ``"flow"``.
+        num_mlp_layers: residual blocks.
+        hidden_size: width of the blocks; default the backbone's.
+        num_samples: N, points on paths per position in the loss.
+        num_sampling_steps: steps of the solver in a draw.
+        solver: ``"midpoint"`` (two passes through the network per step) or ``"euler"`` (one).
+    """
+
+    model_type = "calm_flow_head"
+
+    type: Literal["flow"] = "flow"
+    num_mlp_layers: int = 4
+    hidden_size: int | None = None
+    num_samples: int = 8
+    num_sampling_steps: int = 10
+    solver: Literal["midpoint", "euler"] = "midpoint"
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self._check_at_least(1, "num_samples", "num_mlp_layers", "num_sampling_steps", "hidden_size")
+
+    @property
+    def num_network_calls(self) -> int:
+        return self.num_sampling_steps * (2 if self.solver == "midpoint" else 1)
+
+
+@register_head
 class FlowHead(Head):
-    """Solver of a learned flow; see :class:`~calm.models.configuration_heads.FlowHeadConfig`."""
+    """Solver of a learned flow; see :class:`FlowHeadConfig`."""
+
+    config_class = FlowHeadConfig
+    reference_architecture = "FlowTransformer"
 
     def __init__(self, config: FlowHeadConfig, hidden_size: int, latent_size: int):
-        super().__init__()
-        self.config = config
+        super().__init__(config, hidden_size, latent_size)
         self.latent_size = latent_size
         self.network = AdaptiveNormMLP(
             latent_size, hidden_size, latent_size, config.num_mlp_layers, config.layer_norm_eps, config.hidden_size
@@ -72,3 +111,7 @@ class FlowHead(Head):
 
     def init_weights(self) -> None:
         self.network.init_weights()
+
+    @staticmethod
+    def reference_names(num_layers: int) -> dict[str, str]:
+        return reference_names(num_layers)

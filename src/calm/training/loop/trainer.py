@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -30,7 +30,6 @@ from calm.functional.brier import NGRAM
 from calm.models.context import patch_size_of
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM, target_patches
-from calm.training.loop.distillation import draw_continuations
 from calm.training.recipe.trainer_arguments import asks_for_fsdp
 from calm.training.state.checkpoint_manifest import rotate, seal
 from calm.training.state.data_order import NumberedBlocks, ShuffledSteps, collate_numbered, noise_of_blocks
@@ -46,7 +45,6 @@ class CalmTrainer(Trainer):
         about: what a checkpoint says about its run, beside what the Trainer knows.
         keep: checkpoints that stay; None keeps all.
         brier_blocks: score so many held-out blocks with every evaluation.
-        teacher: a token model whose draws, so many of every context, are the targets of CALM's loss.
     """
 
     def __init__(
@@ -57,7 +55,6 @@ class CalmTrainer(Trainer):
         about: dict[str, Any] | None = None,
         keep: int | None = None,
         brier_blocks: int | None = None,
-        teacher: tuple[PreTrainedModel, int] | None = None,
         **kwargs,
     ):
         held_out = None if eval_dataset is None else NumberedBlocks(eval_dataset)
@@ -77,7 +74,6 @@ class CalmTrainer(Trainer):
         self.about = about or {}
         self.keep = keep
         self.brier_blocks = brier_blocks
-        self.teacher = teacher
         self.averages = Averages()
         self._first_bad_step = torch.tensor(-1, device=self.args.device)
 
@@ -96,12 +92,7 @@ class CalmTrainer(Trainer):
         plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if isinstance(plain, CalmAutoencoder | CalmForCausalLM):
             step = self.state.global_step if model.training else _EVALUATION
-            noise = noise_of_blocks(numbers, self.args.seed, step, inputs["input_ids"].device)
-            inputs["generator"] = noise
-            if self.teacher is not None and model.training:
-                teacher, count = self.teacher
-                ids, patch_size = inputs["input_ids"], plain.config.patch_size
-                inputs["target_ids"] = draw_continuations(teacher, ids, patch_size, count, noise)
+            inputs["generator"] = noise_of_blocks(numbers, self.args.seed, step, inputs["input_ids"].device)
         with no_packed_sequences():
             outputs = model(**inputs)
         if model.training:

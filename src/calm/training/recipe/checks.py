@@ -5,6 +5,8 @@ import difflib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_args
 
+from calm.utils.deprecation import REMOVED_ENERGY_FIELDS, drop_removed
+
 # Set by the run itself, at odds with going on where it was, or without effect on how these models are trained.
 _RESERVED_TRAINING = (
     "output_dir", "seed", "remove_unused_columns", "prediction_loss_only", "logging_nan_inf_filter", "save_only_model",
@@ -53,6 +55,18 @@ def check_keys(
             near = near or difflib.get_close_matches(str(key), allowed, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}."
             raise ValueError(f"unknown key {key!r} in {where}: {hint}")
+
+
+def without_removed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe without the keys that this version no longer has; FutureWarning for those that had an effect."""
+    values = dict(values)
+    drop_removed(values, {"distillation": None}, "the recipe")
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(model.get("head"), dict):
+        head = dict(model["head"])
+        drop_removed(head, REMOVED_ENERGY_FIELDS, "model.head")
+        values["model"] = model | {"head": head}
+    return values
 
 
 def check_types(values: Any, types: dict[str, type], where: str) -> None:
@@ -235,7 +249,10 @@ def _backbone_fields(backbone: dict[str, Any]) -> Collection[str] | None:
 
 def _head_fields(head: dict[str, Any]) -> Collection[str] | None:
     """Fields of the head's configuration; an unknown type of head is named when the model is built."""
-    from calm.models.configuration_heads import HEAD_CONFIGS
+    from calm.models.heads.registry import find_head
 
-    config = HEAD_CONFIGS.get(str(head.get("type", "energy")))
-    return None if config is None else {each.name for each in dataclasses.fields(config)}
+    try:
+        config = find_head(head.get("type", "energy"), "model.head.type").config_class
+    except ValueError:
+        return None
+    return {each.name for each in dataclasses.fields(config)}

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from calm.evaluation.compute import compute, distillation_flops_per_token
+from calm.evaluation.compute import compute
 from calm.models.context import patch_size_of
 from calm.training.recipe.models import outline_at
 from calm.training.recipe.recipe import Recipe
@@ -13,21 +13,14 @@ from calm.training.recipe.trainer_arguments import trained_tokens
 
 
 def training_flops_per_token(recipe: Recipe, model: PreTrainedModel, others: Iterable[Recipe] = ()) -> float:
-    """Of a recipe's training, a teacher's continuations included.
+    """Return the FLOPs of a recipe's training, per token.
 
     Args:
         model: the recipe's; an outline without weights will do.
         others: recipes that will train what this one builds on, where it is not trained yet.
     """
     positions = recipe.data.block_size // patch_size_of(model.config)
-    flops = compute(model, positions, frozen=_frozen(recipe, others)).training_flops_per_token
-    if recipe.distillation is not None:
-        teacher = outline_at(recipe.distillation.teacher, others)
-        student: Any = model
-        flops += distillation_flops_per_token(
-            teacher, student, recipe.distillation.num_continuations, recipe.data.block_size
-        )
-    return flops
+    return compute(model, positions, frozen=_frozen(recipe, others)).training_flops_per_token
 
 
 def _frozen(recipe: Recipe, others: Iterable[Recipe]) -> tuple[str, ...]:

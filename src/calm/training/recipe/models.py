@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from calm.checkpoints.loading import load_autoencoder, load_language_model, load_model
 from calm.checkpoints.meta_model import outline, settings_may_not_fit
 from calm.data.blocks import MANIFEST, read_manifest
 from calm.data.tokenizer import load_tokenizer, tokenizer_hash
-from calm.models.capabilities import check_full_attention, check_plain_logits
 from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.configuration_calm import AUXILIARY, CalmConfig
 from calm.models.configuration_codes import TokenCodesConfig
@@ -112,28 +111,6 @@ def _set_losses(model: Any, recipe: Recipe) -> None:
         model.config.check_loss_weights()
     if "token_prediction_weight" in given:
         model.add_token_prediction(given["token_prediction_weight"], given.get("token_prediction_type", "independent"))
-
-
-def load_teacher(recipe: Recipe, model: Any, arguments: TrainingArguments) -> tuple[PreTrainedModel, int] | None:
-    """The token model of the recipe's distillation on the run's device, and how many continuations it draws."""
-    if recipe.distillation is None:
-        return None
-    path, count = recipe.distillation.teacher, recipe.distillation.num_continuations
-    head = model.config.head_config
-    if head.type != "energy" or head.num_target_samples % count:
-        raise ValueError(
-            "distillation needs an energy head whose num_target_samples is a multiple of num_continuations "
-            f"({count}): every continuation gives as many targets. This head: {head.type}"
-            + (f" with {head.num_target_samples}." if head.type == "energy" else ".")
-        )
-    with _named("distillation.teacher"):
-        teacher = load_language_model(path, torch.bfloat16 if arguments.bf16 else torch.float32)
-    if isinstance(teacher, CalmForCausalLM):
-        raise ValueError(f"distillation.teacher: {path} holds a CALM; a token model is needed.")
-    check_full_attention(teacher.config, "a teacher")
-    check_plain_logits(teacher.config, "a teacher")
-    _check_same_tokenizer(path, recipe.data.train)
-    return teacher.to(arguments.device), count  # type: ignore[arg-type]
 
 
 _SAME_CONFIG = (

@@ -20,9 +20,6 @@ model:                               # stage autoencoder: fields of CalmAutoenco
   pretrained: runs/calm              # instead of all that: go on from a trained model, to fine-tune it; beside it may
                                      #   stand autoencoder, freeze_backbone, decoded_brier_weight and, where it has no
                                      #   token prediction, token_prediction_weight and token_prediction_type
-distillation:                        # stage calm with an energy head, optional: the targets of the loss are
-  teacher: runs/baseline             #   continuations that a token model draws,
-  num_continuations: 4               #   so many of every context
 tokens_per_step: 524288              # over all processes; sets gradient_accumulation_steps. Optional
 precision: auto                      # auto (bfloat16 on GPUs that have it) | float32 | bfloat16 | float16
 brier_blocks: 32                     # BrierLM on so many validation blocks with every evaluation. Optional
@@ -51,6 +48,7 @@ from calm.training.recipe.checks import (
     check_types,
     model_fields,
     training_fields,
+    without_removed,
 )
 from calm.utils.paths import nearest_existing
 
@@ -82,19 +80,12 @@ class DataRecipe:
 
 
 @dataclass
-class DistillationRecipe:
-    teacher: str
-    num_continuations: int = 4
-
-
-@dataclass
 class Recipe:
     stage: str
     output_dir: str
     data: DataRecipe
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    distillation: DistillationRecipe | None = None
     seed: int = 0
     tokens_per_step: int | None = None
     brier_blocks: int | None = None
@@ -115,8 +106,6 @@ class Recipe:
         check_types(self.data, {"train": str, "block_size": int}, "data")
         if self.data.validation is not None:
             check_types(self.data, {"validation": str}, "data")
-        if self.distillation is not None:
-            self._check_distillation(self.distillation)
         if self.brier_blocks is not None:
             check_types(self, {"brier_blocks": int}, "the recipe")
             if self.stage == "autoencoder" or self.data.validation is None or self.brier_blocks < 1:
@@ -133,16 +122,11 @@ class Recipe:
         }
         self.training = TRAINING_DEFAULTS | given
 
-    def _check_distillation(self, distillation: DistillationRecipe) -> None:
-        check_types(distillation, {"teacher": str, "num_continuations": int}, "distillation")
-        head = self.model.get("head") or {}
-        if self.stage != "calm" or head.get("type", "energy") != "energy":
-            raise ValueError("distillation is for stage calm with an energy head: its loss compares draws with draws.")
-        check_smallest("distillation.num_continuations", distillation.num_continuations, 1)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """Build and check a recipe; ValueError names an unknown or missing key."""
+        if isinstance(values, dict):
+            values = without_removed(values)
         check_keys(
             values,
             {each.name for each in dataclasses.fields(cls)},
@@ -164,12 +148,6 @@ class Recipe:
             if name not in data:
                 raise ValueError(f"data lacks {name!r}.")
         given: dict[str, Any] = {"data": DataRecipe(**data)}
-        distillation = values.get("distillation")
-        if distillation is not None:
-            check_keys(distillation, {each.name for each in dataclasses.fields(DistillationRecipe)}, "distillation")
-            if "teacher" not in distillation:
-                raise ValueError("distillation lacks 'teacher': the directory of a trained token model.")
-            given["distillation"] = DistillationRecipe(**distillation)
         return cls(**values | given)
 
     @classmethod

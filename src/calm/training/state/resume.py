@@ -23,8 +23,7 @@ COMPLETE = "complete.json"
 LOCK = ".lock"  # held by the process that trains here
 _NEVER_CHANGES = ("stage", "model", "seed", "training.optim")
 # A recipe may name them by another path, and a run with what it is made from may be moved.
-_PATHS = ("data.train", "data.validation", "distillation.teacher", "model.autoencoder", "model.backbone_weights",
-          "model.pretrained")  # fmt: skip
+_PATHS = ("data.train", "data.validation", "model.autoencoder", "model.backbone_weights", "model.pretrained")
 _UNLIKE_OTHERS = "reduce_lr_on_plateau"  # the one schedule whose state means nothing to another
 
 
