@@ -25,8 +25,8 @@ def captures(monkeypatch):
 
         return replay
 
-    monkeypatch.setattr(static_step, "capture_for", lambda device: capture)
-    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
+    monkeypatch.setattr(static_step, "capture_for", lambda _: capture)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     return made
 
 

@@ -122,7 +122,7 @@ class _MeanDistance(torch.autograd.Function):
                 weights = powers / squares * (alpha / (x.shape[-2] * y.shape[-2]))
                 gradient_x = weights.sum(-1, keepdim=True) * x - weights @ y if wants_x else None
                 gradient_y = weights.sum(-2).unsqueeze(-1) * y - weights.mT @ x if wants_y else None
-                if of_itself and gradient_x is not None:
+                if of_itself and gradient_x is not None and gradient_y is not None:
                     gradient_x, gradient_y = gradient_x + gradient_y, None
         ctx.save_for_backward(gradient_x, gradient_y)
         return powers.mean((-2, -1))
