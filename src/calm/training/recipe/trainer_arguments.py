@@ -12,12 +12,14 @@ from calm.training.recipe.recipe import Recipe
 
 _LOADER_WORKERS = 2  # blocks are read from a memory map: two processes keep up with a GPU
 _FEWEST_COMPILED_STEPS = 1000  # compilation takes about a minute
+_TIMEOUT_SECONDS = 2 * 60 * 60
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The Trainer's arguments: the recipe's, and what the run decides itself."""
     # Every weight that is trained has a part in every loss: no process need look for those that have none.
-    values = {"ddp_find_unused_parameters": False} | recipe.training
+    # The other processes wait while the first one scores and writes checkpoints.
+    values = {"ddp_find_unused_parameters": False, "ddp_timeout": _TIMEOUT_SECONDS} | recipe.training
     values["report_to"] = values["report_to"] or "none"
     # Without it, processes started together on a machine without an accelerator would each take themselves for alone.
     values.setdefault("use_cpu", not torch.accelerator.is_available())
