@@ -29,23 +29,24 @@ class RowStreams:
     """
 
     def __init__(self, seeds: Tensor, positions: Tensor | None = None):
-        self.seeds = seeds
+        self.keys = _mix(seeds)
         self.positions = torch.zeros_like(seeds) if positions is None else positions
         self._parent: tuple[RowStreams, slice | Tensor] | None = None
 
     def __len__(self) -> int:
-        return len(self.seeds)
+        return len(self.keys)
 
     def __getitem__(self, rows: slice | Tensor) -> "RowStreams":
         """Return the streams of some rows. What these draw, the whole has drawn as well."""
-        some = RowStreams(self.seeds[rows], self.positions[rows])
+        some: RowStreams = object.__new__(RowStreams)
+        some.keys, some.positions = self.keys[rows], self.positions[rows]
         some._parent = (self, rows)
         return some
 
     def bits(self, count: int) -> Tensor:
         """Return the next ``count`` numbers of every row, 64 random bits each: ``[R, count]``, int64."""
-        places = self.positions[:, None] + torch.arange(1, count + 1, device=self.seeds.device)
-        numbers = _mix(_mix(self.seeds)[:, None] + places * _GAMMA)
+        places = self.positions[:, None] + torch.arange(1, count + 1, device=self.keys.device)
+        numbers = _mix(self.keys[:, None] + places * _GAMMA)
         self._advance(count)
         return numbers
 
