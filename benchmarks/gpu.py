@@ -116,7 +116,7 @@ def new_model(kind: str, size: str, vocab_size: int = 128257, mtp: bool = False)
     else:
         autoencoder = CalmAutoencoderConfig(vocab_size=vocab_size, **small)
     head = {"type": kind} | ({"num_samples": 4, "num_target_samples": 8} if kind == "energy" and small else {})
-    weight = {"token_prediction_weight": 1.0, "token_prediction_type": "autoregressive"} if mtp else {}
+    weight = {"mtp_weight": 1.0, "mtp_type": "autoregressive"} if mtp else {}
     config = CalmConfig(backbone_config=backbone, autoencoder_config=autoencoder, head_config=head, **weight)
     return CalmForCausalLM(config)
 
@@ -258,7 +258,7 @@ def generation(options: Any) -> Iterator[Row]:
     ways: list[tuple[str, dict[str, Any]]] = [
         ("energy", {"temperature": 1.0}),
         ("energy", {"temperature": 0.5, "sampler": "batch"}),
-        ("energy", {"sampler": "token_prediction", "temperature": 0.5}),
+        ("energy", {"sampler": "mtp", "temperature": 0.5}),
         ("categorical_flow", {"sampler": "direct", "temperature": 1.0}),
     ]
     for batch_size in batches:
@@ -276,7 +276,7 @@ def _generation(
     kind: str, size: str, batch_size: int, compiled: bool, arguments: dict[str, Any], options: Any
 ) -> dict[str, Any]:
     vocab_size, new_tokens = (64, 8) if options.tiny else (128257, 256)
-    model = new_model(kind, size, vocab_size, mtp=arguments.get("sampler") == "token_prediction")
+    model = new_model(kind, size, vocab_size, mtp=arguments.get("sampler") == "mtp")
     model = model.to(options.device, torch.float32 if options.tiny else torch.bfloat16).eval()
     model.generation_config.eos_token_id = None
     ids = torch.randint(2, vocab_size, (batch_size, 64), device=options.device)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "src" / "calm"
 UTILS = {"utils"}
-MODELS = {"functional", "models"} | UTILS
+MODELS = {"functional", "models", "compat"} | UTILS
 MAY_IMPORT = {
     "functional": {"functional"},
     "utils": {"utils"},

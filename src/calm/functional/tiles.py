@@ -2,12 +2,12 @@
 
 import torch
 
-# 128 MiB in float32: starting many small kernels would cost a GPU more than memory does.
+# 128 MiB in float32: on a GPU, starting many small kernels costs more than memory.
 _ELSEWHERE = 2**25
 
 
 def rows_at_once(width: int, device: torch.device, in_cache: int) -> int:
-    """Return how many rows of ``width`` elements a tile holds: ``in_cache`` elements on a CPU, more elsewhere."""
+    """Return the number of rows of ``width`` elements in a tile: ``in_cache`` elements on a CPU, more elsewhere."""
     return max(1, (in_cache if device.type == "cpu" else _ELSEWHERE) // max(1, width))
 
 
