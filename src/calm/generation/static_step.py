@@ -109,12 +109,13 @@ class StaticStep:
             # Buffers of their own: the graph reads from these places.
             self._inputs = [None if each is None else each.clone() for each in inputs]
             # The calls before the capture write to the cache where the first replay will write, and count on.
-            lengths = [layer.cumulative_length.clone() for layer in self.cache.layers]
+            layers: list[Any] = list(self.cache.layers)
+            lengths = [layer.cumulative_length.clone() for layer in layers]
             self._replay = self.capture(partial(self.run, model, *self._inputs, self.cache))
-            for layer, length in zip(self.cache.layers, lengths, strict=True):
+            for layer, length in zip(layers, lengths, strict=True):
                 layer.cumulative_length.copy_(length)
         for buffer, value in zip(self._inputs, inputs, strict=True):
-            if buffer is not None:
+            if buffer is not None and value is not None:
                 buffer.copy_(value)
         return self._replay()
 
