@@ -157,7 +157,15 @@ class DiffusionHead(Head):
         return reference_names(num_layers)
 
 
-@lru_cache(maxsize=16)
 def _schedule(num_train_timesteps: int, num_sampling_steps: int, device: torch.device) -> DiffusionSchedule:
+    # A compiler cannot see through a cache, and keeps the schedule in its graph instead.
+    make = _new_schedule if torch.compiler.is_compiling() else _cached_schedule
+    return make(num_train_timesteps, num_sampling_steps, device)
+
+
+def _new_schedule(num_train_timesteps: int, num_sampling_steps: int, device: torch.device) -> DiffusionSchedule:
     # Not a buffer of the model, which would be lost when a model is built on the meta device and then loaded.
     return respace(cosine_schedule(num_train_timesteps, device), num_sampling_steps)
+
+
+_cached_schedule = lru_cache(maxsize=16)(_new_schedule)

@@ -4,7 +4,7 @@ Shapes: N head samples, M target samples, D hidden, Z latent, U noise, B rows, .
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from calm.functional.energy_score import energy_score_terms
-from calm.functional.rng import Generator, normal, uniform
+from calm.functional.rng import Generator, normal, of_rows, uniform
 from calm.functional.tiles import rows_at_once
 from calm.models.heads.activated_linear import gated_silu_linear, is_plain, silu_linear
 from calm.models.heads.base import Head, HeadConfig, HeadLoss, leading_shape
@@ -170,7 +170,7 @@ class EnergyHead(Head):
         for start in range(0, len(std), size):
             rows = slice(start, min(start + size, len(std)))
             if target_noise is None:
-                source = generator[rows] if isinstance(generator, Sequence) else generator
+                source = of_rows(generator, rows)
                 targets = normal((*std[rows].shape[:-1], *shape), source, std.device, row_dim=0)
             else:
                 targets = target_noise[:, rows].movedim(0, -2).float().clone()
