@@ -91,7 +91,7 @@ def test_forward_is_called_as_models_of_transformers_are():
     assert len(output.hidden_states) == 3  # the input of two layers, and what they give
     assert isinstance(model(input_ids=ids, return_dict=False), tuple)
     assert model(input_ids=ids[:, :4], labels=ids[:, :4]).loss == 0  # nothing to predict
-    with pytest.raises(ValueError, match="a CALM's forward takes no inputs_embeds"):
+    with pytest.raises(ValueError, match="the forward of a CALM has no argument inputs_embeds"):
         model(input_ids=ids, inputs_embeds=torch.zeros(1))
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from calm import CalmConfig, CalmForCausalLM
-from calm.functional import tiles
+from calm.models import linear_cross_entropy
 from calm.models.configuration_codes import TokenCodesConfig
 from calm.models.heads.categorical_flow import CategoricalFlowHeadConfig
 from calm.models.modeling_codes import TokenCodes
@@ -116,7 +116,7 @@ def test_loss_and_gradients_do_not_depend_on_tiles(monkeypatch):
         return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     expected = gradients()
-    monkeypatch.setattr(tiles, "_TRAINING_ELEMENTS", 3 * SMALL)
+    monkeypatch.setattr(linear_cross_entropy, "_TILE_ELEMENTS", 3 * SMALL)
     found = gradients()
     torch.testing.assert_close(found, expected)
 

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -93,7 +93,7 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Take this process's share of the state in a file."""
+    """Load this process's share of the optimiser state in a file; the rest of the file is not read."""
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():
@@ -105,14 +105,22 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> None:
 
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Take this process's share of the weights in a safetensors file."""
+    """Load this process's share of the weights in a safetensors file; the rest of the file is not read."""
     with safe_open(path, framework="pt") as file:
         for name, value in model.state_dict(keep_vars=True).items():
             if name in file.keys():  # noqa: SIM118 - no mapping; tied weights are saved once
-                value.copy_(_share(file.get_tensor(name), value))
+                value.copy_(_share(file.get_slice(name), value))
 
 
-def _share(whole: Tensor, like: Tensor) -> Tensor:
+def _share(whole: Any, like: Tensor) -> Tensor:
+    """Return what a process holds of a tensor (or of a slice of a file) that is divided like another."""
     if not isinstance(like, DTensor):
-        return whole
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        return whole if isinstance(whole, Tensor) else whole[...]
+    mesh, placements = like.device_mesh, like.placements
+    if mesh.ndim == 1 and isinstance(placements[0], Shard) and placements[0].dim == 0:
+        rows = -(-like.shape[0] // mesh.size())  # of every process, the last ones may have fewer
+        start = min(rows * mesh.get_local_rank(), like.shape[0])
+        part = whole[start : start + rows].to(like.device)
+        return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    whole = whole if isinstance(whole, Tensor) else whole[...]
+    return distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None)

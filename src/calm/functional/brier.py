@@ -10,12 +10,12 @@ NGRAM = 4  # tokens of the longest n-gram that BrierLM scores
 
 
 def brier_estimate(first: Tensor, second: Tensor, target: Tensor) -> Tensor:
-    """Unbiased estimate of the Brier score of every prefix of an n-gram, from two independent draws.
+    """Estimate the Brier score of every prefix of an n-gram from two independent samples, without bias.
 
-    For draws a, b of the model and the truth y: ``1{a = y} + 1{b = y} - 1{a = b}``, where equality is that of the
-    whole prefix. Its expectation is ``2 P(y) - sum_x P(x)^2``: 1 for a certain and right model, at most. The draws
-    must be independent. If ``a`` and ``b`` are the same greedy text, the mean estimate is 2 * accuracy - 1: the score
-    of a model that is certain of that text, not of the model that was decoded.
+    For samples a and b of the model and the truth y it is ``1{a = y} + 1{b = y} - 1{a = b}``, where equality is that of
+    the whole prefix. Its expectation is ``2 P(y) - sum_x P(x)^2``, at most 1. The samples must be independent. If ``a``
+    and ``b`` are the same greedy text, the mean estimate is 2 * accuracy - 1: the score of a model that is certain of
+    that text, not of the model that was decoded.
 
     Args:
         first, second, target: token ids ``[..., n]``.
@@ -35,14 +35,14 @@ def brier_estimate(first: Tensor, second: Tensor, target: Tensor) -> Tensor:
 
 
 def prefix_equal(first: Tensor, second: Tensor) -> Tensor:
-    """1 where two n-grams agree on the whole prefix, else 0: ``[..., n], [..., n] -> [..., n]`` in float32."""
+    """Return 1 where two n-grams agree on the whole prefix, else 0: ``[..., n], [..., n] -> [..., n]`` in float32."""
     return (first == second).float().cumprod(-1)
 
 
 def brier_lm(brier: Tensor) -> Tensor:
-    """BrierLM: 100 times the geometric mean of Brier-1 to Brier-n (n = 4 in the paper).
+    """Compute BrierLM: 100 times the geometric mean of Brier-1 to Brier-n (n = 4 in the paper).
 
-    Each Brier score is floored at 0 first: the product of an even number of negative scores is no merit.
+    Each Brier score is clamped to at least 0 first: the product of two negative scores would be positive.
 
     Args:
         brier: ``[..., n]``, mean scores (not single-position estimates: the mean comes before the product).

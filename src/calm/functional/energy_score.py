@@ -8,6 +8,7 @@ Shapes: N model samples, M target samples, Z latent dimensions, ... any leading 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,9 @@ def _mean_distance_of_pairs(x: Tensor, alpha: float) -> Tensor:
     num_points = x.shape[-2]
     x = x - x.mean(-2, keepdim=True).detach()
     # The N distances of a point to itself are zero, and are left out of the count.
-    return mean_distance(x, x, alpha) * (num_points / (num_points - 1))
+    # A compiler splits its graph at a function that gets one tensor twice: None is the first again.
+    distance = _MeanDistance.apply(x, None, alpha, torch.is_grad_enabled())
+    return distance * (num_points / (num_points - 1))
 
 
 def mean_distance(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
@@ -111,8 +114,11 @@ def full_float32() -> Iterator[None]:
 
 class _MeanDistance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, alpha: float, with_gradients: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, alpha: float, with_gradients: bool) -> Tensor:
+        """Mean distance of x and y, or of x and itself for None; the gradients are computed here as well."""
+        of_itself = y is None
         wants_x, wants_y = (with_gradients and wanted for wanted in ctx.needs_input_grad[:2])
+        y, wants_y = (x, wants_x) if y is None else (y, wants_y)
         # In half precision the difference of squares would be all rounding error.
         with torch.autocast(x.device.type, enabled=False), full_float32():
             sizes = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
@@ -127,12 +133,14 @@ class _MeanDistance(torch.autograd.Function):
                 weights = powers / squares * (alpha / (x.shape[-2] * y.shape[-2]))
                 gradient_x = weights.sum(-1, keepdim=True) * x - weights @ y if wants_x else None
                 gradient_y = weights.sum(-2).unsqueeze(-1) * y - weights.mT @ x if wants_y else None
+                if of_itself and gradient_x is not None and gradient_y is not None:
+                    gradient_x, gradient_y = gradient_x + gradient_y, None
         ctx.save_for_backward(gradient_x, gradient_y)
         return powers.mean((-2, -1))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gradient = gradient[..., None, None]
         of_x, of_y = (None if part is None else gradient * part for part in ctx.saved_tensors)
         return of_x, of_y, None, None

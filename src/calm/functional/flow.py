@@ -12,12 +12,12 @@ SOLVERS = ("midpoint", "euler")
 
 
 def straight_path(noise: Tensor, clean: Tensor, time: Tensor) -> Tensor:
-    """The point at ``time [...]`` in [0, 1] between noise and clean vector, ``[..., Z]``."""
+    """Return the point at ``time [...]`` in [0, 1] between noise and clean vector, ``[..., Z]``."""
     return (1 - time[..., None]) * noise + time[..., None] * clean
 
 
 def flow_matching_loss(velocity: Tensor, noise: Tensor, clean: Tensor) -> Tensor:
-    """Squared error of a predicted velocity, mean over Z: ``[..., Z] x 3 -> [...]``."""
+    """Compute the squared error of a predicted velocity, mean over Z: ``[..., Z] x 3 -> [...]``."""
     return (velocity - (clean - noise)).square().mean(-1)
 
 
@@ -27,8 +27,8 @@ def integrate_flow(
     """Follow a velocity field from noise (t = 0) to a clean vector (t = 1), ``[..., Z] -> [..., Z]``.
 
     Args:
-        velocity: of points ``[..., Z]`` at a time (a scalar tensor, float32).
-        num_steps: steps of equal length; the midpoint solver asks for two velocities in each.
+        velocity: function of points ``[..., Z]`` and a time (a scalar tensor, float32).
+        num_steps: steps of equal length; the midpoint solver evaluates two velocities in each.
         solver: ``"midpoint"`` (second order) or ``"euler"``.
     """
     if solver not in SOLVERS:

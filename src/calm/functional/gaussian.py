@@ -1,6 +1,6 @@
 """The diagonal Gaussian posterior of the autoencoder.
 
-Shapes: M draws, Z latent dimensions, ... any leading dimensions.
+Shapes: M samples, Z latent dimensions, ... any leading dimensions.
 """
 
 import torch
@@ -10,9 +10,9 @@ from calm.functional.rng import Generator, normal
 
 
 def gaussian_kl(mean: Tensor, log_std: Tensor, clip: float = 0.5) -> Tensor:
-    """KL divergence of N(mean, std^2) to N(0, I) in nats, floored per dimension.
+    """Compute the KL divergence of N(mean, std^2) to N(0, I) in nats, with a floor per dimension.
 
-    The floor stops the pull on a dimension once its KL is at ``clip``: without it dimensions collapse to the prior.
+    Below the floor a dimension has no gradient: without it dimensions collapse to the prior.
 
     Args:
         mean: ``[..., Z]``.
@@ -26,7 +26,7 @@ def gaussian_kl(mean: Tensor, log_std: Tensor, clip: float = 0.5) -> Tensor:
 
 
 def gaussian_kl_per_dimension(mean: Tensor, log_std: Tensor) -> Tensor:
-    """KL divergence of each dimension to N(0, 1) in nats, without a floor: ``[..., Z] -> [..., Z]``."""
+    """Compute the KL divergence of each dimension to N(0, 1) in nats, without a floor: ``[..., Z] -> [..., Z]``."""
     dtype = torch.promote_types(mean.dtype, torch.float32)
     mean, log_std = mean.to(dtype), log_std.to(dtype)
     return 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std)
@@ -39,7 +39,7 @@ def gaussian_sample(
     noise: Tensor | None = None,
     generator: Generator = None,
 ) -> Tensor:
-    """Draws from N(mean, std^2): ``[..., Z], [..., Z] -> [num_samples, ..., Z]``.
+    """Sample from N(mean, std^2): ``[..., Z], [..., Z] -> [num_samples, ..., Z]``.
 
     Args:
         noise: standard normal ``[num_samples, ..., Z]``; given, the result is deterministic.

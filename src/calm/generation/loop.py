@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from calm.functional.lazy_samples import LazySamples
-from calm.functional.rng import Generator, check_rows, of_rows
+from calm.functional.rng import Generator, RowStreams, check_rows, of_rows
 from calm.generation.prompts import align_prompt, check_prompts
 from calm.generation.samplers import SampledPatches, find_sampler, supported_samplers
 from calm.generation.sampling_params import SamplingParams
@@ -216,10 +216,13 @@ class CalmGenerationMixin:
             if streamer is not None:
                 streamer.put(new[torch.stack(unfinished[-new.shape[1] :], dim=1)].cpu())
             remaining -= new.shape[1]
-            if remaining <= 0 or bool(finished.all()):
+            # One read of the device for both.
+            has_ended, is_finite = torch.stack([finished.all(), state.hidden.isfinite().all()]).tolist()
+            if not is_finite:
+                check_finite(state.hidden)
+            if remaining <= 0 or has_ended:
                 break
             state = step(state, patches.tokens)
-            check_finite(state.hidden)
         if streamer is not None:
             streamer.end()
         # All rows may have ended inside the last patch.
@@ -295,7 +298,13 @@ class CalmGenerationMixin:
     def _sample_unfinished(
         self, hidden: Tensor, finished: Tensor, settings: GenerationSettings, generator: Generator
     ) -> SampledPatches:
-        """Sample the next patches; rows that have ended get padding, and nothing is computed for them."""
+        """Sample the next patches; rows that have ended get padding, and on a CPU nothing is computed for them."""
+        if hidden.device.type != "cpu":  # finding the others would wait for the device
+            patches = self.sample_patch(hidden, settings.params, generator)
+            patches.tokens = patches.tokens.masked_fill(finished[:, None], settings.pad_id)
+            patches.num_samples = patches.num_samples.masked_fill(finished, 0)
+            patches.num_decoded = patches.num_decoded.masked_fill(finished, 0)
+            return patches
         rows = (~finished).nonzero()[:, 0]
         sampled = self.sample_patch(hidden[rows], settings.params, of_rows(generator, rows))
         if len(rows) == len(hidden):
@@ -332,8 +341,10 @@ def _mask_of_padding(input_ids: Tensor, padding: int) -> Tensor | None:
     return is_text.long() if has_padding else None
 
 
-def seeded_generators(seed: int, num_rows: int, device: torch.device) -> list[torch.Generator]:
-    """Return a generator for every row; row i has the seed ``seed + i``."""
+def seeded_generators(seed: int, num_rows: int, device: torch.device) -> Generator:
+    """Return random numbers for every row; row i has the seed ``seed + i``."""
+    if device.type != "cpu":
+        return RowStreams(torch.arange(seed, seed + num_rows, device=device))
     return [torch.Generator(device).manual_seed(seed + row) for row in range(num_rows)]
 
 

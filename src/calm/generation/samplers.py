@@ -222,11 +222,16 @@ class BatchSampler(Sampler):
     def sample(self, model: Any, hidden: Tensor, params: SamplingParams, generator: Generator) -> SampledPatches:
         """Return the next patches, as :meth:`Sampler.sample`."""
         from calm.functional.temperature import sample_batch
+        from calm.generation.at_once import pays_off, sample_at_once
 
         if params.temperature == 1:
             return _sample_head(model, hidden, generator)
         assert params.temperature is not None
         assert params.num_candidates is not None
+        if pays_off(model, hidden, params.num_candidates):
+            tokens = sample_at_once(model, hidden, params.temperature, params.num_candidates, generator)
+            num_samples = tokens.new_full((len(tokens),), params.num_candidates)
+            return SampledPatches(tokens, num_samples, num_samples * tokens.shape[1])
         samples = model.lazy_samples(hidden, generator)
         tokens = sample_batch(samples, params.temperature, params.num_candidates)
         return SampledPatches(tokens, samples.num_samples, samples.num_decoded)

@@ -1,6 +1,6 @@
 """The most likely token of a decoder state: the largest of its products with the whole vocabulary.
 
-Low temperature asks this for hundreds of draws at every step.
+Low-temperature sampling computes it for hundreds of samples at every step.
 
 Shapes: P states, H hidden, V vocabulary.
 """
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from calm.functional.tiles import rows_at_once
 
-# Logits live in tiles that fit the cache of a CPU, unless the vocabulary's weights would be read too often then.
+# Tiles of logits fit the cache of a CPU, with a lower bound on their rows: every tile reads all weights.
 _TILE_ELEMENTS, _TILE_ROWS = 2**21, 128
 _BLOCK = 128
 
 
 def best_token(states: Tensor, weight: Tensor) -> Tensor:
-    """``argmax(states @ weight.T)``: ``[P, H], [V, H] -> [P]``."""
+    """Compute ``argmax(states @ weight.T)``: ``[P, H], [V, H] -> [P]``."""
     tiles = states.split(max(_TILE_ROWS, rows_at_once(len(weight), states.device, _TILE_ELEMENTS)))
     return torch.cat([_argmax(F.linear(tile, weight)) for tile in tiles])
 
 
 def _argmax(logits: Tensor) -> Tensor:
-    """``argmax(-1)`` of ``[P, V]``: on a CPU, finding a maximum is several times faster than finding its place."""
+    """Compute ``argmax(-1)`` of ``[P, V]``. On a CPU, a maximum is several times faster than its index."""
     vocab_size = logits.shape[1]
     if logits.device.type != "cpu" or vocab_size < 2 * _BLOCK:
         return logits.argmax(-1)

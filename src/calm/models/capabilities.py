@@ -2,19 +2,19 @@
 
 from typing import Any
 
-# What some token models do to their logits, or to which positions their layers see.
+# Fields of token models that change their logits.
 _LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def check_plain_logits(config: Any, purpose: str) -> None:
-    """ValueError for a token model whose logits are more than a product with its output embedding."""
+    """Raise ValueError for a token model whose logits are more than a product with its output embedding."""
     for name in _LOGITS:
         if getattr(config, name, None) not in (None, 1, 1.0, False):
             raise ValueError(f"a {config.model_type} model with {name} cannot be {purpose}: only plain logits.")
 
 
 def check_full_attention(config: Any, purpose: str) -> None:
-    """ValueError for a backbone whose layers do not see all positions, or not as a mask says."""
+    """Raise ValueError for a backbone with layers that do not attend to all positions, or that ignore a mask."""
     other = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
     if other or getattr(config, "sliding_window", None):
         kinds = ", ".join(sorted(other)) or "sliding_window"
@@ -25,5 +25,5 @@ def check_full_attention(config: Any, purpose: str) -> None:
     if "flash" in (config._attn_implementation or ""):
         raise ValueError(
             f"a model with attn_implementation={config._attn_implementation} cannot be {purpose}: flash attention "
-            'heeds no mask of ours. Load it with attn_implementation="sdpa".'
+            'ignores custom masks. Load it with attn_implementation="sdpa".'
         )

@@ -26,7 +26,7 @@ class CalmAutoencoderConfig(PreTrainedConfig):
         num_decoder_layers: likewise of the decoder, first per patch, then per token.
         token_dropout: probability of replacing an input token while training, so that the latent spreads a token's
             information over its neighbours.
-        token_dropout_id: the id put in its place. The paper's models use 0; tokenizers trained here keep 0 free for it.
+        token_dropout_id: the id that replaces it. The paper's models use 0; tokenizers of this package reserve 0.
         latent_dropout: dropout of the sampled latent while training.
         kl_weight: weight of the KL term of the loss.
         kl_clip: floor of each dimension's KL in nats.
@@ -56,7 +56,7 @@ class CalmAutoencoderConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False  # one parameter serves as input and output embedding: there is nothing to tie
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         register_models()
         kwargs.pop("model_type", None)  # of a checkpoint, perhaps the former one
         super().__post_init__(**kwargs)
@@ -85,7 +85,7 @@ class CalmAutoencoderConfig(PreTrainedConfig):
             )
 
     @classmethod
-    def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         fields, others = super().get_config_dict(*args, **kwargs)
         if "model_type" in fields:
             fields["model_type"] = current_model_type(fields["model_type"])

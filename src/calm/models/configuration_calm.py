@@ -27,9 +27,9 @@ class CalmConfig(PreTrainedConfig):
         backbone_config: any decoder-only transformers configuration (default Llama), as an object or a dict.
         autoencoder_config: [`CalmAutoencoderConfig`], or [`TokenCodesConfig`] for a categorical flow head, or a dict of
             the fields of either with its ``model_type``; it fixes the patch size and vocabulary.
-        head_config: a head configuration or a dict of its fields; ``type`` says which.
-        document_separator_id: the token between the documents of the training text, put in front of prompts;
-            default the end-of-text token. The paper's models have the begin-of-text token instead.
+        head_config: a head configuration or a dict of its fields; its ``type`` is the name of a registered head.
+        document_separator_id: token between the documents of the training text, and before prompts; default the
+            end-of-text token. The models of the paper have the begin-of-text token instead.
         mtp_weight: weight of an auxiliary loss, the cross-entropy of multi-token prediction from the hidden states.
             Default 0, as in the paper; above 0 the model has an MTP head, which ``sampler="mtp"`` generates with. With
             small budgets the loss teaches the backbone to use its context.
@@ -58,7 +58,7 @@ class CalmConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         register_models()
         kwargs.pop("model_type", None)  # of a checkpoint, perhaps the former one
         rename_deprecated(kwargs, RENAMED_CALM_FIELDS, "CalmConfig")
@@ -102,7 +102,7 @@ class CalmConfig(PreTrainedConfig):
         if self.backbone_config.vocab_size != self.autoencoder_config.vocab_size:
             raise ValueError(
                 f"backbone_config.vocab_size ({self.backbone_config.vocab_size}) and autoencoder_config.vocab_size "
-                f"({self.autoencoder_config.vocab_size}) must be equal: both read the same tokens."
+                f"({self.autoencoder_config.vocab_size}) must be equal: both have the same tokens."
             )
 
     @classmethod
@@ -125,14 +125,14 @@ class CalmConfig(PreTrainedConfig):
         head.fit_to(autoencoder)
 
     @classmethod
-    def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         fields, others = super().get_config_dict(*args, **kwargs)
         if "model_type" in fields:
             fields["model_type"] = current_model_type(fields["model_type"])
         return fields, others
 
     def check_loss_weights(self) -> None:
-        """ValueError where the weight of an auxiliary loss does not fit."""
+        """Raise ValueError when the weight of an auxiliary loss does not fit."""
         for name in AUXILIARY_WEIGHTS:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
@@ -145,12 +145,12 @@ class CalmConfig(PreTrainedConfig):
 
     @property
     def patch_size(self) -> int:
-        """K, tokens per latent vector; the autoencoder's."""
+        """Return K, the tokens per latent vector, of the autoencoder."""
         return self.autoencoder_config.patch_size
 
     @property
     def separator_id(self) -> int:
-        """The token in front of a document."""
+        """Return the token between documents."""
         eos = self.eos_token_id[0] if isinstance(self.eos_token_id, list) else self.eos_token_id
         known = (token for token in (self.document_separator_id, eos, self.bos_token_id) if token is not None)
         return next(known, 0)
@@ -161,11 +161,11 @@ class CalmConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """D, width of the backbone."""
+        """Return D, the width of the backbone."""
         return self.backbone_config.hidden_size
 
     def to_dict(self) -> dict:
-        """All fields, with the sub-configurations and (for readers of config.json) the patch size."""
+        """Return all fields, with the sub-configurations and (for readers of config.json) the patch size."""
         return super().to_dict() | {"head_config": self.head_config.to_dict(), "patch_size": self.patch_size}
 
 
@@ -176,19 +176,19 @@ def _autoencoder_config(fields: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _check_looks_back_only(backbone: PreTrainedConfig) -> None:
-    """ValueError for a backbone whose states would see the patches they have to predict."""
+    """Raise ValueError for a backbone that is not causal or not a decoder of text alone."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     kind = backbone.model_type
     if (text := backbone.get_text_config()) is not backbone:
         raise ValueError(
-            f"backbone_config: a {kind} reads more than text; take the model inside it, model_type {text.model_type!r}."
+            f"backbone_config: a {kind} has inputs beside text; use its text model, model_type {text.model_type!r}."
         )
     if backbone.is_encoder_decoder:
         raise ValueError(f"backbone_config must be of a decoder-only model such as llama, got model_type {kind!r}.")
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(backbone, "is_decoder", False):
         raise ValueError(
-            f"backbone_config: a {kind} is an encoder, which would see what it has to predict, unless it is given "
+            f"backbone_config: a {kind} is an encoder, which would see what it has to predict, unless it has "
             "is_decoder: true."
         )
 

@@ -1,5 +1,7 @@
 """Configuration of the code table, the autoencoder of the categorical flow head."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -27,7 +29,7 @@ class TokenCodesConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         for name in ("vocab_size", "patch_size", "code_size"):
             if getattr(self, name) < 1:
@@ -35,5 +37,5 @@ class TokenCodesConfig(PreTrainedConfig):
 
     @property
     def latent_size(self) -> int:
-        """Z, dimensions of a latent vector."""
+        """Return Z, the dimensions of a latent vector."""
         return self.patch_size * self.code_size

@@ -1,12 +1,14 @@
-"""A training aid: the Brier score of the tokens that a head's draws decode to.
+"""The decoded-token Brier loss: the Brier score of the tokens that the samples of a head decode to.
 
-The energy score weighs draws by their distance to the true latent, and two latents that decode to the same token or to
-another one may be equally far from it. This looks at the draws through the decoder instead: the tokens of a patch are
-drawn from the mixture of what the decoder says of N latents, and the Brier scores of its n-grams are a proper rule for
-that mixture, with a gradient. Evaluation scores the same n-grams (BrierLM), from tokens alone.
+The energy score depends on the distance of samples to the true latent, and of two samples at the same distance one may
+decode to the true token and the other may not. This loss decodes the samples: the average of the decoder's token
+distributions over N samples is the prediction, and the Brier score of its n-grams is a proper scoring rule for it, with
+a gradient. Evaluation computes the same score from tokens (BrierLM).
 
-Shapes: N draws of the head, P positions, K tokens of a patch, E decoder states, V vocabulary.
+Shapes: N samples of the head, P positions, K tokens of a patch, E decoder states, V vocabulary.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,23 +16,24 @@ from torch import Tensor
 from calm.functional.brier import NGRAM
 from calm.functional.tiles import rows_at_once
 
-_TILE_ELEMENTS = 2**20  # of a (positions x tokens x draws x vocabulary) tensor: 4 MiB in float32
+_TILE_ELEMENTS = 2**20  # of a (positions x tokens x samples x vocabulary) tensor: 4 MiB in float32
 
 
 def decoded_brier(states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
-    """Mean of Brier-1 to Brier-n of the first n = min(K, 4) tokens, ``[P]``; 1 at best.
+    """Compute the mean of Brier-1 to Brier-n of the first n = min(K, 4) tokens, ``[P]``; at most 1.
 
-    The collisions are those of different draws, so that the score is without bias for the mixture of infinitely many.
-    It has a gradient for the states alone, and keeps nothing else for it: no probability outlives its tile.
+    Only pairs of different samples count for the self-match probability, so the score is unbiased for the average over
+    infinitely many samples. Only the states have a gradient, and only tensors of their size are kept for it:
+    probabilities exist for one tile at a time.
 
     Args:
-        states: of the decoder for every draw, N >= 2, ``[N, P, K, E]``.
-        embeddings: its output layer, ``[V, E]``.
+        states: states of the decoder for N >= 2 samples, ``[N, P, K, E]``.
+        embeddings: output layer of the decoder, ``[V, E]``.
         text: token ids of the next patch ``[P, K]``.
     """
     longest = min(states.shape[2], NGRAM)
     states, text = states[:, :, :longest].permute(1, 2, 0, 3), text[:, :longest]
-    # The products with the vocabulary have the precision of the rest of the model; probabilities are float32.
+    # Products with the vocabulary have the precision of the model; probabilities are in float32.
     device = states.device.type
     embeddings = embeddings.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype)
     size = rows_at_once(longest * states.shape[2] * len(embeddings), states.device, _TILE_ELEMENTS)
@@ -43,22 +46,22 @@ class _DecodedBrier(torch.autograd.Function):
     """``[P, K, N, E], [V, E], [P, K] -> [P]``."""
 
     @staticmethod
-    def forward(ctx, states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
+    def forward(ctx: Any, states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
         with torch.autocast(states.device.type, enabled=False):
             return _DecodedBrier._forward(ctx, states, embeddings, text)
 
     @staticmethod
-    def _forward(ctx, states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
-        num_tokens, num_draws = states.shape[1:3]
+    def _forward(ctx: Any, states: Tensor, embeddings: Tensor, text: Tensor) -> Tensor:
+        num_tokens, num_samples = states.shape[1:3]
         probs = (states.to(embeddings.dtype) @ embeddings.T).float().softmax(-1)  # [P, K, N, V]
-        places = text[:, :, None, None].expand(-1, -1, num_draws, -1)
+        places = text[:, :, None, None].expand(-1, -1, num_samples, -1)
         right = probs.gather(-1, places)  # [P, K, N, 1]
         agree = probs @ probs.mT  # [P, K, N, N]
-        of_right = 2 / (num_tokens * num_draws)
-        of_agree = (1 - torch.eye(num_draws, device=agree.device)) / (num_tokens * num_draws * (num_draws - 1))
+        of_right = 2 / (num_tokens * num_samples)
+        of_agree = (1 - torch.eye(num_samples, device=agree.device)) / (num_tokens * num_samples * (num_samples - 1))
         score = (right.cumprod(1) * of_right).sum((1, 2, 3)) - (agree.cumprod(1) * of_agree).sum((1, 2, 3))
         if ctx.needs_input_grad[0]:
-            # From both, which are small, to the probabilities, and back through the softmax.
+            # The gradients of both, which are small, give that of the probabilities; then back through the softmax.
             of_probs = (_gradient_of_prefixes(agree) * of_agree * -2) @ probs
             of_probs.scatter_add_(-1, places, _gradient_of_prefixes(right) * of_right)
             of_logits = of_probs.sub_((of_probs * probs).sum(-1, keepdim=True)).mul_(probs)
@@ -67,13 +70,13 @@ class _DecodedBrier(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (of_states,) = ctx.saved_tensors
         return of_states * gradient[:, None, None, None].to(of_states.dtype), None, None
 
 
 def _gradient_of_prefixes(values: Tensor) -> Tensor:
-    """Of ``values.cumprod(1).sum(1)`` for the values ``[P, K, ...]``."""
+    """Return the gradient of ``values.cumprod(1).sum(1)`` with respect to the values ``[P, K, ...]``."""
     parts = []
     for token in range(values.shape[1]):
         others = values.clone()

@@ -1,4 +1,4 @@
-"""Keeping adapters out of the frozen autoencoder of a language model.
+"""Exclusion of the frozen autoencoder of a language model from adapters.
 
 Libraries for adapters (peft and others) replace a layer by a module that holds the layer and new parameters, which
 ``requires_grad=False`` of the old ones does not prevent. In the autoencoder such parameters either get no gradient or
@@ -11,15 +11,15 @@ from typing import Any
 from torch import nn
 
 _KEPT_OUT = (
-    "the autoencoder of a CALM is frozen, and no adapter is put on its layers; backbone, head and the other parts get "
-    "theirs. (exclude_modules in a peft configuration names what is left out.)"
+    "the autoencoder of a CALM is frozen, and its layers get no adapter; backbone, head and the other parts do. "
+    "(exclude_modules in a peft configuration excludes modules.)"
 )
 
 
 class FrozenLayers(nn.Module):
-    """Base of the modules whose layers keep adapters out once :func:`keep_adapters_out` was called on them.
+    """Base of modules whose layers cannot be replaced by adapters after :func:`keep_adapters_out`.
 
-    Layers may still be replaced by others, such as quantised ones.
+    Other replacements, such as quantised layers, are possible.
     """
 
     keeps_adapters_out = False
@@ -32,14 +32,14 @@ class FrozenLayers(nn.Module):
 
 
 def keep_adapters_out(module: nn.Module) -> None:
-    """Let no adapter replace a layer of the module."""
+    """Prevent adapters from replacing layers of a module."""
     for part in module.modules():
         if isinstance(part, FrozenLayers):
             part.keeps_adapters_out = True
 
 
 def check_frozen(module: nn.Module) -> None:
-    """Raise ValueError where something in the autoencoder is to be trained."""
+    """Raise ValueError when a parameter of the autoencoder requires a gradient."""
     names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     if names:
         raise ValueError(

@@ -1,8 +1,8 @@
 """Weights that are used without the forward pass of their layer, and the device that a model computes on.
 
-Parts of a weight, or an input embedding as an output layer, are read past the layer that holds them. That is right only
-where the layer is its weight and nothing else. Quantised layers, layers with an adapter, and layers whose weights a
-hook brings from another device (offloading) are used through their own forward pass instead.
+Some code uses a part of a weight, or an input embedding as an output layer, without calling the layer. That is correct
+only if the layer is its weight and nothing else. Quantised layers, layers with an adapter, and layers whose weights are
+offloaded to another device are used through their own forward pass.
 
 Shapes: V vocabulary, E embedding, ... any leading dimensions.
 """
@@ -25,13 +25,13 @@ def is_plain(layer: nn.Module, layer_type: type[nn.Module] = nn.Linear) -> bool:
 
 
 def embedding_matrix(embedding: nn.Module, vocab_size: int, device: torch.device) -> Tensor:
-    """Return the vectors of all tokens, ``[V, E]``, wherever and however the embedding stores them.
+    """Return the vectors of all tokens, ``[V, E]``, also of quantised and offloaded embeddings.
 
     A factor that an embedding applies to its output (Gemma's) is left out, as in an output layer of the same weight.
 
     Args:
         vocab_size: V.
-        device: where the vectors are used.
+        device: device on which the vectors are used.
     """
     if isinstance(embedding, nn.Embedding) and type(embedding.weight) in (nn.Parameter, Tensor):
         if not hasattr(embedding, "_hf_hook"):
@@ -44,10 +44,10 @@ def embedding_matrix(embedding: nn.Module, vocab_size: int, device: torch.device
 
 
 def device_of(model: Any) -> torch.device:
-    """Return the device that a model reads its prompts on.
+    """Return the device of the inputs of a model.
 
-    That of its weights, or, of a model that accelerate spread over devices, the one its input embeddings are brought
-    to: offloaded weights are on none.
+    It is the device of the weights or, for a model that accelerate spread over devices, the one on which the input
+    embeddings are computed: offloaded weights have no device.
     """
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     for each in (hook, *getattr(hook, "hooks", ())):

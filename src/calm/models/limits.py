@@ -1,6 +1,6 @@
-"""Bounds of the sizes in a configuration, checked before a configuration object or a model is made of them.
+"""Bounds of the sizes in a configuration, checked before a configuration object or a model is built.
 
-Some configurations make a list of one entry per layer, and a model of a billion layers is never finished.
+Some configurations build a list with one entry per layer, which would not end for a billion layers.
 """
 
 import re
@@ -18,11 +18,11 @@ _AT_LEAST_ONE = {
 
 
 def check_sizes(fields: dict[str, Any], prefix: str = "") -> None:
-    """Raise ValueError for a number of layers or a size in a configuration that no model has.
+    """Raise ValueError for a number of layers or a size in a configuration that is out of bounds.
 
     Args:
-        fields: of a configuration, as in its ``config.json``; nested configurations are checked too.
-        prefix: what precedes the names of the fields in the message.
+        fields: fields of a configuration, as in its ``config.json``; nested configurations are checked too.
+        prefix: prefix of the names of the fields in the message.
     """
     for name, value in leaves(fields):
         if not isinstance(value, int | float) or isinstance(value, bool):

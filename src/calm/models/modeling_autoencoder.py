@@ -1,10 +1,11 @@
 """The autoencoder: K tokens to one latent vector and back.
 
-It is context-free: every patch of K tokens is encoded alone. Shapes: B batch, T = L * K tokens, L patches, K tokens of
+It has no context: every patch is encoded by itself. Shapes: B batch, T = L * K tokens, L patches, K tokens of
 a patch, H hidden, E embedding, Z latent, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,8 @@ from calm.models.linear_cross_entropy import linear_cross_entropy
 from calm.models.patches import split_patches
 from calm.models.posterior import Posterior
 
-# While it trains, its accuracy is measured on so many tokens of a batch: on all of them it would take as long as a
-# third of the loss.
+# Tokens of a training batch on which the accuracy is measured: on all of them it would take a third of the time of the
+# loss.
 _ACCURACY_TOKENS = 512
 
 
@@ -36,7 +37,7 @@ class CalmAutoencoderOutput(ModelOutput):
         loss: scalar, when labels were given: K * cross-entropy + kl_weight * KL.
         reconstruction_loss: scalar, mean cross-entropy per token in nats.
         kl: scalar, mean KL per patch in nats, floored per dimension.
-        accuracy: scalar, share of tokens whose largest logit is theirs; of the first 512 tokens of a training batch.
+        accuracy: scalar, share of tokens with the largest logit; in training of the first 512 tokens of a batch.
         logits: ``[B, L, K, V]``, when no labels were given: the loss is computed without holding them.
         mean, log_std: the posterior, ``[B, L, Z]``.
     """
@@ -71,14 +72,14 @@ def _residual_blocks(config: CalmAutoencoderConfig, num_layers: int) -> nn.Seque
 
 
 def _embedding_proj(size_in: int | None, size_out: int | None) -> nn.Module:
-    """Between the width of the embeddings and that of the blocks, where they differ."""
+    """Return a projection between the width of the embeddings and that of the blocks, if they differ."""
     assert size_in
     assert size_out
     return nn.Identity() if size_in == size_out else nn.Linear(size_in, size_out, bias=False)
 
 
 class Encoder(FrozenLayers):
-    """Token embeddings of a patch to its posterior: ``[..., K, E] -> [..., Z], [..., Z]``."""
+    """Map token embeddings of a patch to its posterior: ``[..., K, E] -> [..., Z], [..., Z]``."""
 
     def __init__(self, config: CalmAutoencoderConfig):
         super().__init__()
@@ -96,7 +97,7 @@ class Encoder(FrozenLayers):
 
 
 class Decoder(FrozenLayers):
-    """Latent vector to a state per token, ready for the output embedding: ``[..., Z] -> [..., K, E]``."""
+    """Map a latent vector to a state per token, the input of the output embedding: ``[..., Z] -> [..., K, E]``."""
 
     def __init__(self, config: CalmAutoencoderConfig):
         super().__init__()
@@ -112,11 +113,11 @@ class Decoder(FrozenLayers):
         return self.token_states(self.patch_states(latents), 0, self.patch_size)
 
     def patch_states(self, latents: Tensor) -> Tensor:
-        """What all K tokens of a latent have in common: ``[..., Z] -> [..., H]``."""
+        """Return the part of decoding that the K tokens of a latent share: ``[..., Z] -> [..., H]``."""
         return self.patch_blocks(self.from_latent(latents))
 
     def token_states(self, patch_states: Tensor, start: int, stop: int) -> Tensor:
-        """Tokens start to stop of a patch, each decoded by itself: ``[..., H] -> [..., stop - start, E]``."""
+        """Return the states of tokens start to stop of a patch: ``[..., H] -> [..., stop - start, E]``."""
         if not is_plain(self.expand):
             expanded = self.expand(patch_states).unflatten(-1, (self.patch_size, -1))[..., start:stop, :]
             return self.embedding_proj(self.norm(self.token_blocks(expanded)))
@@ -127,18 +128,18 @@ class Decoder(FrozenLayers):
 
 
 class CalmAutoencoder(FrozenLayers, PreTrainedModel):
-    """Maps K tokens to one latent vector and back; see :class:`CalmAutoencoderConfig`."""
+    """Map K tokens to one latent vector and back; see :class:`CalmAutoencoderConfig`."""
 
     config: CalmAutoencoderConfig
     config_class = CalmAutoencoderConfig
     base_model_prefix = "autoencoder"
     main_input_name = "input_ids"
-    # It has no attention: a language model may choose any with it inside.
+    # It has no attention, so it supports any attention that the language model around it uses.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: CalmAutoencoderConfig):
         super().__init__(config)
-        # One parameter is the input embedding and, transposed, the output embedding: nothing to tie, nothing to lose.
+        # One parameter is both input and output embedding, so there are no tied weights to save or restore.
         assert config.embedding_size is not None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
         self.encoder = Encoder(config)
@@ -146,7 +147,7 @@ class CalmAutoencoder(FrozenLayers, PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "CalmAutoencoder":
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "CalmAutoencoder":
         """Load a directory or hub id, in our layout or in the reference implementation's."""
         return load_pretrained(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
@@ -155,7 +156,7 @@ class CalmAutoencoder(FrozenLayers, PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the model reads its input: of a model that is spread over devices, that of the token embeddings."""
+        """Return the device of the inputs; if the model is spread over devices, that of the token embeddings."""
         return device_of(self)
 
     def output_matrix(self, device: torch.device) -> Tensor:
@@ -163,22 +164,22 @@ class CalmAutoencoder(FrozenLayers, PreTrainedModel):
         return embedding_matrix(self.embed_tokens, self.config.vocab_size, device)
 
     def encode(self, input_ids: Tensor) -> Posterior:
-        """Posterior of every patch: token ids ``[B, T]``, T a multiple of K -> mean, log_std ``[B, L, Z]``."""
+        """Return the posterior of every patch: ids ``[B, T]``, T a multiple of K -> mean, log_std ``[B, L, Z]``."""
         patches = split_patches(input_ids, self.config.patch_size)
         mean, log_std = self.encoder(self.embed_tokens(patches))
         return Posterior(mean, log_std, patches)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Logits of the K tokens of every latent: ``[..., Z] -> [..., K, V]``."""
+        """Return the logits of the K tokens of every latent: ``[..., Z] -> [..., K, V]``."""
         states = self.decoder(latents)
         return F.linear(states, self.output_matrix(states.device))
 
     def decode_tokens(self, latents: Tensor) -> Tensor:
-        """Most likely tokens of every latent: ``[..., Z] -> [..., K]``, without holding all logits at once."""
+        """Return the most likely tokens of every latent, ``[..., Z] -> [..., K]``, without holding all logits."""
         return self.best_tokens(self.decoder(latents))
 
     def best_tokens(self, token_states: Tensor) -> Tensor:
-        """Most likely token of every state of the decoder: ``[..., E] -> [...]``."""
+        """Return the most likely token of every state of the decoder: ``[..., E] -> [...]``."""
         matrix = self.output_matrix(token_states.device)
         return best_token(token_states.flatten(0, -2), matrix).view(token_states.shape[:-1])
 
@@ -190,15 +191,15 @@ class CalmAutoencoder(FrozenLayers, PreTrainedModel):
         noise: Tensor | None = None,
         generator: Generator = None,
     ) -> CalmAutoencoderOutput:
-        """Encode, draw one latent per patch, decode.
+        """Encode, sample one latent per patch, decode.
 
-        In training mode input tokens and latent entries are dropped; the loss stays the reconstruction of every token.
+        In training mode input tokens and latent entries are dropped; the loss is the reconstruction of every token.
 
         Args:
             input_ids: ``[B, T]``, T a multiple of K.
             attention_mask: ``[B, T]``, 0 for padding, whose labels do not count.
             labels: ``[B, T]``, -100 where a token does not count.
-            noise: standard normal ``[B, L, Z]`` of the latent draw.
+            noise: standard normal ``[B, L, Z]``, the noise of the latents.
             generator: source of noise and dropout otherwise; one, or a list of one per row.
         """
         config = self.config

@@ -56,7 +56,7 @@ def _is_trained(module: nn.Module) -> bool:
 class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
     """Continuous autoregressive language model; see :class:`CalmConfig`.
 
-    A saved model holds its autoencoder: one directory is all there is to load.
+    A saved model contains its autoencoder, so one directory is a complete model.
     """
 
     config: CalmConfig
@@ -74,14 +74,14 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
 
     def __init__(self, config: CalmConfig):
         super().__init__(config)
-        # Not of the type that its configuration was once saved with: the rest would have another.
+        # Not with the type saved in its configuration: the other parts would have another one.
         self.backbone = AutoModel.from_config(
             config.backbone_config, dtype=torch.get_default_dtype(), trust_remote_code=False
         )
         if getattr(self.backbone, "_is_stateful", False):
             raise ValueError(
                 f"backbone_config: a {config.backbone_config.model_type} has layers with a state in place of a "
-                "key/value cache, which generation and scores need; take one of attention layers alone."
+                "key/value cache, which generation and scores need; use one with attention layers only."
             )
         self.patch_embedding = PatchEmbedding(config.patch_size, config.hidden_size)
         self.head = find_head(config.head_config.type)(
@@ -137,19 +137,19 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Normal weights, then what the head wants; tensors that were loaded stay as they are."""
+        """Initialise all weights, then those that the head initialises itself; loaded tensors are not changed."""
         super().initialize_weights()
         self.head.init_weights()
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, autoencoder: CalmAutoencoder | None = None, **kwargs
+        cls, pretrained_model_name_or_path: Any, *args: Any, autoencoder: CalmAutoencoder | None = None, **kwargs: Any
     ) -> "CalmForCausalLM":
         """Load a directory or hub id, in our layout or in the reference implementation's.
 
         Args:
-            autoencoder: for a checkpoint of the reference that comes without one.
-            kwargs: as transformers takes them: ``dtype``, ``device_map``, ``revision``, ...
+            autoencoder: autoencoder for a checkpoint of the reference that has none.
+            kwargs: arguments of transformers: ``dtype``, ``device_map``, ``revision``, ...
         """
         former_names = {rf"^{old}\.": f"{new}." for old, new in RENAMED_CALM_PARTS.items()}
         kwargs["key_mapping"] = former_names | (kwargs.get("key_mapping") or {})
@@ -161,12 +161,12 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
 
     @classmethod
     def from_autoencoder(
-        cls, autoencoder: CalmAutoencoder | TokenCodes, backbone_config, head_config=None, **fields
+        cls, autoencoder: CalmAutoencoder | TokenCodes, backbone_config: Any, head_config: Any = None, **fields: Any
     ) -> "CalmForCausalLM":
-        """A new model around a trained autoencoder, whose weights are copied; the rest is freshly initialised.
+        """Return a new model with a copy of a trained autoencoder; all other weights are freshly initialised.
 
         Args:
-            fields: others of :class:`CalmConfig`.
+            fields: other fields of :class:`CalmConfig`.
         """
         config = CalmConfig(
             backbone_config=backbone_config, head_config=head_config, autoencoder_config=autoencoder.config, **fields
@@ -182,45 +182,45 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where the model reads its input: of a model that is spread over devices, that of the token embeddings."""
+        """Return the device of the inputs; if the model is spread over devices, that of the token embeddings."""
         return device_of(self)
 
     def token_matrix(self, device: torch.device) -> Tensor:
-        """Return the backbone's token embeddings as the output layer of token prediction, ``[V, D]``."""
+        """Return the token embeddings of the backbone as the output layer of the MTP head, ``[V, D]``."""
         return embedding_matrix(self.get_input_embeddings(), self.config.vocab_size, device)
 
     def train(self, mode: bool = True) -> "CalmForCausalLM":
-        """Training mode for everything but the autoencoder: it is frozen, and its dropout would blur the targets."""
+        """Set the mode of all parts but the autoencoder: it encodes the targets, frozen and without dropout."""
         super().train(mode)
         self.autoencoder.requires_grad_(False).eval()
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> "CalmForCausalLM":
-        """Of everything but the autoencoder, which stays frozen."""
+        """Set ``requires_grad`` of all parts but the autoencoder, which stays frozen."""
         super().requires_grad_(requires_grad)
         self.autoencoder.requires_grad_(False)
         return self
 
     def embed_patches(self, input_ids: Tensor) -> Tensor:
-        """Inputs of the backbone: token ids ``[B, T]``, T a multiple of K -> ``[B, L, D]``."""
+        """Return the inputs of the backbone: token ids ``[B, T]``, T a multiple of K -> ``[B, L, D]``."""
         patch_size = self.config.patch_size
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids must be [batch, tokens] with at least a patch, got {tuple(input_ids.shape)}.")
         if input_ids.shape[1] % patch_size:
             raise ValueError(
                 f"input_ids must hold whole patches of {patch_size} tokens, got {input_ids.shape[1]} tokens: for "
-                "training, calm.data.collator pads texts to them; generate() aligns prompts by itself."
+                "training, calm.data.collator pads texts to them; generate() aligns prompts itself."
             )
         return self.patch_embedding(self.get_input_embeddings()(input_ids.unflatten(-1, (-1, patch_size))))
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """For peft, which takes it from models of its task type CAUSAL_LM; our generation has no use for it."""
+        """Return the inputs as they are; peft requires this method of models of its task type CAUSAL_LM."""
         return {"input_ids": input_ids} | kwargs
 
-    def resize_token_embeddings(self, *args, **kwargs):
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
             "the vocabulary of a CALM is that of its frozen autoencoder: train an autoencoder with the larger one, and "
-            "a CALM on it."
+            "a CALM with it."
         )
 
     def forward(
@@ -238,30 +238,30 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         return_dict: bool | None = None,
         **others: Any,
     ) -> CalmOutput | tuple:
-        """Hidden states of the patches and, with labels, the loss of predicting every patch from those before it.
+        """Compute the hidden states of the patches and, with labels, the loss of predicting each from those before it.
 
         Args:
             input_ids: ``[B, T]``, T a multiple of K.
             attention_mask: ``[B, L (+ cached)]``, one entry per *patch*, 0 for padding; without a cache also
-                ``[B, T]``, one per token: a patch counts where any of its tokens does; or ``[B, 1, L, ...]`` as the
-                backbone takes it.
+                ``[B, T]``, one per token: a patch counts if any of its tokens does; or ``[B, 1, L, ...]`` in the
+                format of the backbone.
             labels: ``[B, T]``, usually ``input_ids``. A patch with any label -100 is no target.
             position_ids: ``[B, L]``, positions of the patches.
-            noise, target_noise: of the head's loss, ``[N, B, L - 1, ...]`` and ``[M, B, L - 1, Z]``; given both, the
-                loss is deterministic.
+            noise, target_noise: noise in the loss of the head, ``[N, B, L - 1, ...]`` and ``[M, B, L - 1, Z]``; given
+                both, the loss is deterministic.
             generator: source of the noise otherwise; one, or a list of one per row: the loss of a row then does not
                 depend on the rows beside it.
-            output_hidden_states: whether to return the states behind every layer of the backbone.
+            output_hidden_states: whether to return the states after every layer of the backbone.
             return_dict: False for a tuple.
-            others: what callers of transformers' models pass (``inputs_embeds``, ...), None or False.
+            others: other arguments of transformers' models (``inputs_embeds``, ...), None or False.
         """
         if asked := [name for name, value in others.items() if value is not None and value is not False]:
-            raise ValueError(f"a CALM's forward takes no {', '.join(asked)}.")
+            raise ValueError(f"the forward of a CALM has no argument {', '.join(asked)}.")
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(labels.shape)}."
             )
-        # trl's SFTTrainer takes the hidden states and multiplies them with an output embedding, which there is none.
+        # trl's SFTTrainer multiplies the hidden states with an output embedding, which a CALM does not have.
         if labels is None and use_cache is False and self.training and torch.is_grad_enabled():
             raise NoLogitsError
         inputs_embeds = self.embed_patches(input_ids)
@@ -299,7 +299,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         with torch.no_grad():
             posterior = self.autoencoder.encode(ids)
         head_loss = self.head.loss(hidden[:, :-1], posterior, noise, target_noise, generator)
-        # Positions that are no target are computed and weighted 0: shapes stay fixed, and no device waits for a count.
+        # Positions without a target have weight 0, so that shapes are fixed and no device waits for their number.
         weight = is_target / is_target.sum().clamp(min=1)
         metrics = {name: (value.detach() * weight).sum() for name, value in head_loss.metrics.items()}
         loss = (head_loss.loss * weight).sum()
@@ -320,8 +320,8 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         return loss, metrics
 
     def _decoded_brier(self, samples: Tensor, ids: Tensor) -> Tensor:
-        """Of draws ``[N, B, L - 1, Z]`` against text ``[B, (L - 1) * K]``: ``[B, L - 1]``."""
-        # The frozen autoencoder keeps its precision where a sharded model has another.
+        """Score samples ``[N, B, L - 1, Z]`` against text ``[B, (L - 1) * K]``: ``[B, L - 1]``."""
+        # The frozen autoencoder keeps its precision if a sharded model has another.
         states = self.autoencoder.decoder(samples.to(self.autoencoder.dtype))
         text = ids.view(states.shape[1:-1])
         matrix = self.autoencoder.output_matrix(states.device)

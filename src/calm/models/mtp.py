@@ -1,13 +1,13 @@
-"""Token prediction: the hidden state also says the tokens of the next patch, as a distribution.
+"""The MTP head: multi-token prediction of the next patch from the hidden state.
 
-A training aid first: the energy score tells the backbone little at a time about what follows from a context,
-cross-entropy tells it a lot. Once trained it is a second way to the next patch, without head and autoencoder
-(``sampler="mtp"``), and what a head has to beat. Two kinds:
+Its cross-entropy is an auxiliary loss that trains the backbone with less variance than the energy score. A trained MTP
+head is also a sampler of its own, without head and autoencoder (``sampler="mtp"``). If its score is far above the
+head's, the head is the bottleneck; if both are low, the backbone is. Two types:
 
 - *independent*: every token by itself, given the hidden state; multi-token prediction (Gloeckle et al. 2024, arXiv
   2404.19737).
-- *autoregressive*: every token also from those before it in its patch, through a small network each; what a patch costs
-  beyond that is still one step of the backbone (MegaByte, Yu et al. 2023, arXiv 2305.07185).
+- *autoregressive*: every token also from those before it in its patch, through a small network per token; a patch
+  still takes one step of the backbone (MegaByte, Yu et al. 2023, arXiv 2305.07185).
 
 Shapes: P positions, K tokens of a patch, D hidden, V vocabulary.
 """
@@ -24,7 +24,7 @@ _TILE_ELEMENTS = 2**20  # of a (positions x vocabulary) tensor: 4 MiB in float32
 
 
 class MTPHead(nn.Module):
-    """States of the next patch's tokens, in front of the backbone's token embeddings as output layer."""
+    """Compute a state per token of the next patch; the output layer is the token embedding of the backbone."""
 
     def __init__(self, patch_size: int, hidden_size: int, autoregressive: bool = False):
         super().__init__()
@@ -32,7 +32,7 @@ class MTPHead(nn.Module):
         self.proj = nn.Linear(hidden_size, patch_size * hidden_size, bias=False)
         autoregressive = autoregressive and patch_size > 1
         self.norm = nn.LayerNorm(hidden_size) if autoregressive else None
-        # Of the second token and those behind it: what the tokens before them add.
+        # One for the second and every later token: what the tokens before it add to its state.
         self.mixers = nn.ModuleList(
             nn.Sequential(
                 nn.Linear((1 + before) * hidden_size, 2 * hidden_size),
@@ -43,12 +43,12 @@ class MTPHead(nn.Module):
         )
 
     def loss(self, hidden: Tensor, token_ids: Tensor, is_target: Tensor, embeddings: Tensor) -> Tensor:
-        """Mean cross-entropy per token in nats, scalar; 0 where nothing is a target.
+        """Compute the mean cross-entropy per token in nats, scalar; 0 without a target.
 
         Args:
             hidden: ``[..., D]``.
-            token_ids: of the next patch, ``[..., K]``.
-            is_target: which patches count, ``[...]``.
+            token_ids: tokens of the next patch, ``[..., K]``.
+            is_target: mask of the patches that count, ``[...]``.
             embeddings: ``[V, D]``.
         """
         labels = token_ids.masked_fill(~is_target[..., None], -100)
@@ -87,7 +87,7 @@ class MTPHead(nn.Module):
         generator: Generator = None,
         top_p: float = 1.0,
     ) -> Tensor:
-        """The next patch of every hidden state: ``[P, D], [V, D] -> [P, K]``.
+        """Sample the next patch of every hidden state: ``[P, D], [V, D] -> [P, K]``.
 
         Args:
             temperature: at least 0; every token's probabilities to the power of 1 / temperature.
@@ -106,24 +106,24 @@ class MTPHead(nn.Module):
             state = states[:, position]
             if self.norm is not None and position:
                 before = nn.functional.embedding(torch.stack(tokens, dim=-1), embeddings)
-                state = state + self._of_before(self._known(hidden, before), position)
+                state = state + self._of_before(self._normalised(hidden, before), position)
             tokens.append(pick(sharpened(state @ embeddings.T, temperature, top_p), uniforms[:, position])[:, 0])
         return torch.stack(tokens, dim=-1)
 
     def _states(self, hidden: Tensor, token_ids: Tensor, embeddings: Tensor) -> Tensor:
-        """States of all tokens of known patches: ``[..., D], [..., K] -> [..., K, D]``."""
+        """Return the states of all tokens of given patches: ``[..., D], [..., K] -> [..., K, D]``."""
         states = self.proj(hidden).unflatten(-1, (self.patch_size, -1))
         if self.norm is None:
             return states
-        known = self._known(hidden, nn.functional.embedding(token_ids, embeddings))
-        more = [self._of_before(known, position) for position in range(1, self.patch_size)]
+        embedded = self._normalised(hidden, nn.functional.embedding(token_ids, embeddings))
+        more = [self._of_before(embedded, position) for position in range(1, self.patch_size)]
         return states + torch.stack([torch.zeros_like(hidden), *more], dim=-2)
 
-    def _known(self, hidden: Tensor, embedded: Tensor) -> Tensor:
-        """Hidden state and embedded tokens of its patch, normalised: ``[..., D], [..., n, D] -> [..., 1 + n, D]``."""
+    def _normalised(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """Normalise hidden state and embedded tokens: ``[..., D], [..., n, D] -> [..., 1 + n, D]``."""
         assert self.norm is not None
         return self.norm(torch.cat([hidden.unsqueeze(-2), embedded], dim=-2))
 
-    def _of_before(self, known: Tensor, position: int) -> Tensor:
-        """What is added to a token's state for those before it: ``[..., 1 + n, D] -> [..., D]``."""
-        return self.mixers[position - 1](known[..., : 1 + position, :].flatten(-2))
+    def _of_before(self, embedded: Tensor, position: int) -> Tensor:
+        """Return what the tokens before a token add to its state: ``[..., 1 + n, D] -> [..., D]``."""
+        return self.mixers[position - 1](embedded[..., : 1 + position, :].flatten(-2))

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 
 class NoLogitsError(ValueError, AttributeError):
-    """Raised where logits of a CALM are asked for; an AttributeError, so that ``hasattr`` finds none."""
+    """Error for accessing the logits of a CALM; an AttributeError, so that ``hasattr`` returns False."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -27,12 +27,12 @@ class NoLogitsError(ValueError, AttributeError):
 class CalmOutput(ModelOutput):
     """
     Args:
-        loss: scalar, when labels were given: the head's loss, mean over the target patches, and that of the token
-            predictor where there is one.
+        loss: scalar, when labels were given: the mean loss of the head over the target patches, plus the auxiliary
+            losses.
         last_hidden_state: ``[B, L, D]``; position i is the condition of patch i + 1.
         past_key_values: the cache, one entry per patch.
         metrics: named parts of the loss, scalars.
-        hidden_states: of the backbone's layers, each ``[B, L, D]``, where they were asked for.
+        hidden_states: states of the layers of the backbone, each ``[B, L, D]``, with ``output_hidden_states``.
     """
 
     loss: Tensor | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -221,7 +221,7 @@ class _ClaimCallback(TrainerCallback):
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             _claim(self.recipe)
 

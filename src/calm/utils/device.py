@@ -21,16 +21,28 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device | None = None) -> torch.dtype | None:
-    """A dtype by its name; ``auto`` is None (as saved), but float32 on a CPU, where half precision crawls.
+    """Return the dtype of a name; None leaves the weights in the dtype they were saved in.
+
+    ``auto`` is float32 on a CPU, where half precision is slow, bfloat16 on a GPU that computes with it natively, and
+    None elsewhere or without a device.
 
     Args:
         device: the one the model will run on, if that is known.
     """
     if name == "auto":
-        return torch.float32 if device is not None and device.type == "cpu" else None
+        if device is not None and device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if device is not None and has_native_bfloat16(device) else None
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}.")
     return getattr(torch, name)
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Return whether a device is a GPU with bfloat16 arithmetic."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def release_memory() -> None:

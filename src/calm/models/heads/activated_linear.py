@@ -1,9 +1,11 @@
-"""Linear layers that keep what comes before their activation alone, and compute the activation again for the gradient.
+"""Linear layers that keep the input of the activation only, and compute the activation again for the gradient.
 
-A head sees N times as many vectors as the backbone: what its layers keep is most of the memory of a training step.
+A head processes N times as many vectors as the backbone, so its kept activations are most of the memory of a step.
 
 Shapes: I input, O output, ... any leading dimensions.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +17,12 @@ __all__ = ["gated_silu_linear", "is_plain", "silu_linear"]
 
 
 def silu_linear(x: Tensor, linear: nn.Module) -> Tensor:
-    """``linear(silu(x))``: ``[..., I] -> [..., O]``; for the backward pass it keeps ``x``, not ``silu(x)``."""
+    """Compute ``linear(silu(x))``: ``[..., I] -> [..., O]``; for the backward pass it keeps ``x``, not ``silu(x)``."""
     return _apply(x, linear, _Silu)
 
 
 def gated_silu_linear(gate_up: Tensor, linear: nn.Module) -> Tensor:
-    """``linear(silu(gate) * up)`` of ``[gate, up]``: ``[..., 2 I] -> [..., O]``; it keeps its input alone."""
+    """Compute ``linear(silu(gate) * up)`` of ``[gate, up]``: ``[..., 2 I] -> [..., O]``; it keeps only its input."""
     return _apply(gate_up, linear, _GatedSilu)
 
 
@@ -31,7 +33,7 @@ class _Silu:
 
     @staticmethod
     def backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Activation and gradient of its input."""
+        """Return the activation and the gradient of its input."""
         return F.silu(x), torch.ops.aten.silu_backward(gradient, x)
 
 
@@ -53,7 +55,7 @@ class _GatedSilu:
 
 
 def _apply(x: Tensor, linear: nn.Module, activation: type[_Silu] | type[_GatedSilu]) -> Tensor:
-    # A compiler decides for itself what to compute again.
+    # A compiler decides itself what to compute again.
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_plain(linear):
         return linear(activation.forward(x))
     return _ActivatedLinear.apply(x, linear.weight, linear.bias, activation)
@@ -62,7 +64,7 @@ def _apply(x: Tensor, linear: nn.Module, activation: type[_Silu] | type[_GatedSi
 class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, activation: type[_Silu] | type[_GatedSilu]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: type[_Silu] | type[_GatedSilu]
     ) -> Tensor:
         ctx.activation = activation
         ctx.save_for_backward(x, weight)
@@ -70,10 +72,10 @@ class _ActivatedLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        rows = gradient.reshape(-1, gradient.shape[-1])  # an input may also be one vector, or none
+        rows = gradient.reshape(-1, gradient.shape[-1])  # an input may also be one vector, or empty
         of_x, of_weight, of_bias = None, None, None
         if wants_x or wants_weight:
             of_activation = (rows @ weight.to(rows.dtype)).view(*gradient.shape[:-1], weight.shape[1]).to(x.dtype)

@@ -15,7 +15,7 @@ _FREQUENCIES = 256
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoids of an integer timestep through an MLP: ``[...] -> [..., D]``."""
+    """Embed an integer timestep: sinusoids through an MLP, ``[...] -> [..., D]``."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -26,7 +26,7 @@ class TimestepEmbedding(nn.Module):
         exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
         angles = timestep[..., None].float() * (-math.log(10000) * exponent).exp()
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
-        # Quantised layers need two dimensions, also where one time serves all positions.
+        # Quantised layers need two dimensions, also if all positions have the same time.
         embedded = self.mlp(waves.reshape(-1, _FREQUENCIES))
         return embedded.view(*timestep.shape, embedded.shape[-1])
 
@@ -46,12 +46,12 @@ class ModulatedBlock(nn.Module):
 
 
 class AdaptiveNormMLP(nn.Module):
-    """Noisy latent, timestep and hidden state to a prediction: ``[..., Z], [...], [..., D] -> [..., output]``.
+    """Map noisy latent, timestep and hidden state to a prediction: ``[..., Z], [...], [..., D] -> [..., output]``.
 
-    The timestep and the hidden state broadcast against the latents; several latents of one state share its part.
+    Timestep and hidden state broadcast against the latents, so that several latents of a state share its part.
     """
 
-    gradient_checkpointing = False  # transformers sets it, and the function beside it
+    gradient_checkpointing = False  # transformers sets this and the function below
     _gradient_checkpointing_func: Callable[..., Tensor]
 
     def __init__(
@@ -82,15 +82,15 @@ class AdaptiveNormMLP(nn.Module):
             else:
                 x = block(x, condition)
         shift, scale = self.final_modulation(condition).chunk(2, dim=-1)
-        # The solvers around it work in float32 also where the weights are not.
+        # The solvers compute in float32, whatever the type of the weights.
         return self.output_layer(self.final_norm(x) * (1 + scale) + shift).float()
 
     def init_weights(self) -> None:
-        """Blocks start as the identity and the output at zero; other layers keep the scale of what passes through."""
-        silent = {self.final_modulation, self.output_layer, *(block.modulation for block in self.blocks)}
+        """Initialise blocks as the identity and the output at zero; other layers preserve the scale of their input."""
+        zero = {self.final_modulation, self.output_layer, *(block.modulation for block in self.blocks)}
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                if module in silent:
+                if module in zero:
                     init.zeros_(module.weight)
                 elif module in self.time_embedding.mlp:
                     init.normal_(module.weight, std=0.02)

@@ -23,10 +23,11 @@ from transformers import initialization as init
 
 from calm.functional.rng import Generator, pick, uniform
 from calm.functional.temperature import largest, sharpened
-from calm.functional.tiles import checkpointed_rows, rows_at_once
+from calm.functional.tiles import rows_at_once
 from calm.models.heads.base import Head, HeadConfig, HeadLoss, leading_shape
 from calm.models.heads.registry import register_head
 from calm.models.layer_access import embedding_matrix
+from calm.models.linear_cross_entropy import token_cross_entropies
 from calm.models.posterior import Posterior
 
 _SAMPLING_ELEMENTS = 2**22  # of the logits that exist at once on a CPU
@@ -35,8 +36,8 @@ _SAMPLING_ELEMENTS = 2**22  # of the logits that exist at once on a CPU
 @strict
 class CategoricalFlowHeadConfig(HeadConfig):
     r"""
-    The head that chooses the tokens of a patch in a few passes, trained by cross-entropy. It needs the autoencoder of
-    token codes ([`TokenCodesConfig`]).
+    The head that samples the tokens of a patch in a few passes, trained by cross-entropy. It needs token codes in place
+    of an autoencoder ([`TokenCodesConfig`]).
 
     Args:
         type: ``"categorical_flow"``.
@@ -58,7 +59,7 @@ class CategoricalFlowHeadConfig(HeadConfig):
     shortlist_size: int | None = None
     layer_norm_eps: float = 1e-6
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self._check_at_least(1, "num_mlp_layers", "hidden_size", "code_size", "shortlist_size")
         self._check_at_least(2, "num_passes", because=" (the first pass predicts the tokens independently)")
@@ -109,7 +110,7 @@ class MaskedTokenNetwork(nn.Module):
     The last layer starts at zero, so that an untrained network leaves independent multi-token prediction.
     """
 
-    gradient_checkpointing = False  # transformers sets it, and the function beside it
+    gradient_checkpointing = False  # transformers sets this and the function below
     _gradient_checkpointing_func: Callable[..., Tensor]
 
     def __init__(self, config: CategoricalFlowHeadConfig, patch_size: int, hidden_size: int):
@@ -390,10 +391,5 @@ def _place_in(shortlist: Tensor | None, token_ids: Tensor) -> tuple[Tensor, Tens
 
 def _cross_entropy(states: Tensor, labels: Tensor, embeddings: Tensor) -> Tensor:
     """Return the mean cross-entropy of the tokens of each patch whose label is not -100: ``[..., K, D] -> [...]``."""
-    rows = (states.flatten(0, -2), labels.flatten())
-    losses = checkpointed_rows(_token_loss, len(embeddings), rows, embeddings)
+    losses = token_cross_entropies(states.flatten(0, -2), embeddings, labels.flatten())
     return losses.view(labels.shape).sum(-1) / labels.ne(-100).sum(-1).clamp(min=1)
-
-
-def _token_loss(states: Tensor, labels: Tensor, embeddings: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(states.to(embeddings.dtype), embeddings).float(), labels, reduction="none")

@@ -1,10 +1,10 @@
-"""The diffusion head: removes noise step by step until the next latent vector is left.
+"""The diffusion head: removes noise step by step to sample the next latent vector.
 
-Shapes: N draws, S sampling steps, D hidden, Z latent, ... any leading dimensions.
+Shapes: N samples, S sampling steps, D hidden, Z latent, ... any leading dimensions.
 """
 
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -36,12 +36,12 @@ class DiffusionHeadConfig(HeadConfig):
         num_mlp_layers: residual blocks.
         hidden_size: width of the blocks; default the backbone's.
         num_samples: N, noisy vectors per position in the loss.
-        num_train_timesteps: steps of the process it is trained on (cosine schedule).
-        num_sampling_steps: steps of a draw, evenly spread over those.
-        sampler: ``"ancestral"`` draws every step with the learned variance; ``"ddim"`` is deterministic behind the
+        num_train_timesteps: steps of the process that it is trained on (cosine schedule).
+        num_sampling_steps: steps of a sample, evenly spaced over those.
+        sampler: ``"ancestral"`` samples every step with the learned variance; ``"ddim"`` is deterministic after the
             first noise and needs fewer steps.
-        clip_latent: bound of the latent's entries as estimated on the way; none in the paper. Small models need one
-            (4, say): in the first steps, almost pure noise, their errors are amplified ten thousand times.
+        clip_latent: bound of the entries of the estimated clean latent; default none, as in the paper. Small models
+            need one, such as 4: the first steps, of almost pure noise, multiply their errors by ten thousand.
     """
 
     model_type = "calm_diffusion_head"
@@ -56,7 +56,7 @@ class DiffusionHeadConfig(HeadConfig):
     clip_latent: float | int | None = None
     layer_norm_eps: float = 1e-6
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self._check_at_least(
             1, "num_samples", "num_mlp_layers", "num_train_timesteps", "num_sampling_steps", "hidden_size"
@@ -95,21 +95,21 @@ class DiffusionHead(Head):
         generator: Generator = None,
         num_samples: int | None = None,
     ) -> Tensor:
-        """One latent per hidden state, or ``num_samples``.
+        """Sample one latent per hidden state, or ``num_samples``.
 
         Args:
-            noise: standard normal ``[1 + S, (num_samples,) ..., Z]``: where the draw starts, then the noise of every
-                step; DDIM uses the first alone.
+            noise: standard normal ``[1 + S, (num_samples,) ..., Z]``: the start, then the noise of every step; DDIM
+                uses the first only.
         """
         config = self.config
         schedule = _schedule(config.num_train_timesteps, config.num_sampling_steps, hidden.device)
         shape = (*leading_shape(hidden, num_samples), self.latent_size)
 
         def draw(index: int) -> Tensor:
-            # Step by step: all at once, the noise of a hundred steps would outweigh everything else.
+            # Step by step: the noise of all steps at once would be the largest tensor.
             return noise[index] if noise is not None else normal(shape, generator, hidden.device)
 
-        # Made once and on the device: no step waits for a number.
+        # Indices on the device, made once, so that no step waits for a transfer.
         steps, timesteps = torch.arange(len(schedule), device=hidden.device).unbind(), schedule.timesteps.unbind()
         x = draw(0)
         for count, index in enumerate(reversed(range(len(schedule))), start=1):
@@ -130,7 +130,7 @@ class DiffusionHead(Head):
         generator: Generator = None,
         timestep: Tensor | None = None,
     ) -> HeadLoss:
-        """Squared error of the noise seen in N noisy draws of the posterior, and the bound that trains the variance.
+        """Compute the squared error of the predicted noise of N noisy samples, and the variational bound.
 
         Args:
             noise: standard normal ``[N, ..., Z]``.
@@ -157,7 +157,15 @@ class DiffusionHead(Head):
         return reference_names(num_layers)
 
 
-@lru_cache(maxsize=16)
 def _schedule(num_train_timesteps: int, num_sampling_steps: int, device: torch.device) -> DiffusionSchedule:
-    # No buffer of the model: it would be lost where a model is built without memory for its weights, then loaded.
+    # A compiler cannot see through a cache, and keeps the schedule in its graph instead.
+    make = _new_schedule if torch.compiler.is_compiling() else _cached_schedule
+    return make(num_train_timesteps, num_sampling_steps, device)
+
+
+def _new_schedule(num_train_timesteps: int, num_sampling_steps: int, device: torch.device) -> DiffusionSchedule:
+    # Not a buffer of the model, which would be lost when a model is built on the meta device and then loaded.
     return respace(cosine_schedule(num_train_timesteps, device), num_sampling_steps)
+
+
+_cached_schedule = lru_cache(maxsize=16)(_new_schedule)

@@ -1,11 +1,11 @@
-"""The energy head: noise and a hidden state in, a latent vector out, in one step.
+"""The energy head: samples a latent vector from noise and a hidden state in one step.
 
 Shapes: N head samples, M target samples, D hidden, Z latent, U noise, B rows, ... any leading dimensions.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from calm.functional.energy_score import energy_score_terms
-from calm.functional.rng import Generator, normal, uniform
+from calm.functional.rng import Generator, normal, of_rows, uniform
 from calm.functional.tiles import rows_at_once
 from calm.models.heads.activated_linear import gated_silu_linear, is_plain, silu_linear
 from calm.models.heads.base import Head, HeadConfig, HeadLoss, leading_shape
@@ -33,12 +33,12 @@ class EnergyHeadConfig(HeadConfig):
         num_mlp_layers: residual blocks. The paper takes a quarter of the backbone's layers.
         hidden_size: width of the blocks; default, and in the paper, the backbone's.
         noise_size: entries of the uniform noise.
-        num_samples: N, draws of the head per position in the loss.
-        num_target_samples: M, draws of the true patch's posterior per position in the loss.
+        num_samples: N, samples of the head per position in the loss.
+        num_target_samples: M, samples of the posterior of the true patch per position in the loss.
         alpha: exponent of the energy score, in (0, 2).
-        condition_residual: whether the hidden state also enters the residual stream, beside the noise. In the paper it
-            acts through the gates of the blocks alone, which start out almost closed: small models on small budgets
-            then hardly learn to look at their context.
+        condition_residual: whether the hidden state is also added to the residual stream, beside the noise. In the
+            paper it acts through the gates of the blocks only, which are almost closed at the start: small models on
+            small budgets then hardly learn to use their context.
     """
 
     model_type = "calm_energy_head"
@@ -53,7 +53,7 @@ class EnergyHeadConfig(HeadConfig):
     condition_residual: bool = False
     layer_norm_eps: float = 1e-6
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         drop_removed(kwargs, REMOVED_ENERGY_FIELDS, "head_config")
         super().__post_init__(**kwargs)
         self._check_at_least(2, "num_samples", because=" (the score compares pairs)")
@@ -63,7 +63,7 @@ class EnergyHeadConfig(HeadConfig):
 
 
 class GatedBlock(nn.Module):
-    """Residual block that refines ``x`` under a condition through a gated MLP: ``[..., D], [..., D] -> [..., D]``."""
+    """Residual block: a gated MLP of ``x`` and a condition, ``[..., D], [..., D] -> [..., D]``."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -80,8 +80,7 @@ class GatedBlock(nn.Module):
         return x + gated_silu_linear(gate_up, self.down_proj)
 
     def _mixed(self, x: Tensor, condition: Tensor) -> Tensor:
-        """``mix([x, condition])``. Its condition half does not depend on the noise: computed once per hidden state, it
-        broadcasts over the samples."""
+        """Compute ``mix([x, condition])``; the condition's half is computed once per hidden state, not per sample."""
         if not is_plain(self.mix):
             return self.mix(torch.cat([x, condition.expand_as(x)], dim=-1))
         x_weight, condition_weight = self.mix.weight.chunk(2, dim=1)
@@ -96,7 +95,7 @@ class EnergyHead(Head):
     returns_samples = True
     reference_architecture = "EnergyTransformer"
     reference_fields: ClassVar = Head.reference_fields | {"noise_size": ("noise_size", 64), "alpha": ("beta", 1.0)}
-    gradient_checkpointing = False  # transformers sets it, and the function beside it
+    gradient_checkpointing = False  # transformers sets this and the function below
     _gradient_checkpointing_func: Callable[..., Tensor]
 
     def __init__(self, config: EnergyHeadConfig, hidden_size: int, latent_size: int):
@@ -118,7 +117,7 @@ class EnergyHead(Head):
         generator: Generator = None,
         num_samples: int | None = None,
     ) -> Tensor:
-        """One latent per hidden state, or ``num_samples``.
+        """Sample one latent per hidden state, or ``num_samples``.
 
         Args:
             noise: uniform in [-0.5, 0.5], ``[..., U]``; extra leading dimensions give several samples per state.
@@ -139,7 +138,7 @@ class EnergyHead(Head):
     def draw_noise(
         self, hidden: Tensor, num_samples: int | None = None, generator: Generator = None, row_dim: int = -2
     ) -> Tensor:
-        """Uniform noise in [-0.5, 0.5]: ``[(num_samples,) ..., U]`` for hidden states ``[..., D]``."""
+        """Return uniform noise in [-0.5, 0.5], ``[(num_samples,) ..., U]``, for hidden states ``[..., D]``."""
         shape = (*leading_shape(hidden, num_samples), self.config.noise_size)
         return uniform(shape, generator, hidden.device, hidden.dtype, row_dim) - 0.5
 
@@ -171,7 +170,7 @@ class EnergyHead(Head):
         for start in range(0, len(std), size):
             rows = slice(start, min(start + size, len(std)))
             if target_noise is None:
-                source = generator[rows] if isinstance(generator, Sequence) else generator
+                source = of_rows(generator, rows)
                 targets = normal((*std[rows].shape[:-1], *shape), source, std.device, row_dim=0)
             else:
                 targets = target_noise[:, rows].movedim(0, -2).float().clone()
@@ -182,7 +181,7 @@ class EnergyHead(Head):
         return HeadLoss(-score, {"energy_score": score, "fidelity": fidelity, "diversity": diversity}, samples)
 
     def init_weights(self) -> None:
-        """Every sample starts at the same point: the first steps learn where the latents lie, then their spread."""
+        """Initialise all samples at one point: the first steps learn the mean of the latents, then their spread."""
         init.zeros_(self.output_layer.weight)
         init.zeros_(self.output_layer.bias)
 

@@ -1,9 +1,9 @@
-"""The flow head: a learned velocity carries noise to the next latent vector.
+"""The flow head: integrates a learned velocity from noise to the next latent vector.
 
-Shapes: N draws, D hidden, Z latent, ... any leading dimensions.
+Shapes: N samples, D hidden, Z latent, ... any leading dimensions.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
@@ -15,20 +15,20 @@ from calm.models.heads.base import Head, HeadConfig, HeadLoss, leading_shape
 from calm.models.heads.registry import register_head
 from calm.models.posterior import Posterior
 
-_TIME_UNITS = 1000  # the network sees the time as a whole number of these
+_TIME_UNITS = 1000  # the input of the network is the time in these units, a whole number
 
 
 @strict
 class FlowHeadConfig(HeadConfig):
     r"""
-    The head that follows a learned velocity from noise to a latent vector.
+    The head that integrates a learned velocity from noise to a latent vector.
 
     Args:
         type: ``"flow"``.
         num_mlp_layers: residual blocks.
         hidden_size: width of the blocks; default the backbone's.
         num_samples: N, points on paths per position in the loss.
-        num_sampling_steps: steps of the solver in a draw.
+        num_sampling_steps: steps of the solver for a sample.
         solver: ``"midpoint"`` (two passes through the network per step) or ``"euler"`` (one).
     """
 
@@ -42,7 +42,7 @@ class FlowHeadConfig(HeadConfig):
     solver: Literal["midpoint", "euler"] = "midpoint"
     layer_norm_eps: float = 1e-6
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self._check_at_least(1, "num_samples", "num_mlp_layers", "num_sampling_steps", "hidden_size")
 
@@ -66,7 +66,7 @@ class FlowHead(Head):
         )
 
     def velocity(self, x: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
-        """Of points ``[..., Z]`` at ``time [...]`` in [0, 1] under hidden states ``[..., D]``."""
+        """Return the velocity of points ``[..., Z]`` at ``time [...]`` in [0, 1] for hidden states ``[..., D]``."""
         return self.network(x, (time * _TIME_UNITS).long(), hidden)
 
     def sample(
@@ -76,7 +76,7 @@ class FlowHead(Head):
         generator: Generator = None,
         num_samples: int | None = None,
     ) -> Tensor:
-        """One latent per hidden state, or ``num_samples``; standard normal ``noise`` has the shape of the result."""
+        """Sample one latent per hidden state, or ``num_samples``; ``noise`` is standard normal in its shape."""
         if noise is None:
             shape = (*leading_shape(hidden, num_samples), self.latent_size)
             noise = normal(shape, generator, hidden.device)
@@ -95,7 +95,7 @@ class FlowHead(Head):
         generator: Generator = None,
         time: Tensor | None = None,
     ) -> HeadLoss:
-        """Squared error of the velocity at N points on paths from noise to draws of the posterior.
+        """Compute the squared error of the velocity at N points on paths from noise to samples of the posterior.
 
         Args:
             noise: standard normal ``[N, ..., Z]``.

@@ -10,11 +10,16 @@ from transformers import TrainingArguments
 from calm.functional.brier import NGRAM
 from calm.training.recipe.recipe import Recipe
 
+_LOADER_WORKERS = 2  # blocks are read from a memory map: two processes keep up with a GPU
+_FEWEST_COMPILED_STEPS = 1000  # compilation takes about a minute
+_TIMEOUT_SECONDS = 2 * 60 * 60
+
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The Trainer's arguments: the recipe's, and what the run decides itself."""
     # Every weight that is trained has a part in every loss: no process need look for those that have none.
-    values = {"ddp_find_unused_parameters": False} | recipe.training
+    # The other processes wait while the first one scores and writes checkpoints.
+    values = {"ddp_find_unused_parameters": False, "ddp_timeout": _TIMEOUT_SECONDS} | recipe.training
     values["report_to"] = values["report_to"] or "none"
     # Without it, processes started together on a machine without an accelerator would each take themselves for alone.
     values.setdefault("use_cpu", not torch.accelerator.is_available())
@@ -25,6 +30,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     elif "bf16" not in values and "fp16" not in values and not values.get("use_cpu"):
         # Where bf16 is not native it is slow: on a CPU over a hundred times slower than float32.
         values["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.cuda.is_available() and not values["use_cpu"]:
+        values = gpu_defaults(recipe, values)
     _check_launcher(values)
     if recipe.data.validation is None:
         if values.get("eval_strategy", "no") != "no":
@@ -53,6 +60,34 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     # Several GPUs are for several processes: one process would spread its batch over them by threads (DataParallel).
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
+
+
+def gpu_defaults(recipe: Recipe, values: dict[str, Any]) -> dict[str, Any]:
+    """Add the Trainer's arguments that a recipe leaves to the device, for a GPU.
+
+    - Data loader workers, pinned memory and non-blocking copies: the device does not wait for its next batch.
+    - ``torch_compile`` for runs that are long enough to repay the compilation, except where FSDP divides the model.
+    - No TF32: float32 means float32. Products of a bfloat16 run do not use it, and the energy score must not.
+
+    Raises:
+        ValueError: for ``tf32`` in a compiled run, whose energy score would be computed with it.
+    """
+    defaults: dict[str, Any] = {
+        "dataloader_num_workers": _LOADER_WORKERS,
+        "dataloader_pin_memory": True,
+        "accelerator_config": {"non_blocking": True},
+        "torch_compile": not _asks_for_fsdp(values) and not 0 < values.get("max_steps", -1) < _FEWEST_COMPILED_STEPS,
+        "tf32": False,
+    }
+    values = defaults | values
+    if values["dataloader_num_workers"]:
+        values.setdefault("dataloader_persistent_workers", True)
+    if values["tf32"] and values["torch_compile"]:
+        raise ValueError(
+            "training.tf32 cannot be used with training.torch_compile: a compiled energy score would lose the accuracy "
+            "of its distances. Use precision: bfloat16, or training.torch_compile=false."
+        )
+    return values
 
 
 def _check_launcher(values: dict[str, Any]) -> None:
@@ -94,7 +129,11 @@ def check_processes(recipe: Recipe, arguments: TrainingArguments) -> None:
 
 def asks_for_fsdp(arguments: TrainingArguments) -> bool:
     """Whether the recipe (``training.fsdp``) or `accelerate launch` asks for a sharded model."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true") or bool(arguments.fsdp)
+    return _asks_for_fsdp({"fsdp": arguments.fsdp})
+
+
+def _asks_for_fsdp(values: dict[str, Any]) -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true") or bool(values.get("fsdp"))
 
 
 def accumulation_steps(recipe: Recipe, num_processes: int) -> int:

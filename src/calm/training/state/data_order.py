@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import default_data_collator
 
+from calm.functional.rng import Generator, RowStreams
 from calm.training.loop.interruption import leave_signals_to_the_trainer
 
 _NUMBERS_AT_ONCE = 2**16
@@ -68,8 +69,17 @@ class ShuffledSteps(Sampler[int]):
             yield from part.tolist()
 
 
-def noise_of_blocks(numbers: list[int], seed: int, step: int, device: torch.device) -> list[torch.Generator]:
-    """A generator for each block of a batch."""
+def noise_of_blocks(numbers: list[int], seed: int, step: int, device: torch.device) -> Generator:
+    """Return a stream of random numbers for each block of a batch: generators on a CPU, counters elsewhere.
+
+    A CPU's generators are the faster source there. A GPU would start a kernel for each of them, and a compiled model
+    cannot use them.
+    """
+    if device.type != "cpu":
+        seeds = torch.tensor([_seed_of(seed, step, number) for number in numbers])
+        if device.type == "cuda":
+            seeds = seeds.pin_memory()
+        return RowStreams(seeds.to(device, non_blocking=True))
     return [torch.Generator(device).manual_seed(_seed_of(seed, step, number)) for number in numbers]
 
 
