@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from calm.models.auto_classes import register_configurations
 
 if TYPE_CHECKING:
+    from calm.evaluation.metrics.registry import Metric, MetricInputs, register_metric
+    from calm.evaluation.run import evaluate
     from calm.generation.samplers import register_sampler
     from calm.generation.sampling_params import SamplingParams
     from calm.models.configuration_autoencoder import CalmAutoencoderConfig
@@ -45,13 +47,17 @@ __all__ = [
     "HeadConfig",
     "HeadLoss",
     "MTPHead",
+    "Metric",
+    "MetricInputs",
     "SamplingParams",
     "TextModel",
     "TokenCodes",
     "TokenCodesConfig",
     "__version__",
+    "evaluate",
     "load",
     "register_head",
+    "register_metric",
     "register_sampler",
     "train",
 ]
@@ -70,12 +76,16 @@ _MODULES = {
     "HeadConfig": "calm.models.heads.base",
     "HeadLoss": "calm.models.heads.base",
     "MTPHead": "calm.models.mtp",
+    "Metric": "calm.evaluation.metrics.registry",
+    "MetricInputs": "calm.evaluation.metrics.registry",
     "SamplingParams": "calm.generation.sampling_params",
     "TextModel": "calm.workflows.text_model",
     "TokenCodes": "calm.models.modeling_codes",
     "TokenCodesConfig": "calm.models.configuration_codes",
+    "evaluate": "calm.evaluation.run",
     "load": "calm.workflows.text_model",
     "register_head": "calm.models.heads.registry",
+    "register_metric": "calm.evaluation.metrics.registry",
     "register_sampler": "calm.generation.samplers",
     "train": "calm.workflows.train",
 }

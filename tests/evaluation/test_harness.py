@@ -108,6 +108,23 @@ def test_unknown_arguments_are_refused(model):
         CalmHarness.create_from_arg_string(f"pretrained={model},temprature=0.5", {"max_batch_size": None})
 
 
+def test_a_missing_model_is_named():
+    with pytest.raises(ValueError, match=r"model_args names no model: .* --model_args pretrained=runs/calm"):
+        CalmHarness.create_from_arg_string("temperature=0.5", {"max_batch_size": None})
+
+
+def test_a_missing_model_ends_the_command_in_one_line(tasks, tmp_path, monkeypatch, capsys):
+    import yaml
+
+    (tmp_path / "repeat.yaml").write_text(yaml.safe_dump(tasks[0]))
+    arguments = ["run", "--model", "calm", "--tasks", "repeat", "--include_path", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["calm", "harness", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("calm: model_args names no model")
+
+
 def test_long_prompts_keep_their_end(model):
     harness = CalmHarness(str(model))
     room = harness._room(8)

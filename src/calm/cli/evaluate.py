@@ -1,11 +1,10 @@
-from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from calm.generation.samplers import sampler_names
-from calm.generation.sampling_params import DEFAULTS, SamplingParams
+from calm.generation.sampling_params import DEFAULTS
 
 
 def evaluate(
@@ -70,91 +69,25 @@ def evaluate(
     """
     from rich.console import Console
 
-    from calm.checkpoints.loading import load_model
-    from calm.data.blocks import TokenBlocks, read_manifest
-    from calm.data.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
-    from calm.evaluation.brier_lm import evaluate_brier
-    from calm.evaluation.protocol import protocols
-    from calm.evaluation.reconstruction import evaluate_reconstruction
-    from calm.evaluation.statistics import MIN_BLOCKS
-    from calm.generation.model_runner import model_runner
-    from calm.generation.samplers import canonical_name
-    from calm.models.modeling_autoencoder import CalmAutoencoder
-    from calm.models.modeling_calm import CalmForCausalLM
+    from calm.data.blocks import read_manifest
+    from calm.evaluation.run import evaluate as evaluate_models
     from calm.report.scatter import plot_panels, temperature_panels
-    from calm.report.tables import brier_table, difference_table, reconstruction_table
-    from calm.utils.device import resolve_device, resolve_dtype
+    from calm.report.tables import brier_table, difference_table, metric_table, reconstruction_table
     from calm.utils.files import write_json
-    from calm.utils.progress import make_progress
 
-    protocols([], protocol, block_size, stride)  # a mistake shows before models are loaded
-    temperatures = list(dict.fromkeys(temperature or [1.0]))
-    samplers = list(dict.fromkeys(canonical_name(name) for name in sampler or ["batch"]))
-    for how in samplers:
-        SamplingParams(1.0, how, num_candidates)
     _check_writable(context, output, plot)
-    target = resolve_device(device)
-    loaded: dict[str, Any] = {}
-    for name in models:
-        loaded[name] = load_model(name, resolve_dtype(dtype, target))
-        loaded[name].to(target)
-        if isinstance(loaded[name], CalmForCausalLM):
-            for t, how in product(temperatures, samplers):
-                loaded[name].check_sampling(SamplingParams(t, how, num_candidates))
-        elif not isinstance(loaded[name], CalmAutoencoder):
-            for t in temperatures:
-                model_runner(loaded[name]).resolve(SamplingParams(t))
-    manifest = read_manifest(data)
-    for name in models:
-        own = load_tokenizer(name if tokenizer is None or has_tokenizer(name) else tokenizer)
-        if tokenizer_hash(own) != manifest["tokenizer_sha256"]:
-            raise ValueError(
-                f"{data} was not prepared with the tokenizer of {name}: `calm prepare --tokenizer {name}`."
-            )
 
-    results: dict[str, dict] = {}
-
-    def keep() -> None:  # after every score: none is lost when a later one ends early
+    def keep(results: dict[str, dict]) -> None:  # after every score: none is lost when a later one ends early
         if output is not None:
-            document = {"data": str(data), "tokenizer_sha256": manifest["tokenizer_sha256"], "models": results}
-            write_json(output, document)
+            document = {"data": str(data), "tokenizer_sha256": read_manifest(data)["tokenizer_sha256"]}
+            write_json(output, document | {"models": results})
 
-    with make_progress() as progress:
-        scored_on = protocols(loaded.values(), protocol, block_size, stride)
-        for (name, model), scored_as in zip(loaded.items(), scored_on, strict=True):
-            text = TokenBlocks(data, scored_as.block_size, scored_as.multiple_of)
-            task = progress.add_task(f"score {name}", total=len(text.spread(blocks)), note="")
-            advance = lambda done, task=task: progress.advance(task, done)  # noqa: E731
-            origin = {"model": name, "protocol": protocol}
-            if isinstance(model, CalmAutoencoder):
-                result = evaluate_reconstruction(model, text, blocks, batch_size, seed, advance)
-                results[name] = origin | result.to_dict()
-                keep()
-                continue
-            for t, how in product(temperatures, samplers if isinstance(model, CalmForCausalLM) else ["batch"]):
-                said = [f"T = {t:g}"] * (len(temperatures) > 1) + [how] * (how != "batch")
-                label = f"{name} ({', '.join(said)})" if said else name
-                progress.reset(task, description=f"score {label}")
-                scored = evaluate_brier(
-                    model,
-                    text,
-                    scored_as.stride,
-                    num_blocks=blocks,
-                    num_samples=samples,
-                    batch_size=batch_size,
-                    seed=seed,
-                    advance=advance,
-                    temperature=t,
-                    num_candidates=num_candidates,
-                    target_error=target_error,
-                    sampler=how,
-                )
-                results[label] = origin | scored.to_dict()
-                keep()
-                error = scored.brier_lm_error
-                if target_error is not None and (error is None or error > target_error):
-                    few = f" No error is reported below {MIN_BLOCKS} blocks." if error is None else ""
-                    progress.console.print(f"{label}: the text ended before the error was {target_error:g}.{few}")
+    results = evaluate_models(
+        models, data, protocol=protocol, block_size=block_size, num_blocks=blocks, num_samples=samples, stride=stride,
+        target_error=target_error, temperatures=temperature or [1.0], samplers=sampler or ["batch"],
+        num_candidates=num_candidates, batch_size=batch_size, seed=seed, tokenizer=tokenizer, device=device,
+        dtype=dtype, show_progress=True, on_result=keep,
+    )  # fmt: skip
     console = Console()
     if not console.is_terminal:  # a pipe or a file has no width; numbers must not be cut off
         console = Console(width=max(console.width, 160))
@@ -166,6 +99,8 @@ def evaluate(
         console.print(brier_table(scores))
         if (differences := difference_table(scores)) is not None:
             console.print(differences)
+    if (metrics := metric_table(results)) is not None:
+        console.print(metrics)
     if any(result["brier_lm"] == 0 for result in scores.values()):
         print("BrierLM is 0 where one of its scores is not above 0; more text (--blocks) may tell it from 0.")
     if plot is not None and scores:

@@ -56,7 +56,7 @@ class CalmHarness(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None = None,
         temperature: float | str = 0.5,
         sampler: str | None = None,
         num_candidates: int | str | None = None,
@@ -71,6 +71,10 @@ class CalmHarness(TemplateLM):
         **unknown: Any,
     ):
         super().__init__()
+        if not pretrained:
+            raise ValueError(
+                "model_args names no model: give the directory of a trained model, --model_args pretrained=runs/calm."
+            )
         if trust_remote_code and str(trust_remote_code).lower() != "false":
             raise ValueError(
                 "the model type calm runs no code of a checkpoint: leave trust_remote_code out of the command line and "

@@ -5,6 +5,7 @@ from datetime import timedelta
 from rich import box
 from rich.table import Table
 
+from calm.evaluation.metrics.registry import all_metrics
 from calm.evaluation.statistics import brier_difference
 
 _TEXT = ("data_sha256", "block_size", "stride")  # of a result: what makes it comparable block by block
@@ -81,6 +82,37 @@ def difference_table(results: dict[str, dict]) -> Table | None:
     for name, difference in found.items():
         table.add_row(name, difference_cell(difference))
     return table
+
+
+def metric_table(results: dict[str, dict]) -> Table | None:
+    """Return the values of the registered metrics, one row per model; None where no model has any.
+
+    Args:
+        results: as :func:`calm.evaluation.run.evaluate` returns them.
+    """
+    rows = {name: result["metrics"] for name, result in results.items() if result.get("metrics")}
+    columns = [
+        (key, heading, metric.digits)
+        for metric in all_metrics()
+        for key, heading in metric.columns.items()
+        if any(key in values for values in rows.values())
+    ]
+    if not columns:
+        return None
+    table = Table(title="Further metrics on the same text", box=box.SIMPLE_HEAD)
+    table.add_column("model", min_width=12, overflow="fold")
+    for _, heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, values in rows.items():
+        table.add_row(name, *(_metric_cell(values, key, digits) for key, _, digits in columns))
+    return table
+
+
+def _metric_cell(values: dict[str, float | None], key: str, digits: int) -> str:
+    if key not in values:
+        return ""
+    value = values[key]
+    return "inf" if value is None else f"{value:z,.{digits}f}"
 
 
 def brier_cell(result: dict) -> str:

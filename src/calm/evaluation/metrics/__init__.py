@@ -1,0 +1,1 @@
+"""Metrics of ``calm evaluate``: one file each, listed in :mod:`calm.evaluation.metrics.registry`."""
