@@ -1,8 +1,8 @@
 """An EAGLE-style drafter: one decoder layer over the target's features and the tokens after them.
 
-It reads the whole text and has a key/value cache of its own. After the first drafted token its own output takes the place
-of the target's features. Training unrolls these steps (Li et al. 2025, EAGLE-3, arXiv 2503.01840): in step j the keys of
-earlier positions are those of the target's features, and the last j - 1 are the drafter's own.
+It reads the whole text and has a key/value cache of its own. After the first drafted token its own output takes the
+place of the target's features. Training unrolls these steps (Li et al. 2025, EAGLE-3, arXiv 2503.01840): in step j the
+keys of earlier positions are those of the target's features, and the last j - 1 are the drafter's own.
 """
 
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ class EagleDrafter(Drafter):
         num_rows, length, num_tokens = batch.future_ids.shape
         positions = torch.arange(length, device=noise.device)
         cache = DynamicCache()
-        inputs = self.trunk(batch.features, batch.next_ids)
+        inputs = outputs = self.trunk(batch.features, batch.next_ids)
         losses = []
         for step in range(num_tokens):
             if step:
