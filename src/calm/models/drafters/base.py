@@ -11,7 +11,7 @@ Shapes: B rows, T positions, G drafted tokens, F features (number of feature lay
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from calm.models.drafters.configuration import DrafterConfig
 
 @dataclass
 class Draft:
-    """Proposed tokens.
+    """Proposed tokens, of one or several positions.
 
     Args:
         tokens: ids in the target's vocabulary, ``[B, G]``.
@@ -35,6 +35,12 @@ class Draft:
 
     tokens: Tensor
     probs: Tensor | None
+
+
+def join(drafts: list[Draft]) -> Draft:
+    """Return drafts of consecutive positions as one."""
+    probs = [draft.probs for draft in drafts if draft.probs is not None]
+    return Draft(torch.cat([draft.tokens for draft in drafts], dim=1), torch.cat(probs, dim=1) if probs else None)
 
 
 def target_hash(config: Any) -> str:
@@ -74,18 +80,20 @@ class Drafter(PreTrainedModel):
                 f"{found}): load the model that it was trained for, or train a drafter for this one."
             )
         # In a tuple, so that they are not registered as parts of the drafter.
-        self._target: tuple[nn.Module, nn.Module] = (target.get_input_embeddings(), target.get_output_embeddings())
-        self._output = self._target[1].weight.detach()[self.shortlist].contiguous()
+        self._tables: tuple[Tensor, Tensor] = (
+            cast(Tensor, target.get_input_embeddings().weight).detach(),
+            cast(Tensor, target.get_output_embeddings().weight).detach()[self.shortlist].contiguous(),
+        )
         return self
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return the target's embeddings of tokens, scaled to unit variance: ``[...] -> [..., D]``."""
-        embeddings = F.embedding(token_ids, self._target[0].weight.detach())
+        embeddings = F.embedding(token_ids, self._tables[0])
         return F.layer_norm(embeddings.float(), embeddings.shape[-1:], eps=self.config.layer_norm_eps)
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the logits of the shortlist, ``[..., D] -> [..., M]``, by the target's output layer."""
-        return F.linear(states, self._output.to(states.dtype)).float()
+        return F.linear(states, self._tables[1].to(states.dtype)).float()
 
     def trunk(self, features: Tensor, token_ids: Tensor) -> Tensor:
         """Return a state per position from the target's features and the token after it: ``[..., D]``."""
@@ -140,13 +148,13 @@ class Drafter(PreTrainedModel):
         """
         raise NotImplementedError
 
-    def _choose(self, logits: Tensor, temperature: float, generator: Generator) -> tuple[Tensor, Tensor | None]:
-        """Return token ids of the shortlist and the probabilities they were sampled from: ``[B, n, M] -> [B, n]``."""
+    def choose(self, logits: Tensor, temperature: float, generator: Generator) -> Draft:
+        """Choose a token of the shortlist for every position, from logits ``[B, n, M]``."""
         if temperature == 0:
-            return self.shortlist[logits.argmax(-1)], None
+            return Draft(self.shortlist[logits.argmax(-1)], None)
         probs = sharpened(logits, temperature)
         uniforms = uniform((*logits.shape[:2], 1), generator, logits.device, row_dim=0)
-        return self.shortlist[pick(probs, uniforms)[..., 0]], probs
+        return Draft(self.shortlist[pick(probs, uniforms)[..., 0]], probs)
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from calm.functional.rng import Generator
-from calm.models.drafters.base import Draft, DraftBatch, Drafter, soft_cross_entropy
+from calm.models.drafters.base import Draft, DraftBatch, Drafter, join, soft_cross_entropy
 from calm.models.drafters.configuration import DrafterConfig
 from calm.models.heads.categorical_flow import CategoricalFlowHeadConfig, MaskedTokenNetwork
 
@@ -46,7 +46,7 @@ class CategoricalFlowDrafter(Drafter):
         hidden = self.trunk(features, token_ids)
         base = self.base_proj(hidden).unflatten(-1, (size, -1))  # [B, G, D]
         tokens = token_ids.new_zeros(len(hidden), size)
-        probs = []
+        parts: list[Draft] = []
         for start, stop in itertools.pairwise((*self.schedule, size)):
             stop = min(stop, num_tokens)
             if start >= stop:
@@ -55,9 +55,9 @@ class CategoricalFlowDrafter(Drafter):
             if start:
                 states = self._states(base, hidden, tokens, torch.arange(size, device=base.device) < start)
             logits = self.logits(self.output_norm(states[:, start:stop]))
-            tokens[:, start:stop], its_probs = self._choose(logits, temperature, generator)
-            probs.append(its_probs)
-        return Draft(tokens[:, :num_tokens], None if temperature == 0 else torch.cat(probs, 1))
+            parts.append(self.choose(logits, temperature, generator))
+            tokens[:, start:stop] = parts[-1].tokens
+        return join(parts)
 
     def loss(self, batch: DraftBatch, teacher_logits: Tensor, noise: Tensor) -> Tensor:
         size = self.config.num_tokens

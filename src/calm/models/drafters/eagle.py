@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from calm.functional.rng import Generator
-from calm.models.drafters.base import Draft, DraftBatch, Drafter, soft_cross_entropy
+from calm.models.drafters.base import Draft, DraftBatch, Drafter, join, soft_cross_entropy
 from calm.models.drafters.configuration import DrafterConfig
 
 
@@ -92,18 +92,16 @@ class EagleDrafter(Drafter):
         assert isinstance(state, EagleState)
         assert state.output is not None
         mask, outputs = state.mask, state.output
-        tokens, probs = [], []
-        for index in range(num_tokens):
-            if index:
-                inputs = self._inputs(outputs[:, None], tokens[-1])
-                outputs = self._read(state, inputs, torch.ones_like(tokens[-1]))[:, 0]
-            chosen, its_probs = self._choose(self.logits(outputs)[:, None], temperature, generator)
-            tokens.append(chosen)
-            probs.append(its_probs)
+        parts: list[Draft] = []
+        for _ in range(num_tokens):
+            if parts:
+                inputs = self._inputs(outputs[:, None], parts[-1].tokens)
+                outputs = self._read(state, inputs, torch.ones_like(parts[-1].tokens))[:, 0]
+            parts.append(self.choose(self.logits(outputs)[:, None], temperature, generator))
         if num_tokens > 1:
             state.cache.crop(1 - num_tokens)  # what was drafted is not verified
         state.mask = mask
-        return Draft(torch.cat(tokens, 1), None if temperature == 0 else torch.cat(probs, 1))
+        return join(parts)
 
     def loss(self, batch: DraftBatch, teacher_logits: Tensor, noise: Tensor) -> Tensor:
         num_rows, length, num_tokens = batch.future_ids.shape

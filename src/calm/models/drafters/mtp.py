@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from calm.functional.rng import Generator
-from calm.models.drafters.base import Draft, DraftBatch, Drafter, soft_cross_entropy
+from calm.models.drafters.base import Draft, DraftBatch, Drafter, join, soft_cross_entropy
 from calm.models.drafters.configuration import DrafterConfig
 
 
@@ -37,13 +37,11 @@ class MTPDrafter(Drafter):
         state: Any = None,
     ) -> Draft:
         states = self.trunk(features, token_ids)
-        tokens, probs = [], []
-        for index in range(num_tokens):
-            states = states if index == 0 else self._next(states, tokens[-1][:, 0])
-            chosen, its_probs = self._choose(self.logits(self.output_norm(states))[:, None], temperature, generator)
-            tokens.append(chosen)
-            probs.append(its_probs)
-        return Draft(torch.cat(tokens, 1), None if temperature == 0 else torch.cat(probs, 1))
+        parts: list[Draft] = []
+        for _ in range(num_tokens):
+            states = self._next(states, parts[-1].tokens[:, 0]) if parts else states
+            parts.append(self.choose(self.logits(self.output_norm(states))[:, None], temperature, generator))
+        return join(parts)
 
     def loss(self, batch: DraftBatch, teacher_logits: Tensor, noise: Tensor) -> Tensor:
         states = self.trunk(batch.features, batch.next_ids)
