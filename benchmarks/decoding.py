@@ -2,7 +2,7 @@
 
     python benchmarks/decoding.py runs/baseline runs/calm:direct runs/calm:token_prediction --data data/validation
 
-The loop is that of the server without its queue (`calm.serving.model_runner`), so that token models and CALMs are
+The loop is that of the server without its queue (`calm.generation.model_runner`), so that token models and CALMs are
 measured with the same overhead. A sampler may follow the name of a CALM; the default is `batch`. Prompts are the
 beginnings of held-out blocks. Models take turns, several times; medians are printed, and ratios to the first model.
 """
@@ -18,8 +18,8 @@ import torch
 
 from calm.checkpoints.loading import load_language_model
 from calm.data.blocks import TokenBlocks
-from calm.models.modeling_calm import CalmForCausalLM
-from calm.serving.model_runner import Sampling, Stepper, stepper_of
+from calm.generation.model_runner import ModelRunner, model_runner
+from calm.generation.sampling_params import SamplingParams
 from calm.utils.device import resolve_device
 
 
@@ -37,19 +37,20 @@ def main() -> None:
     options = parser.parse_args()
 
     device = resolve_device(options.device)
-    steppers = {}
+    runners = {}
     for name in options.models:
         model = load_language_model(name.partition(":")[0]).eval()
         model.to(device)
-        steppers[name] = stepper_of(model)
+        runners[name] = model_runner(model)
     blocks = TokenBlocks(options.data, options.prompt_tokens)
     prompts = torch.stack([blocks[index]["input_ids"] for index in blocks.spread(max(options.batch_sizes))]).to(device)
-    rates: dict[str, dict[int, list[float]]] = {name: {size: [] for size in options.batch_sizes} for name in steppers}
+    rates: dict[str, dict[int, list[float]]] = {name: {size: [] for size in options.batch_sizes} for name in runners}
     for size in options.batch_sizes:
         for _ in range(options.repeats):
-            for name, stepper in steppers.items():
-                sampling = Sampling(options.temperature, name.partition(":")[2] or "batch")
-                rates[name][size].append(tokens_per_second(stepper, sampling, prompts[:size], options.new_tokens))
+            for name, runner in runners.items():
+                sampler = name.partition(":")[2] or ("batch" if runner.samplers else None)
+                params = runner.resolve(SamplingParams(options.temperature, sampler, top_p=1.0))
+                rates[name][size].append(tokens_per_second(runner, params, prompts[:size], options.new_tokens))
     medians = {
         name: {size: statistics.median(several) for size, several in of_model.items()}
         for name, of_model in rates.items()
@@ -67,21 +68,16 @@ def main() -> None:
 
 
 @torch.no_grad()
-def tokens_per_second(stepper: Stepper, sampling: Sampling, prompts: torch.Tensor, new_tokens: int) -> float:
+def tokens_per_second(runner: ModelRunner, params: SamplingParams, prompts: torch.Tensor, new_tokens: int) -> float:
     """Of decoding alone; the prompts are read before the clock starts."""
-    generator: list[torch.Generator] = [torch.Generator(stepper.device).manual_seed(row) for row in range(len(prompts))]
-    if isinstance(stepper.model, CalmForCausalLM):
-        state = stepper.model.prefill(*stepper.model.align_prompt(prompts))
-        conditions, cache, position = state.hidden, state.past_key_values, prompts.shape[1] // stepper.patch_size
-    else:
-        outputs = stepper.reader(prompts, use_cache=True)
-        conditions, cache, position = outputs.last_hidden_state[:, -1], outputs.past_key_values, prompts.shape[1]
+    generator: list[torch.Generator] = [torch.Generator(runner.device).manual_seed(row) for row in range(len(prompts))]
+    conditions, cache, (position, *_) = runner.prefill([runner.whole_patches(row) for row in prompts.tolist()])
     started = time.perf_counter()
-    for step in range(new_tokens // stepper.patch_size):
-        chunk = stepper.draw(conditions, sampling, generator)
-        positions = torch.full((len(prompts),), position + step, device=stepper.device)
-        conditions = stepper.step(chunk.tokens, positions, None, cache)
-    if stepper.device.type == "cuda":
+    for step in range(new_tokens // runner.patch_size):
+        patches = runner.sample(conditions, params, generator)
+        positions = torch.full((len(prompts),), position + step, device=runner.device)
+        conditions = runner.step(patches.tokens, positions, None, cache)
+    if runner.device.type == "cuda":
         torch.cuda.synchronize()
     return len(prompts) * new_tokens / (time.perf_counter() - started)
 

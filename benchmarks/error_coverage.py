@@ -2,7 +2,8 @@
 
     python benchmarks/error_coverage.py [--texts 600]
 
-Blocks are lognormal and as unequal as those of real text; blocks of one document are equal.
+Blocks are lognormal and as unequal as those of real text; blocks of one document are equal. Errors are those over known
+documents and those over runs of neighbouring blocks.
 """
 
 import argparse
@@ -18,15 +19,15 @@ SPREAD = torch.tensor([0.3, 0.6, 0.9, 1.2], dtype=torch.float64)
 DOCUMENTS = ("1 block", "4 blocks", "3 blocks", "4 blocks on average")
 
 
-def blocks_of_text(num_blocks: int, documents: str) -> Tensor:
-    """Brier scores of the blocks of one text, ``[blocks, 4]``."""
+def blocks_of_text(num_blocks: int, documents: str) -> tuple[Tensor, Tensor]:
+    """Brier scores of the blocks of one text ``[blocks, 4]``, and the document of each block ``[blocks]``."""
     length = int(documents[0])
     document = torch.arange(num_blocks) // length
     if documents.endswith("average"):
         document = (torch.rand(num_blocks) < 1 / length).cumsum(0)
     shared = torch.randn(num_blocks + 1, 1, dtype=torch.float64)[document]
     own = torch.randn(num_blocks + 1, 4, dtype=torch.float64)[document]
-    return MEAN * torch.exp(SPREAD * (0.8 * shared + 0.6 * own) - SPREAD**2 / 2)
+    return MEAN * torch.exp(SPREAD * (0.8 * shared + 0.6 * own) - SPREAD**2 / 2), document
 
 
 def main() -> None:
@@ -38,13 +39,15 @@ def main() -> None:
     for num_blocks in (32, 64, 128, 512):
         cells = []
         for documents in DOCUMENTS:
-            inside = 0
+            inside = {"documents": 0, "runs": 0}
             for _ in range(arguments.texts):
-                brier = blocks_of_text(num_blocks, documents)
-                errors = brier_errors(brier)
-                assert errors is not None
-                inside += abs(brier_lm(brier.mean(0)) - brier_lm(MEAN)).item() < errors[0]
-            cells.append(f"{inside / arguments.texts:.0%}")
+                brier, document = blocks_of_text(num_blocks, documents)
+                deviation = abs(brier_lm(brier.mean(0)) - brier_lm(MEAN)).item()
+                for name, known in (("documents", document.tolist()), ("runs", None)):
+                    errors = brier_errors(brier, known)
+                    assert errors is not None
+                    inside[name] += deviation < errors[0]
+            cells.append(" / ".join(f"{count / arguments.texts:.0%}" for count in inside.values()))
         print(f"| {num_blocks} | {' | '.join(cells)} |", flush=True)
 
 

@@ -85,8 +85,8 @@ def main() -> None:
         for name, model in models.items():
             for temperature in options.temperatures:
                 rows.append(measure_calm(model, prompts, temperature, "batch", options) | {"weights": name})
-            if "token_prediction" in model.samplers:
-                rows.append(measure_calm(model, prompts, 0.5, "token_prediction", options) | {"weights": name})
+            if "mtp" in model.samplers:
+                rows.append(measure_calm(model, prompts, 0.5, "mtp", options) | {"weights": name})
         if options.reference:
             for name, model in models.items():
                 rows += measure_reference(model, prompts, name, options)
@@ -116,8 +116,8 @@ def load_models(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
             config = CalmConfig(
                 backbone_config=fields,
                 autoencoder_config=CalmAutoencoderConfig(**shape["autoencoder"]),
-                token_prediction_weight=1.0 if name == "differ" else 0.0,
-                token_prediction_type="autoregressive",
+                mtp_weight=1.0 if name == "differ" else 0.0,
+                mtp_type="autoregressive",
             )
             models[name] = CalmForCausalLM(config)
             torch.nn.init.normal_(models[name].head.output_layer.weight, std=scale)
@@ -176,8 +176,8 @@ def measure_calm(
     steps = -(-options.new_tokens // patch_size)
     name = "CALM" if sampler == "batch" else "CALM, token prediction"
     return row(name, prompts, temperature, seconds, options.new_tokens, patch_size) | {
-        "draws_per_chunk": out.num_drawn.double().mean().item(),
-        "products_per_token": out.num_decoded.double().mean().item() / patch_size,
+        "samples_per_patch": out.num_samples.double().mean().item(),
+        "decoded_per_token": out.num_decoded.double().mean().item() / patch_size,
         "milliseconds_by_part": {name: 1000 * value / steps for name, value in parts.items()},
     }
 
@@ -207,8 +207,8 @@ def timed_parts(model: Any, run: Callable[[], Any], options: argparse.Namespace)
     watch(model.autoencoder.decoder, "patch_states", "decoder")
     watch(model.autoencoder.decoder, "token_states", "decoder")
     watch(model.autoencoder, "best_tokens", "vocabulary")
-    if "token_prediction" in model.samplers:
-        watch(model.token_predictor, "draw", "token prediction")
+    if "mtp" in model.samplers:
+        watch(model.mtp_head, "draw", "token prediction")
     started = time.perf_counter()
     out = run()
     total = time.perf_counter() - started
@@ -234,8 +234,8 @@ def measure_reference(model: Any, prompts: torch.Tensor, name: str, options: arg
     patch_size = model.config.patch_size
     return [
         row("reference", prompts, temperature, taken, options.new_tokens, patch_size)
-        | {"weights": name, "draws_per_chunk": 1 if temperature == 1 else 200}
-        | {"products_per_token": 1 if temperature == 1 else 200}
+        | {"weights": name, "samples_per_patch": 1 if temperature == 1 else 200}
+        | {"decoded_per_token": 1 if temperature == 1 else 200}
         for temperature, taken in zip(temperatures, seconds, strict=True)
     ]
 
@@ -265,8 +265,8 @@ def print_tables(rows: list[dict]) -> None:
     print("| batch | model | weights | T | tokens/s | x token model | x reference | draws/chunk | products/token |")
     print("|---:|---|---|---:|---:|---:|---:|---:|---:|")
     for one in rows:
-        draws = f"{one['draws_per_chunk']:.1f}" if "draws_per_chunk" in one else ""
-        products = f"{one['products_per_token']:.1f}" if "products_per_token" in one else ""
+        draws = f"{one['samples_per_patch']:.1f}" if "samples_per_patch" in one else ""
+        products = f"{one['decoded_per_token']:.1f}" if "decoded_per_token" in one else ""
         print(
             f"| {one['batch_size']} | {one['model']} | {one['weights']} | {one['temperature']:.2f} | "
             f"{one['tokens_per_second']:.0f} | {ratio(one, 'token model')} | {ratio(one, 'reference')} | {draws} | "

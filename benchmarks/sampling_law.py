@@ -21,6 +21,7 @@ from torch import Tensor
 
 from calm.checkpoints.loading import load_language_model
 from calm.data.blocks import TokenBlocks
+from calm.generation.sampling_params import SamplingParams
 
 PERMUTATIONS = 400
 
@@ -77,8 +78,9 @@ def contexts_that_agree_sometimes(model, options: argparse.Namespace) -> Tensor:
 
 @torch.no_grad()
 def sample_fast(model, hidden: Tensor, temperature: float, candidates: int, samples: int) -> tuple[Tensor, float]:
-    chunk = model.next_chunk(hidden.repeat_interleave(samples, 0), temperature, "batch", candidates)
-    return chunk.tokens.unflatten(0, (-1, samples)), chunk.num_drawn.double().mean().item()
+    params = SamplingParams(temperature, "batch", candidates).with_defaults()
+    patches = model.sample_patch(hidden.repeat_interleave(samples, 0), params)
+    return patches.tokens.unflatten(0, (-1, samples)), patches.num_samples.double().mean().item()
 
 
 @torch.no_grad()

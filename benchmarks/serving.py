@@ -30,7 +30,8 @@ from calm import CalmAutoencoder, CalmAutoencoderConfig, CalmForCausalLM
 from calm.checkpoints.loading import load_language_model
 from calm.data.corpus import stdlib_documents
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
-from calm.generation.completions import SamplingSettings, complete
+from calm.generation.completions import complete
+from calm.generation.sampling_params import SamplingParams
 
 BACKBONE = {
     "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -250,9 +251,10 @@ def check(model: str, batch_invariant: bool) -> dict:
     generated = {}
     for number in range(1000):
         asked = body(number)
-        one = SamplingSettings(
-            asked["max_tokens"], asked["temperature"], num_candidates=asked.get("num_candidates"), seed=asked["seed"]
-        )
+        one = SamplingParams(
+            asked["temperature"], num_candidates=asked.get("num_candidates"), max_new_tokens=asked["max_tokens"],
+            seed=asked["seed"],
+        )  # fmt: skip
         generated[number] = complete(calm, tokenizer, [asked["prompt"]], one)[0]["text"]
     different = {
         name: [number for number in range(1000) if other[number] != texts[64].get(number)]

@@ -1,13 +1,16 @@
 """The direction of imports between the packages, read from the source."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SOURCE = Path(__file__).parent.parent / "src" / "calm"
 UTILS = {"utils"}
-MODELS = {"functional", "models"} | UTILS
+MODELS = {"functional", "models", "compat"} | UTILS
 MAY_IMPORT = {
     "functional": {"functional"},
     "utils": {"utils"},
@@ -53,8 +56,18 @@ def test_every_folder_has_its_rule():
     assert folders == {*MAY_IMPORT, "cli", "recipes"}
 
 
+FORMER = {"calm.completions": "complete", "calm.evaluation.bootstrap": "brier_difference"}  # modules that moved
+
+
 def test_only_the_public_api_and_the_entry_point_are_at_the_top():
-    assert {path.name for path in SOURCE.glob("*.py")} == {"__init__.py", "__main__.py"}
+    assert {path.name for path in SOURCE.glob("*.py")} == {"__init__.py", "__main__.py", "completions.py"}
+
+
+def test_modules_that_moved_are_found_under_their_former_names():
+    for module, name in FORMER.items():
+        with pytest.warns(FutureWarning, match="is now"):
+            assert callable(getattr(importlib.import_module(module), name))
+        sys.modules.pop(module)
 
 
 def test_functional_imports_torch_alone():

@@ -67,8 +67,8 @@ def calm(patch_size=4, type="energy", vocab_size=VOCAB_SIZE, token_prediction=No
         backbone_config=backbone(vocab_size=vocab_size),
         head_config={"type": type} | HEAD_FIELDS[type] | head,
         initializer_range=0.3,
-        token_prediction_weight=1.0 if token_prediction else 0.0,
-        token_prediction_type=token_prediction or "independent",
+        mtp_weight=1.0 if token_prediction else 0.0,
+        mtp_type=token_prediction or "independent",
     )
     model = CalmForCausalLM(config)
     for parameter in model.head.parameters():

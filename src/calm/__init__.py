@@ -2,7 +2,8 @@
 
 An autoencoder turns K tokens into one vector and back; a transformer predicts the next vector.
 
-The names below are imported when they are first used, so that ``import calm`` needs neither torch nor transformers.
+The public API is ``__all__``; everything else may change without notice. The names are imported when they are first
+used, so that ``import calm`` needs neither torch nor transformers.
 """
 
 from importlib import import_module
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from calm.models.auto_classes import register_configurations
 
 if TYPE_CHECKING:
+    from calm.generation.samplers import register_sampler
+    from calm.generation.sampling_params import SamplingParams
     from calm.models.configuration_autoencoder import CalmAutoencoderConfig
     from calm.models.configuration_calm import CalmConfig
     from calm.models.configuration_codes import TokenCodesConfig
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from calm.models.modeling_autoencoder import CalmAutoencoder
     from calm.models.modeling_calm import CalmForCausalLM
     from calm.models.modeling_codes import TokenCodes
+    from calm.models.mtp import MTPHead
+    from calm.workflows.text_model import TextModel, load
+    from calm.workflows.train import train
 
     __version__: str
 
@@ -38,10 +44,16 @@ __all__ = [
     "Head",
     "HeadConfig",
     "HeadLoss",
+    "MTPHead",
+    "SamplingParams",
+    "TextModel",
     "TokenCodes",
     "TokenCodesConfig",
     "__version__",
+    "load",
     "register_head",
+    "register_sampler",
+    "train",
 ]
 
 # The module of every public name.
@@ -57,9 +69,15 @@ _MODULES = {
     "Head": "calm.models.heads.base",
     "HeadConfig": "calm.models.heads.base",
     "HeadLoss": "calm.models.heads.base",
+    "MTPHead": "calm.models.mtp",
+    "SamplingParams": "calm.generation.sampling_params",
+    "TextModel": "calm.workflows.text_model",
     "TokenCodes": "calm.models.modeling_codes",
     "TokenCodesConfig": "calm.models.configuration_codes",
+    "load": "calm.workflows.text_model",
     "register_head": "calm.models.heads.registry",
+    "register_sampler": "calm.generation.samplers",
+    "train": "calm.workflows.train",
 }
 _PACKAGES = (
     "checkpoints",

@@ -1,6 +1,8 @@
 """The commands as a user runs them."""
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 
@@ -14,7 +16,9 @@ from calm.data.tokenizer import load_tokenizer
 from calm.evaluation import brier_lm
 from calm.report.quickstart import write
 from calm.training.loop.metrics_log import read_metrics
+from calm.utils.files import only_writer
 from calm.utils.progress import make_progress
+from calm.workflows import quickstart_plan, quickstart_results
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -26,41 +30,101 @@ def run(monkeypatch, capsys, *arguments):
     return stopped.value.code or 0, captured.out, captured.err
 
 
+class KilledError(Exception):
+    """A kill in the middle of a quickstart."""
+
+
+def clock(num_readings=None):
+    """Return a clock on which every reading is one second later, and which kills the process that reads on."""
+    readings = itertools.count()
+
+    def read():
+        now = next(readings)
+        if now == num_readings:
+            raise KilledError
+        return float(now)
+
+    return read
+
+
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """A real quickstart of a few steps per stage."""
+    """A real quickstart of a few steps per round, killed after the first model's first round and resumed."""
     directory = tmp_path_factory.mktemp("quickstart") / "run"
-    patch = pytest.MonkeyPatch()
-    patch.setattr(calm.workflows.quickstart, "EVALUATION_BLOCKS", 6)
-    patch.setattr(calm.workflows.quickstart, "SPEED_TOKENS", 8)
-    with make_progress() as progress:
-        results = calm.workflows.quickstart.run_quickstart(directory, 0.02, 0, "cpu", progress)
-    write(results, {name: read_metrics(directory / name) for name in calm.workflows.quickstart.MODELS}, directory)
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calm.workflows.quickstart, "EVALUATION_BLOCKS", 6)
+        patch.setattr(quickstart_results, "SPEED_TOKENS", 8)
+        smallest = {"NUM_ROUNDS": 2, "NUM_DECAY_ROUNDS": 1, "MIN_STEPS": 6, "MIN_ROUND_STEPS": 3, "WARMUP_STEPS": 2}
+        for name, value in {**smallest, "MAX_OVERTIME": 100}.items():
+            patch.setattr(quickstart_plan, name, value)
+        # 30 readings measure the speed. Every stage, and every model's part of a round, has two.
+        with make_progress() as progress, pytest.raises(KilledError):
+            calm.workflows.quickstart.run_quickstart(directory, 1, 0, "cpu", progress, clock(30 + 6 + 2))
+        assert (directory / "calm" / "complete.json").exists()
+        assert not (directory / "baseline").exists()
+        with make_progress() as progress:
+            results = calm.workflows.quickstart.run_quickstart(directory, 1, 0, "cpu", progress, clock())
+    records = {name: read_metrics(directory / name) for name in calm.workflows.quickstart.MODELS}
+    write(results, records, directory, calm.workflows.quickstart.next_command(directory))
     return directory
 
 
 def test_quickstart_leaves_models_scores_samples_and_a_report(quickstart):
     results = json.loads((quickstart / "results.json").read_text())
-    models = ["calm", "calm (token_prediction)", "baseline"]
-    assert list(results["brier"]) == [*models, "bigram counts", "unigram counts"]
-    assert results["brier"]["bigram counts"]["brier"][0] > 0
+    models = ["CALM", "CALM, MTP decoding", "baseline"]
+    assert list(results["brier"]) == [*models, "bigram", "unigram"]
+    assert results["brier"]["bigram"]["brier"][0] > 0
     for name in models:
         assert results["brier"][name]["brier_lm"] >= 0
         assert results["training"][name]["training_flops"] > 1e9
         assert results["generation_tokens_per_second"][name] > 0
-    assert results["training"]["calm"]["tokens"] == results["training"]["baseline"]["tokens"]
-    assert {sample["model"] for sample in results["samples"]} == {"CALM", "CALM, token_prediction", "baseline"}
+    assert results["steps_per_token"] == {**dict.fromkeys(models[:2], 0.5), "baseline": 1, "bigram": 0, "unigram": 0}
+    samples = {(sample["model"], sample["sampler"], sample["temperature"]) for sample in results["samples"]}
+    assert ("CALM", "direct", 0.5) in samples
+    assert {model for model, _, _ in samples} == set(models)
+    trip = results["round_trip"]
+    assert trip["num_correct"] == trip["num_tokens"] > 10
+    assert "".join(trip["patches"]).strip() == trip["decoded"].strip()
     report = (quickstart / "report.md").read_text()
     assert "BrierLM" in report
-    assert "| bigram counts |" in report
-    assert (quickstart / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "| bigram |" in report
+    assert "charts/scores.svg" in report
+    assert (quickstart / "charts" / "scores.svg").read_text().startswith("<svg")
+
+
+def test_quickstart_trains_both_models_in_rounds_on_the_same_tokens(quickstart):
+    plan = json.loads((quickstart / "plan.json").read_text())
+    results = json.loads((quickstart / "results.json").read_text())
+    assert len(plan["rounds"]) == 2
+    # The first estimate was six steps; on this clock a step of a round takes less time than a measured one.
+    assert [planned["planned_steps"] for planned in plan["rounds"]] == [6, 15]
+    assert all(set(planned["seconds"]) == {"calm", "baseline"} for planned in plan["rounds"])
+    assert results["training"]["CALM"]["tokens"] == results["training"]["baseline"]["tokens"]
+    end = plan["rounds"][-1]["end"]
+    assert end == 15
+    for name in ("calm", "baseline"):
+        assert json.loads((quickstart / name / "complete.json").read_text())["global_step"] == end
+    stages = {stage["stage"]: stage for stage in results["stages"]}
+    assert list(stages) == ["start", "corpus", "tokenizer", "token files", "train CALM", "train baseline",
+                            "scores", "speed and samples"]  # fmt: skip
+    assert stages["train CALM"]["steps"] == stages["train baseline"]["steps"] == end
+    assert all(stage["seconds"] > 0 for stage in stages.values())
+
+
+def test_the_next_command_of_the_quickstart_works_in_a_clean_shell(quickstart, tmp_path):
+    (command,) = [line for line in (quickstart / "report.md").read_text().splitlines() if " generate " in line]
+    environment = {"PATH": os.defpath, "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def ")
 
 
 def test_quickstart_started_again_does_nothing_twice(quickstart):
     files = {path: path.stat().st_mtime_ns for path in quickstart.rglob("*") if path.is_file()}
     with make_progress() as progress:
-        calm.workflows.quickstart.run_quickstart(quickstart, 0.02, 0, "cpu", progress)
+        calm.workflows.quickstart.run_quickstart(quickstart, 1, 0, "cpu", progress)
     assert files == {path: path.stat().st_mtime_ns for path in quickstart.rglob("*") if path.is_file()}
 
 
@@ -69,6 +133,13 @@ def test_quickstart_with_other_settings_is_refused(quickstart, monkeypatch, caps
     assert code == 2
     assert "holds a quickstart with" in error
     assert error.strip().count("\n") == 0
+    code, _, error = run(monkeypatch, capsys, "quickstart", quickstart.parent / "new", "--minutes", "-1")
+    assert code == 2
+    assert "--minutes must be a number above 0, got -1." in error
+    code, _, error = run(monkeypatch, capsys, "quickstart", quickstart.parent / "new", "--minutes", "0.001")
+    assert code == 2
+    assert "give --minutes" in error
+    assert not (quickstart.parent / "new").exists()
 
 
 def test_generate_continues_a_prompt(quickstart, monkeypatch, capsys):
@@ -81,7 +152,7 @@ def test_generate_continues_a_prompt(quickstart, monkeypatch, capsys):
         code, _, error = run(monkeypatch, capsys, *arguments[:-1], "99999")
         assert code == 2
         assert "context" in error
-        assert "shorten the prompt or ask for at most" in error
+        assert "shorten the prompt or request at most" in error
     code, _, _ = run(
         monkeypatch, capsys, "generate", quickstart / "calm", "--sampler", "direct", "--temperature", "0",
         "--max-new-tokens", "3",
@@ -102,7 +173,7 @@ def test_generate_continues_a_file_of_prompts_and_resumes(quickstart, monkeypatc
     assert texts[2]["settings"]["seed"] == 7
     for text in texts:
         assert 0 < text["tokens"] <= 9
-        assert 2 <= text["draws_per_chunk"] <= 30  # two must agree
+        assert 2 <= text["samples_per_patch"] <= 30  # two must agree
         assert text["tokens_per_second"] > 0
     # Killed while the second line was written, and started again: the same texts, whatever the batches.
     draft = tmp_path / ".again.jsonl.partial"
@@ -133,10 +204,10 @@ def test_generate_continues_a_file_of_prompts_and_resumes(quickstart, monkeypatc
         ('{"prompt": "a"}\n{"text": "b"}\n', (), 'line 2 has no text "prompt"'),
         ("import os\n", (), "line 1 is not JSON"),
         ('{"prompt": "a", "text": "mine"}\n', (), "line 1 has a field 'text', which the result would replace"),
-        ('{"prompt": "\\ud800"}\n', (), "line 1 holds half of a surrogate pair"),
-        ('{"prompt": "a"}\n\n{"prompt": "b", "id": "\\ud800"}\n', (), "line 3 holds half of a surrogate pair"),
+        ('{"prompt": "\\ud800"}\n', (), "line 1 has half of a surrogate pair"),
+        ('{"prompt": "a"}\n\n{"prompt": "b", "id": "\\ud800"}\n', (), "line 3 has half of a surrogate pair"),
         ('{"prompt": "a"}\n' + '{"prompt": "%s"}\n' % ("ab " * 9000), (), "line 2: a prompt of"),
-        ('{"prompt": "a"}\n', ("--prompt", "b"), "takes the place of --prompt"),
+        ('{"prompt": "a"}\n', ("--prompt", "b"), "replaces --prompt"),
         ('{"prompt": "a"}\n', ("--temperature", "nan"), "temperature must be at least 0"),
     ],
 )
@@ -190,6 +261,14 @@ def test_evaluate_keeps_what_is_scored_when_it_is_stopped(quickstart, monkeypatc
     assert list(json.loads((tmp_path / "scores.json").read_text())["models"]) == [str(quickstart / "baseline")]
 
 
+def test_two_evaluations_do_not_write_the_same_file(monkeypatch, capsys, tmp_path):
+    for option, name in (("--output", "scores.json"), ("--plot", "scores.png")):
+        with only_writer(tmp_path / name):
+            code, _, error = run(monkeypatch, capsys, "evaluate", "x", "--data", "y", option, tmp_path / name)
+        assert code == 2
+        assert f"another process is writing {tmp_path / name}: wait for it" in error
+
+
 def test_evaluate_draws_models_at_their_temperatures(quickstart, monkeypatch, capsys, tmp_path):
     code, _, _ = run(
         monkeypatch, capsys, "evaluate", quickstart / "calm", quickstart / "baseline",
@@ -212,15 +291,15 @@ def test_evaluate_scores_heads_and_what_takes_their_place(quickstart, monkeypatc
     )  # fmt: skip
     code, _, error = run(monkeypatch, capsys, *arguments, "--sampler", "batch", "--sampler", "bogus")
     assert code == 2
-    assert "sampler must be one of batch, exact, direct, token_prediction, got 'bogus'" in error
+    assert "sampler must be one of batch, exact, direct, mtp, got 'bogus'" in error
     assert "score" not in error  # before anything is scored
-    how = ("--sampler", "batch", "--sampler", "token_prediction", "--plot", tmp_path / "p.png")
+    how = ("--sampler", "batch", "--sampler", "mtp", "--plot", tmp_path / "p.png")
     assert run(monkeypatch, capsys, *arguments, *how)[0] == 0
     scores = json.loads((tmp_path / "scores.json").read_text())["models"]
     model = str(quickstart / "calm")
-    assert list(scores) == [str(quickstart / "baseline"), model, f"{model} (token_prediction)"]
-    assert [score["sampler"] for score in scores.values()] == [None, "batch", "token_prediction"]
-    assert scores[model]["num_positions"] == scores[f"{model} (token_prediction)"]["num_positions"]
+    assert list(scores) == [str(quickstart / "baseline"), model, f"{model} (mtp)"]
+    assert [score["sampler"] for score in scores.values()] == [None, "batch", "mtp"]
+    assert scores[model]["num_positions"] == scores[f"{model} (mtp)"]["num_positions"]
 
 
 def test_the_papers_protocol_is_chosen_by_name(quickstart, monkeypatch, capsys, tmp_path):
@@ -287,7 +366,7 @@ def test_temperature_outside_the_range_is_refused(quickstart, monkeypatch, capsy
     arguments = ("generate", quickstart / "calm", "--sampler", "batch", "--temperature", "0")
     code, _, error = run(monkeypatch, capsys, *arguments)
     assert code == 2
-    assert "temperature must lie in (0, 1], got 0.0" in error
+    assert "temperature must be in (0, 1], got 0.0" in error
 
 
 def test_data_of_another_tokenizer_are_refused(quickstart, tmp_path, monkeypatch, capsys):

@@ -33,8 +33,8 @@ _SOURCES = (str(_ROOT / "src"), str(_ROOT / "benchmarks"))
 _NO_LAUNCH = {
     "alias", "as_strided", "chunk", "detach", "empty", "empty_like", "empty_strided", "expand", "new_empty",
     "new_empty_strided", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose",
-    "unbind", "unfold", "unsqueeze", "view", "view_as_real", "_unsafe_view", "_reshape_alias", "diagonal", "lift_fresh", "set_",
-    "resize_", "is_same_size", "_local_scalar_dense", "_to_copy", "copy_", "record_stream",
+    "unbind", "unfold", "unsqueeze", "view", "view_as_real", "_unsafe_view", "_reshape_alias", "diagonal", "lift_fresh",
+    "set_", "resize_", "is_same_size", "_local_scalar_dense", "_to_copy", "copy_", "record_stream",
 }  # fmt: skip
 # Operations whose result has a shape that only the data determine, or whose value the host needs.
 _HOST_READS = {

@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from contextlib import suppress
 
 import numpy as np
@@ -235,6 +236,37 @@ def test_a_directory_has_one_writer_at_a_time(tokenizer, source, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     with only_writer("data"), pytest.raises(ValueError, match="another process is writing"):
         prepare([source], tokenizer, tmp_path / "data")
+
+
+def test_a_link_and_what_it_leads_to_have_one_writer(tokenizer, source, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data")
+    for held, other in (("link", "data"), ("data", "link")):
+        with only_writer(tmp_path / held), pytest.raises(ValueError, match="another process is writing"):
+            prepare([source], tokenizer, tmp_path / other)
+    manifest = prepare([source], tokenizer, tmp_path / "link")
+    assert read_manifest(tmp_path / "data") == manifest
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("separator", ["eos", "bos"])
+def test_a_block_belongs_to_the_document_with_most_of_its_tokens(tokenizer, tmp_path, separator):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = "<|pad|>"  # any token beside the end-of-text token
+    for name, lengths in (("a", (30, 3, 3, 70)), ("b", (1, 45, 2))):
+        documents = (json.dumps({"text": letter * length}) for letter, length in zip("wxyz", lengths, strict=False))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(documents))
+    prepare([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tokenizer, tmp_path / "data", separator=separator)
+    blocks = TokenBlocks(tmp_path / "data", 8)
+    ids = torch.cat([block["input_ids"] for block in blocks]).tolist()
+    mark, number, owners = {"eos": tokenizer.eos_token_id, "bos": tokenizer.bos_token_id}[separator], 0, []
+    for token in ids:
+        owners.append(number)
+        number += token == mark
+    expected = [Counter(owners[first : first + 8]).most_common(1)[0][0] for first in range(0, len(owners), 8)]
+    assert len(set(expected)) > 3
+    assert blocks.documents() == expected
+    assert blocks.documents(3) == [expected[index] for index in blocks.spread(3)]
 
 
 def test_workers_of_a_killed_preparation_are_waited_for(tmp_path, monkeypatch):

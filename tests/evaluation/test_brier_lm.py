@@ -18,6 +18,7 @@ from calm.evaluation.brier_lm import _drawer, evaluate_brier
 from calm.evaluation.brier_scores import NGRAM, score_calm, score_token_model
 from calm.evaluation.ngram_baselines import _transition_table, evaluate_counts
 from calm.functional.brier import prefix_equal
+from calm.generation.sampling_params import SamplingParams
 from calm.report.tables import brier_cell
 
 
@@ -33,6 +34,9 @@ class Blocks:
     def __getitem__(self, index):
         return {"input_ids": self.ids[index]}
 
+    def documents(self, num_blocks=None):
+        return list(range(len(self.ids[:num_blocks])))
+
     def batches(self, num_blocks, batch_size, shuffle_seed=None):
         yield from self.ids[:num_blocks].split(batch_size)
 
@@ -43,7 +47,8 @@ def seeded(seed):
 
 def plain_draws(model, generator):
     def draw(hidden, count, _):
-        return model.next_chunk(hidden.repeat(count, 1), generator=generator).tokens.unflatten(0, (count, -1))
+        params = SamplingParams(sampler="batch").with_defaults()
+        return model.sample_patch(hidden.repeat(count, 1), params, generator).tokens.unflatten(0, (count, -1))
 
     return draw
 
@@ -141,7 +146,7 @@ def test_scores_of_token_prediction_are_those_of_independent_tokens(patch_size):
         text = ids.clone()
         text[0, start : start + NGRAM] = torch.tensor(gram)  # what lies behind it in its patch changes no state before
         hidden = model(text).last_hidden_state[0, start // patch_size - 1 : -1]
-        states = model.token_predictor.proj(hidden).view(-1, hidden.shape[-1])
+        states = model.mtp_head.proj(hidden).view(-1, hidden.shape[-1])
         law = (states @ model.get_input_embeddings().weight.T).double().softmax(-1)
         table[gram] = law[range(NGRAM), gram].prod()
     exact = 100 * exact_brier(table, ids[0, start : start + NGRAM])
@@ -149,15 +154,15 @@ def test_scores_of_token_prediction_are_those_of_independent_tokens(patch_size):
     found = [
         evaluate_brier(
             model, Blocks(ids.expand(400, -1), vocab_size), start, num_samples=4, batch_size=100, seed=seed,
-            sampler="token_prediction",
+            sampler="mtp",
         )
         for seed in range(8)
     ]  # fmt: skip
-    assert {each.sampler for each in found} == {"token_prediction"}
+    assert {each.sampler for each in found} == {"mtp"}
     scores = torch.tensor([each.brier for each in found]).double()
     assert ((scores.mean(0) - exact).abs() <= 5 * scores.std(0) / len(found) ** 0.5 + 1e-3).all()
-    with pytest.raises(ValueError, match="this one was trained without it"):
-        evaluate_brier(tiny.calm(), Blocks(tiny.tokens(1, 16), 5), 4, sampler="token_prediction")
+    with pytest.raises(ValueError, match="this model was trained without it"):
+        evaluate_brier(tiny.calm(), Blocks(tiny.tokens(1, 16), 5), 4, sampler="mtp")
 
 
 @torch.no_grad()
@@ -207,14 +212,14 @@ def test_tokens_left_out_beside_the_text_change_no_score(patch_size, monkeypatch
     ids = model.generate(tiny.tokens(3, patch_size), max_new_tokens=3 * max(4, patch_size), generator=seeded(1))
     starts = torch.arange(patch_size, ids.shape[1] - NGRAM + 1, patch_size)
     sources = []
-    draws = model.draws
-    model.draws = lambda *arguments: sources.append(draws(*arguments)) or sources[-1]
+    lazy_samples = model.lazy_samples
+    model.lazy_samples = lambda *arguments: sources.append(lazy_samples(*arguments)) or sources[-1]
     monkeypatch.setattr("calm.functional.lazy_samples._FEW_TOKENS", 0)
     full = []
 
     def in_full(hidden, count, text):
-        source = draws(hidden, generator)
-        source.draw(count)
+        source = lazy_samples(hidden, generator)
+        source.sample(count)
         for position in range(patch_size):
             source.decode(torch.ones(source.tokens.shape[:2], dtype=torch.bool), position)
         full.append((source.tokens, text))
@@ -222,7 +227,9 @@ def test_tokens_left_out_beside_the_text_change_no_score(patch_size, monkeypatch
 
     generator = seeded(3)
     whole = score_calm(model, ids, starts[:1], 6, in_full)
-    lazy = score_calm(model, ids, starts[:1], 6, _drawer(model, 1.0, "batch", 200, seeded(3)))
+    lazy = score_calm(
+        model, ids, starts[:1], 6, _drawer(model, SamplingParams(sampler="batch").with_defaults(), seeded(3))
+    )
     torch.testing.assert_close(whole[0][..., :patch_size], lazy[0][..., :patch_size])
     torch.testing.assert_close(whole[1][..., :patch_size], lazy[1][..., :patch_size])
     # Beside the text, the first token of every draw is decoded, and a further one behind tokens that agree.
@@ -379,7 +386,12 @@ def test_standard_error_shrinks_with_the_number_of_blocks():
 def test_blocks_of_a_result_are_in_the_order_of_the_text(tmp_path):
     """A target error takes them in random order; which blocks are neighbours decides the standard error."""
     (np.arange(40 * 12) ** 2 // 7 % 5).astype(np.uint16).tofile(tmp_path / "tokens.bin")
-    manifest = {"files": [{"name": "tokens.bin", "num_tokens": 480}], "token_bytes": 2, "vocab_size": 5}
+    manifest = {
+        "files": [{"name": "tokens.bin", "num_tokens": 480}],
+        "token_bytes": 2,
+        "vocab_size": 5,
+        "eos_token_id": 1,
+    }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"num_tokens": 480}))
     blocks, model = TokenBlocks(tmp_path, 12), token_model()
     plain = evaluate_brier(model, blocks, stride=2, batch_size=3)

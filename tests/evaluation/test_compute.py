@@ -209,7 +209,7 @@ def test_info_reads_models_in_either_layout(tmp_path, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["nowhere.yaml"], "no recipe at nowhere.yaml"),
-        ([str(PAPER / "calm_m.yaml"), "--temperature", "0"], "temperature must lie in (0, 1], got 0.0"),
+        ([str(PAPER / "calm_m.yaml"), "--temperature", "0"], "temperature must be in (0, 1], got 0.0"),
         (
             [str(PAPER / "calm_m.yaml"), "--temperature", "0.1", "--num-candidates", "5"],
             "num_candidates must be at least 10",

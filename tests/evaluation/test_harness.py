@@ -72,11 +72,11 @@ def test_generative_tasks_are_scored(model, tasks):
 
 def test_likelihood_tasks_are_refused_with_the_reason(model, tasks):
     with pytest.raises(ValueError, match=r"gives samples, not token probabilities.*generate_until"):
-        evaluate(CalmHarness(str(model)), tasks[1])
+        evaluate(CalmHarness(str(model), sampler="batch"), tasks[1])
 
 
 def test_likelihood_tasks_are_scored_by_token_prediction(model, tasks):
-    harness = CalmHarness(str(model), sampler="token_prediction", batch_size=2)
+    harness = CalmHarness(str(model), sampler="mtp", batch_size=2)
     result = evaluate(harness, tasks[1])
     ids = harness.tok_encode
     for sample in result["samples"]["likely"]:

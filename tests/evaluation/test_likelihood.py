@@ -16,7 +16,7 @@ def test_probabilities_of_all_continuations_add_up_to_one(patch_size, kind):
     if kind == "direct":
         model, sampler = tiny.calm(patch_size, "categorical_flow", vocab_size=4), "direct"
     else:
-        model, sampler = tiny.calm(patch_size, vocab_size=4, token_prediction=kind), "token_prediction"
+        model, sampler = tiny.calm(patch_size, vocab_size=4, token_prediction=kind), "mtp"
     every = list(product(range(4), repeat=4))  # not whole patches of three
     found = log_likelihoods(model, [[1, 2, 3, 0, 1]] * len(every), every, sampler)
     probability = torch.tensor([value for value, _ in found]).exp()
@@ -35,7 +35,7 @@ def test_they_are_those_of_the_draws():
     every, context, count = list(product(range(4), repeat=3)), [3, 1, 2], 20000
     law = torch.tensor([value for value, _ in log_likelihoods(model, [context] * 64, every)]).exp()
     drawn = model.generate(
-        torch.tensor([context] * count), max_new_tokens=3, sampler="token_prediction", eos_token_id=[],
+        torch.tensor([context] * count), max_new_tokens=3, sampler="mtp", eos_token_id=[],
         generator=torch.Generator().manual_seed(0),
     )[:, 3:]  # fmt: skip
     found = torch.bincount(drawn @ torch.tensor([16, 4, 1]), minlength=64) / count
@@ -61,7 +61,7 @@ def test_padding_behind_short_texts_takes_no_positions():
             "n_positions": 8,
         },
         head_config={"type": "energy"} | tiny.HEAD_FIELDS["energy"],
-        token_prediction_weight=1.0,
+        mtp_weight=1.0,
     )  # fmt: skip
     model = CalmForCausalLM(config).eval()
     contexts, continuations = [[2, 3, 4, 5, 6, 7], [2]], [[8, 9], [3, 4, 5, 6, 7, 8, 9]]

@@ -44,6 +44,51 @@ def coverage(num_blocks, document, num_texts=300):
     return inside / num_texts
 
 
+def documents_of_random_length(generator, num_blocks, mean=4):
+    """Brier scores of blocks, equal within documents, whose lengths are geometric, and the document of every block."""
+    begins = torch.rand(num_blocks, generator=generator) < 1 / mean
+    documents = begins.cumsum(0)
+    brier, true = unequal_blocks(generator, num_blocks + 1)
+    return brier[documents], true, documents.tolist()
+
+
+@pytest.mark.parametrize("num_blocks", [32, 64, 128])
+def test_one_error_over_documents_of_random_length_covers_the_truth_in_two_thirds_of_texts(num_blocks):
+    """68% are due; over runs of blocks it is 49% of 32 blocks and 58% of 64."""
+    generator, inside, num_texts = torch.Generator().manual_seed(0), 0, 400
+    for _ in range(num_texts):
+        brier, true, documents = documents_of_random_length(generator, num_blocks)
+        inside += abs(brier_lm(brier.mean(0)) - true).item() < brier_errors(brier, documents)[0]
+    assert 0.61 < inside / num_texts < 0.76
+
+
+def test_an_error_over_documents_is_the_jackknife_in_plain_words():
+    brier, _, documents = documents_of_random_length(torch.Generator().manual_seed(3), 40)
+    deviations = []
+    for document in set(documents):
+        others = [block for block, number in zip(brier, documents, strict=True) if number != document]
+        deviations.append((brier_lm(torch.stack(others).mean(0)) - brier_lm(brier.mean(0))).item() ** 2)
+    degrees = sum(deviations) ** 2 / sum(deviation**2 for deviation in deviations)
+    variance = (len(deviations) - 1) / len(deviations) * sum(deviations)
+    expected = math.sqrt(variance) * _student_factor(degrees)
+    assert brier_errors(brier, documents)[0] == pytest.approx(expected)
+    # Numbers of documents are names: their order means nothing.
+    assert brier_errors(brier, [1000 - number for number in documents])[0] == pytest.approx(expected)
+
+
+def test_a_text_of_one_document_has_the_error_over_runs_and_equal_blocks_have_none():
+    brier, _, documents = documents_of_random_length(torch.Generator().manual_seed(3), 40)
+    assert brier_errors(brier, [7] * 40) == brier_errors(brier)
+    assert error_to_stop_at(brier, documents) >= brier_errors(brier, documents)[0]
+    equal = torch.full((40, 4), 0.1, dtype=torch.float64)
+    assert brier_errors(equal, documents)[0] == pytest.approx(0, abs=1e-9)
+    assert brier_difference(brier.tolist(), brier.tolist(), documents) == (0, 0)
+    better = (1.1 * brier).tolist()
+    difference, error = brier_difference(better, brier.tolist(), documents)
+    assert 0 < difference < 100
+    assert error < brier_errors(brier, documents)[0]
+
+
 @pytest.mark.parametrize("num_blocks", [32, 64, 128])
 @pytest.mark.parametrize("document", [1, 4])
 def test_one_error_covers_the_truth_in_two_thirds_of_texts(num_blocks, document):

@@ -6,12 +6,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm.functional import batch_temperature_sample
-from calm.functional.lazy_samples import Draws
-from calm.functional.temperature import sample_batch, sample_exact
+from calm.functional.lazy_samples import LazySamples
+from calm.functional.temperature import exact_rounds, sample_batch
 
 PROBABILITY = torch.tensor([0.45, 0.3, 0.15, 0.1], dtype=torch.float64)
 # Chunks of two tokens: 0 and 1 differ in the second token alone, 2 and 3 in the first.
 CHUNKS = torch.tensor([[5, 0], [5, 1], [6, 0], [7, 1]])
+
+
+def sample_exact(samples, temperature, **options):
+    """Return the patches after the last round."""
+    *_, last = exact_rounds(samples, temperature, **options)
+    return last
 
 
 def sharpened(temperature):
@@ -33,7 +39,7 @@ def categorical(num_rows, generator):
         flat = torch.multinomial(PROBABILITY, len(rows) * count, replacement=True, generator=generator)
         return CHUNKS[flat].view(len(rows), count, 2)
 
-    return Draws(draw, lambda states, start, stop: states[:, start:stop], num_rows, 2, generator)
+    return LazySamples(draw, lambda states, start, stop: states[:, start:stop], num_rows, 2, generator)
 
 
 def chi_square(chosen, expected):
@@ -60,8 +66,8 @@ def test_exact_sampler_counts_draws_as_the_theory_says():
     sample_exact(draws, 0.5)
     fail = 1 - PROBABILITY.square().sum().item()
     expected = 8 + 16 * fail**4 + 32 * fail**12 + 64 * fail**28
-    error = draws.num_drawn.double().std().item() / math.sqrt(5000)
-    assert abs(draws.num_drawn.double().mean().item() - expected) < 4 * error
+    error = draws.num_samples.double().std().item() / math.sqrt(5000)
+    assert abs(draws.num_samples.double().mean().item() - expected) < 4 * error
 
 
 def test_exact_sampler_stops_at_its_budget():
@@ -70,10 +76,10 @@ def test_exact_sampler_stops_at_its_budget():
         return torch.arange(never_agree.last, never_agree.last + count).expand(len(rows), -1)[..., None]
 
     never_agree.last = 0
-    draws = Draws(never_agree, lambda states, start, stop: states[:, start:stop], 3, 1)
-    _, accepted = sample_exact(draws, 0.5, max_draws=100)
+    draws = LazySamples(never_agree, lambda states, start, stop: states[:, start:stop], 3, 1)
+    _, accepted = sample_exact(draws, 0.5, max_samples=100)
     assert not accepted.any()
-    assert draws.num_drawn.tolist() == [56, 56, 56]  # 8 + 16 + 32; another 64 would be too many
+    assert draws.num_samples.tolist() == [56, 56, 56]  # 8 + 16 + 32; another 64 would be too many
 
 
 def batch_law(temperature, num_candidates):
@@ -110,7 +116,7 @@ def test_the_urn_gives_the_law_of_counting_everything(temperature, num_candidate
     if num_candidates == 10:  # the test can fail: the bias of so few candidates is seen
         assert chi_square(lazy, sharpened(temperature)) > 50
     if temperature >= 0.5:
-        assert draws.num_drawn.double().mean() < 0.9 * num_candidates
+        assert draws.num_samples.double().mean() < 0.9 * num_candidates
 
 
 @pytest.mark.parametrize("temperature", [0.7, 0.5, 0.15])
@@ -119,9 +125,9 @@ def test_the_urn_is_opened_step_by_step(temperature):
     chosen = values(sample_batch(draws, temperature, 200))
     frequency = torch.bincount(chosen, minlength=4).double() / 2000
     torch.testing.assert_close(frequency, sharpened(temperature), atol=0.05, rtol=0)
-    assert set(draws.num_drawn.tolist()) >= ({16, 64, 200} if temperature == 0.15 else {4, 16})
-    assert (draws.num_decoded <= 2 * draws.num_drawn).all()
-    assert draws.num_decoded.sum() < 2 * draws.num_drawn.sum()
+    assert set(draws.num_samples.tolist()) >= ({16, 64, 200} if temperature == 0.15 else {4, 16})
+    assert (draws.num_decoded <= 2 * draws.num_samples).all()
+    assert draws.num_decoded.sum() < 2 * draws.num_samples.sum()
 
 
 def test_rows_with_their_own_generators_do_not_depend_on_their_neighbours():
@@ -138,7 +144,7 @@ def test_rows_with_their_own_generators_do_not_depend_on_their_neighbours():
             return CHUNKS[torch.stack(drawn)]
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        draws = Draws(draw, lambda states, start, stop: states[:, start:stop], len(seeds), 2, generators)
+        draws = LazySamples(draw, lambda states, start, stop: states[:, start:stop], len(seeds), 2, generators)
         if sampler == "exact":
             return sample_exact(draws, temperature)[0].tolist()
         return sample_batch(draws, temperature, 60).tolist()
@@ -238,7 +244,7 @@ def test_lowering_the_exponent_at_once_takes_the_random_numbers_of_lowering_it_b
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, 1.01, float("nan")])
 def test_temperature_outside_the_range_is_refused(temperature):
-    with pytest.raises(ValueError, match=r"temperature must lie in \(0, 1\], got"):
+    with pytest.raises(ValueError, match=r"temperature must be in \(0, 1\], got"):
         batch_temperature_sample(torch.zeros(1, 5, 2, dtype=torch.long), temperature)
 
 

@@ -9,7 +9,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from calm.data.tokenizer import train_tokenizer
 from calm.functional import batch_temperature_sample
-from calm.generation.loop import NextChunk
+from calm.generation.samplers import SampledPatches
+from calm.generation.sampling_params import SamplingParams
 
 PATCH_SIZES = [1, 2, 3, 4, 8]
 
@@ -62,7 +63,7 @@ def test_left_padded_rows_equal_their_own_runs():
         torch.testing.assert_close(together.hidden[row], alone.hidden[0], rtol=1e-4, atol=1e-5)
 
 
-SAMPLINGS = [("batch", 1.0), ("batch", 0.5), ("batch", 0.7), ("exact", 0.7), ("token_prediction", 0.7)]
+SAMPLINGS = [("batch", 1.0), ("batch", 0.5), ("batch", 0.7), ("exact", 0.7), ("mtp", 0.7)]
 
 
 @pytest.mark.parametrize(("sampler", "temperature"), SAMPLINGS)
@@ -78,9 +79,8 @@ def test_a_seed_fixes_the_text_and_another_changes_it(sampler, temperature):
 
 def end_after(model, tokens):
     """Make a model emit fixed tokens."""
-    chunks = iter(torch.tensor(tokens).view(-1, 1, model.config.patch_size))
-    ones = torch.ones(1, dtype=torch.long)
-    model.next_chunk = lambda hidden, *_: NextChunk(next(chunks).expand(len(hidden), -1), ones, ones)
+    patches = iter(torch.tensor(tokens).view(-1, 1, model.config.patch_size))
+    model.sample_patch = lambda hidden, *_: SampledPatches.once(next(patches).expand(len(hidden), -1))
 
 
 def test_nothing_follows_the_end_of_text_inside_its_chunk():
@@ -139,9 +139,9 @@ def test_rows_end_alone_and_hold_padding_behind():
     )
     assert out.sequences.shape == (2, 9)
     assert (out.sequences[0, 6:] == tiny.PAD).all()
-    assert out.num_drawn.shape == (2, 2)
-    assert out.num_drawn[0, 1] == 0  # what has ended costs nothing
-    assert out.num_drawn[1, 1] > 0
+    assert out.num_samples.shape == (2, 2)
+    assert out.num_samples[0, 1] == 0  # what has ended costs nothing
+    assert out.num_samples[1, 1] > 0
 
 
 def test_stop_strings_end_a_row_inside_a_chunk():
@@ -193,12 +193,12 @@ def test_rows_with_their_own_generators_equal_their_own_runs(type, sampler, temp
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [0.5, 0.7, 1 / 3])
 def test_decoding_as_needed_keeps_the_law(temperature):
-    """Over several contexts, the chunks of `next_chunk` and of deciding from all draws fully decoded: chi-square."""
+    """Over several contexts, the patches of `sample_patch` and of deciding from all draws fully decoded: chi-square."""
     model = tiny.calm(2)
     torch.nn.init.normal_(model.head.output_layer.weight, std=0.15)  # some draws agree, some do not
     hidden = model(tiny.tokens(6, 6)).last_hidden_state[:, -1]
     rows = hidden.repeat_interleave(3000, 0)
-    fast = model.next_chunk(rows, temperature, "batch", 40, seeded(1))
+    fast = model.sample_patch(rows, SamplingParams(temperature, "batch", 40), seeded(1))
     generator = seeded(2)
     latents = torch.cat([model.head.sample(rows, generator=generator, num_samples=10) for _ in range(4)])
     naive = batch_temperature_sample(model.autoencoder.decode_tokens(latents).movedim(0, 1), temperature, generator)
@@ -260,10 +260,10 @@ def test_padding_is_seen_without_a_mask():
 
 def test_token_prediction_may_be_flattened():
     model, ids = tiny.calm(token_prediction="autoregressive"), tiny.tokens(1, 8)
-    out = model.generate(ids, max_new_tokens=8, temperature=1.5, sampler="token_prediction", eos_token_id=[])
+    out = model.generate(ids, max_new_tokens=8, temperature=1.5, sampler="mtp", eos_token_id=[])
     assert out.shape == (1, 16)
     with pytest.raises(ValueError, match=r"temperature must be at least 0"):
-        model.generate(ids, temperature=float("inf"), sampler="token_prediction")
+        model.generate(ids, temperature=float("inf"), sampler="mtp")
 
 
 def test_transformers_streamers_work():
@@ -346,36 +346,34 @@ def test_a_step_is_compiled_for_any_number_of_shapes(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": 0.0}, r"temperature must lie in \(0, 1\], got 0.0"),
-        ({"temperature": 1.5}, r"temperature must lie in \(0, 1\], got 1.5"),
-        ({"temperature": float("nan")}, r"temperature must lie in \(0, 1\], got nan"),
+        ({"temperature": 0.0}, r"temperature must be in \(0, 1\], got 0.0"),
+        ({"temperature": 1.5}, r"temperature must be in \(0, 1\], got 1.5"),
+        ({"temperature": float("nan")}, r"temperature must be at least 0, got nan"),
         ({"temperature": 0.1, "num_candidates": 5}, r"num_candidates must be at least 10 at temperature 0.1 .*got 5"),
-        ({"sampler": "nucleus"}, "sampler must be one of batch, exact, direct, token_prediction, got 'nucleus'"),
-        ({"sampler": "token_prediction"}, r"this one was trained without it \(model.token_prediction_weight in its"),
+        ({"sampler": "nucleus"}, "sampler must be one of batch, exact, direct, mtp, got 'nucleus'"),
+        ({"sampler": "mtp"}, r"this model was trained without it \(model.mtp_weight in its"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"max_time": 0}, r"max_time must be a number of seconds above 0, got 0"),
         ({"inputs": torch.ones(1, 4)}, r"inputs is another name of input_ids"),
-        ({"tempreature": 0.5}, r"has no parameter tempreature; it takes max_new_tokens, temperature"),
-        ({"output_scores": True}, r"cannot follow output_scores=True: .* scores want token probabilities"),
-        ({"top_p": 0.9}, r"cannot follow top_p=0.9: .* top_p, .* want token probabilities"),
+        ({"tempreature": 0.5}, r"has no parameter tempreature; it has max_new_tokens, temperature"),
+        ({"output_scores": True}, r"cannot follow output_scores=True: .* scores of single tokens do not apply"),
+        (
+            {"top_p": 0.9},
+            "top_p=0.9 needs token probabilities, and sampler batch only has samples: use sampler direct or mtp",
+        ),
         ({"do_sample": False}, r"cannot follow do_sample=False"),
         ({"num_beams": 4, "penalty_alpha": 0.6}, r"cannot follow num_beams=4, penalty_alpha=0.6"),
         ({"generation_config": GenerationConfig(top_k=50)}, r"cannot follow top_k=50 \(in its generation_config\)"),
         ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number, got 1.5"),
-        ({"temperature": "low"}, r"temperature must be a number in \(0, 1\], got 'low'"),
+        ({"temperature": "low"}, r"temperature must be a number, got 'low'"),
         ({"max_length": 8}, r"max_length \(8\) must be more than the prompt's 8 tokens"),
         ({"num_return_sequences": 0}, "num_return_sequences must be at least 1, got 0"),
-        ({"max_new_tokens": 1000}, "need 251 patches of 4 tokens.*context holds 64.*at most 252 new tokens"),
+        ({"max_new_tokens": 1000}, "need 251 patches of 4 tokens.*context has 64.*at most 252 new tokens"),
     ],
 )
 def test_impossible_requests_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny.calm().generate(tiny.tokens(1, 8), **arguments)
-
-
-def test_a_sampler_that_there_is_not_is_refused_at_every_step():
-    with pytest.raises(ValueError, match=r"sampler must be one of batch, exact, direct, token_prediction, got 'bach'"):
-        tiny.calm().next_chunk(torch.zeros(1, 16), 0.9, sampler="bach")
 
 
 @pytest.mark.parametrize(
@@ -393,7 +391,7 @@ def test_what_is_no_batch_of_tokens_is_refused(prompts, message):
 
 
 def test_unknown_tokens_are_refused():
-    with pytest.raises(ValueError, match=r"must lie in 0 to 47.*got 3 to 60"):
+    with pytest.raises(ValueError, match=r"must be in 0 to 47.*got 3 to 60"):
         tiny.calm().generate(torch.tensor([[3, 60]]))
 
 

@@ -213,9 +213,7 @@ def test_impossible_configurations_are_refused(changes, message):
 def test_a_whole_number_is_a_number():
     autoencoder = tiny.autoencoder_config(latent_dropout=0, token_dropout=0, kl_weight=1, kl_clip=0)
     head = {"type": "energy", "alpha": 1}
-    CalmConfig(
-        autoencoder_config=autoencoder, backbone_config=tiny.backbone(), head_config=head, token_prediction_weight=3
-    )
+    CalmConfig(autoencoder_config=autoencoder, backbone_config=tiny.backbone(), head_config=head, mtp_weight=3)
     CalmConfig(
         autoencoder_config=autoencoder,
         backbone_config=tiny.backbone(),

@@ -5,8 +5,8 @@ import tiny
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM, MistralConfig, MistralForCausalLM
 
+from calm.generation.model_runner import model_runner
 from calm.models.capabilities import check_full_attention, check_plain_logits
-from calm.serving.model_runner import stepper_of
 
 SIZES = {
     "vocab_size": tiny.VOCAB_SIZE, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -16,7 +16,7 @@ SIZES = {
 
 def test_scaled_logits_are_not_served():
     with pytest.raises(ValueError, match="a granite model with logits_scaling cannot be served: only plain logits"):
-        stepper_of(GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)))
+        model_runner(GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0))).check_steps("served")
     check_plain_logits(GraniteConfig(**SIZES, logits_scaling=1.0), "served")
 
 

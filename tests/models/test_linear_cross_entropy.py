@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from calm.models import linear_cross_entropy as module
+from calm.functional import tiles
 from calm.models.linear_cross_entropy import linear_cross_entropy
 
 P, H, V = 4096, 16, 512
@@ -20,7 +20,7 @@ def example():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])
 def test_loss_and_gradients_are_those_of_the_logits(monkeypatch, dtype, tolerance):
     """Also the mean over many positions, which half precision would round to another number."""
-    monkeypatch.setattr(module, "_TILE_ELEMENTS", 1000 * V)
+    monkeypatch.setattr(tiles, "_TRAINING_ELEMENTS", 1000 * V)
     states, weight, labels = example()
     leaves = [each.to(dtype).requires_grad_() for each in (states, weight)]
     loss = linear_cross_entropy(*leaves, labels)
@@ -39,7 +39,7 @@ def test_without_the_function_of_torch_it_is_the_same(monkeypatch):
     states, weight, labels = example()
     expected = linear_cross_entropy(states, weight, labels)
     monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
-    monkeypatch.setattr(module, "_TILE_ELEMENTS", 1000 * V)
+    monkeypatch.setattr(tiles, "_TRAINING_ELEMENTS", 1000 * V)
     torch.testing.assert_close(linear_cross_entropy(states, weight, labels), expected, rtol=1e-5, atol=0)
 
 

@@ -12,9 +12,10 @@ from calm.data.tokenizer import train_tokenizer
 from calm.evaluation.brier_lm import evaluate_brier
 from calm.evaluation.likelihood import log_likelihoods
 from calm.evaluation.reconstruction import evaluate_reconstruction
-from calm.generation.completions import SamplingSettings, complete
+from calm.generation.completions import complete
+from calm.generation.model_runner import model_runner
+from calm.generation.sampling_params import SamplingParams
 from calm.models.layer_access import embedding_matrix
-from calm.serving.model_runner import Sampling, stepper_of
 
 # Offloading everything is legal, and accelerate and transformers remark on it; torch replaces its quantisation.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -26,7 +27,7 @@ DEVICE_MAPS = {
     "mixed": {
         "backbone": "cpu",
         "patch_embedding": "disk",
-        "token_predictor": "cpu",
+        "mtp_head": "cpu",
         "head": "disk",
         "autoencoder": "disk",
     },
@@ -59,14 +60,14 @@ def use(model):
             prompt, max_new_tokens=9, temperature=temperature, sampler=sampler, num_candidates=8, eos_token_id=[],
             generator=[torch.Generator().manual_seed(3)],
         )
-        for temperature, sampler in ((1.0, "batch"), (0.5, "batch"), (0.7, "token_prediction"))
+        for temperature, sampler in ((1.0, "batch"), (0.5, "batch"), (0.7, "mtp"))
     ]  # fmt: skip
     results.append(torch.tensor(evaluate_brier(model, Blocks(), 4, num_samples=2, batch_size=2).brier))
     results.append(torch.tensor([row[0] for row in log_likelihoods(model, [prompt[0].tolist()], [[5, 6, 7]])]))
-    stepper = stepper_of(model)
-    hidden, cache, positions = stepper.prefill([stepper.whole_patches(prompt[0].tolist())])
-    chunk = stepper.draw(hidden, Sampling(0.5, "batch", 8), [torch.Generator().manual_seed(5)])
-    next_hidden = stepper.step(chunk.tokens, torch.tensor(positions), None, cache)
+    runner = model_runner(model)
+    hidden, cache, positions = runner.prefill([runner.whole_patches(prompt[0].tolist())])
+    chunk = runner.sample(hidden, SamplingParams(0.5, "batch", 8).with_defaults(), [torch.Generator().manual_seed(5)])
+    next_hidden = runner.step(chunk.tokens, torch.tensor(positions), None, cache)
     return [*results, chunk.tokens, next_hidden]
 
 
@@ -109,7 +110,7 @@ def test_an_offloaded_token_model_completes_prompts(tmp_path):
     offloaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path
     )
-    settings = SamplingSettings(max_new_tokens=4)
+    settings = SamplingParams(max_new_tokens=4)
     texts = [complete(each, tokenizer, ["a text"], settings)[0]["text"] for each in (model, offloaded)]
     assert texts[0] == texts[1]
 

@@ -37,11 +37,10 @@ def calm(tokenizer):
         **tokens, patch_size=3, hidden_size=32, intermediate_size=48, latent_size=8, initializer_range=0.3
     )
     head = {"noise_size": 8, "num_mlp_layers": 1}
-    model = CalmForCausalLM.from_autoencoder(
-        CalmAutoencoder(config), BACKBONE | tokens, head, token_prediction_weight=1.0
-    )
+    model = CalmForCausalLM.from_autoencoder(CalmAutoencoder(config), BACKBONE | tokens, head, mtp_weight=1.0)
     for parameter in model.head.parameters():  # a new head gives one and the same latent
         torch.nn.init.normal_(parameter, std=0.3)
+    model.generation_config.sampler = "batch"
     return model.eval()
 
 

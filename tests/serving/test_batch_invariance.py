@@ -7,9 +7,10 @@ from conftest import BACKBONE
 from test_engine import Collected, requests
 
 from calm import CalmForCausalLM, TokenCodes, TokenCodesConfig
+from calm.generation.model_runner import model_runner
+from calm.generation.sampling_params import SamplingParams
 from calm.serving.batch_invariance import BatchInvariance
 from calm.serving.engine import Engine
-from calm.serving.model_runner import Sampling, stepper_of
 from calm.serving.service import Limits, Service
 from calm.serving.telemetry import Metrics, Telemetry
 
@@ -53,40 +54,40 @@ def test_batch_invariant_conditions_are_those_of_a_sequence_alone_bit_for_bit(
     kind, calm, baseline, tokenizer, monkeypatch
 ):
     """Texts alone would hide most of the rounding: it decides where two tokens are as good as equal."""
-    samplings = [Sampling(1.0), Sampling(0.5, "batch", 32), Sampling(0.5, "exact", 32)]
+    samplings = [SamplingParams(1.0), SamplingParams(0.5, "batch", 32), SamplingParams(0.5, "exact", 32)]
     model = calm
     if kind == "token model":
-        model, samplings = baseline, [Sampling(1.0)]
+        model, samplings = baseline, [SamplingParams(1.0)]
     elif kind != "calm":
         head = {"shortlist_size": 16 if kind == "shortlist" else None}
         model = categorical_flow(tokenizer, head)
-        samplings = [Sampling(1.0, "direct"), Sampling(0.0, "direct")]
+        samplings = [SamplingParams(1.0, "direct"), SamplingParams(0.0, "direct")]
     asked = [
         (prompt, count, samplings[index % len(samplings)], index)
         for index, (prompt, count, _, _) in enumerate(requests(tokenizer)[:18])
     ]
 
     def conditions(batch):
-        """Conditions of every draw, by seed."""
-        engine = Engine(stepper_of(model), tokenizer, 8, 300, 64, Telemetry(Metrics(), "model"), batch_invariant=True)
-        drawn = {}
-        draws = {name: getattr(engine.stepper, name) for name in ("draw", "draw_in_rounds")}
+        """Conditions of every sample, by seed."""
+        engine = Engine(model_runner(model), tokenizer, 8, 300, 64, Telemetry(Metrics(), "model"), batch_invariant=True)
+        sampled = {}
+        samplers = {name: getattr(engine.runner, name) for name in ("sample", "sample_in_rounds")}
 
         def record(name):
-            def call(conditions, sampling, generators):
+            def call(conditions, params, generators, *others):
                 for row, generator in zip(conditions, generators, strict=True):
-                    drawn.setdefault(generator.initial_seed(), []).append(row.clone())
-                return draws[name](conditions, sampling, generators)
+                    sampled.setdefault(generator.initial_seed(), []).append(row.clone())
+                return samplers[name](conditions, params, generators, *others)
 
             return call
 
-        for name in draws:
-            monkeypatch.setattr(engine.stepper, name, record(name))
+        for name in samplers:
+            monkeypatch.setattr(engine.runner, name, record(name))
         jobs = [Collected(*request) for request in batch]
         engine.submit([job.job for job in jobs])
-        texts = {job.job.seed: job.text() for job in jobs}
+        texts = {job.job.params.seed: job.text() for job in jobs}
         engine.stop()
-        return texts, drawn
+        return texts, sampled
 
     texts, together = conditions(asked)
     for request in asked:

@@ -120,7 +120,7 @@ def test_comments_in_a_file_of_keys_are_no_keys(tmp_path):
     path.write_text("# of the team\nsecret\n\n")
     assert _read_keys(path) == ["secret"]
     path.write_text("# nothing else\n")
-    with pytest.raises(ValueError, match=r"holds no API key: write one per line"):
+    with pytest.raises(ValueError, match=r"has no API key: write one per line"):
         _read_keys(path)
 
 

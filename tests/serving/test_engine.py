@@ -1,5 +1,6 @@
 """Continuous batching: what a sequence gets does not depend on what runs beside it."""
 
+import dataclasses
 import queue
 
 import pytest
@@ -8,9 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedTokenizerFast
 
+from calm.generation.model_runner import model_runner
+from calm.generation.sampling_params import SamplingParams
 from calm.serving.engine import Engine, QueueFullError
 from calm.serving.jobs import Job
-from calm.serving.model_runner import Sampling, stepper_of
 from calm.serving.telemetry import Metrics, Telemetry
 from calm.serving.text import TextStream
 
@@ -20,7 +22,8 @@ class Collected:
 
     def __init__(self, prompt, max_tokens, sampling, seed, stop=()):
         self.events = queue.Queue()
-        self.job = Job(prompt, max_tokens, sampling, seed, self.events.put, stop)
+        params = dataclasses.replace(sampling, max_new_tokens=max_tokens, seed=seed, stop=tuple(stop))
+        self.job = Job(prompt, params.with_defaults(), self.events.put)
 
     def chunks(self):
         chunks = []
@@ -38,7 +41,7 @@ def engine_of(tokenizer):
 
     def make(model, max_batch=4, context=300, max_queue=64):
         telemetry = Telemetry(Metrics(), "model")
-        engines.append(Engine(stepper_of(model), tokenizer, max_batch, context, max_queue, telemetry))
+        engines.append(Engine(model_runner(model), tokenizer, max_batch, context, max_queue, telemetry))
         return engines[-1]
 
     yield make
@@ -52,8 +55,8 @@ def ids_of(tokenizer, text):
 
 def requests(tokenizer):
     settings = [
-        Sampling(1.0), Sampling(0.5, "batch", 32), Sampling(0.7, "batch", 16), Sampling(0.7, "token_prediction"),
-        Sampling(0.5, "exact", 32),
+        SamplingParams(1.0), SamplingParams(0.5, "batch", 32), SamplingParams(0.7, "batch", 16),
+        SamplingParams(0.7, "mtp"), SamplingParams(0.5, "exact", 32),
     ]  # fmt: skip
     prompts = ["the quick", "", "über größere Öfen", "a", "lazy dogs and foxes jump over the quick brown"]
     return [
@@ -85,7 +88,7 @@ def test_every_sequence_gets_what_generate_gives_it_alone(calm, tokenizer, engin
 
 
 def test_a_token_model_is_served_in_the_same_way(baseline, tokenizer, engine_of):
-    asked = [(ids_of(tokenizer, "the quick brown"), 20, Sampling(temperature), seed)
+    asked = [(ids_of(tokenizer, "the quick brown"), 20, SamplingParams(temperature, "direct"), seed)
              for seed, temperature in enumerate([1.0, 0.7, 1.3] * 4)]  # fmt: skip
     jobs = [Collected(*request) for request in asked]
     engine_of(baseline).submit([each.job for each in jobs])
@@ -102,7 +105,7 @@ def test_a_token_model_is_served_in_the_same_way(baseline, tokenizer, engine_of)
 
 def test_the_lowest_temperature_takes_the_likeliest_token_and_ends_nobody_elses_text(baseline, tokenizer, engine_of):
     ids = ids_of(tokenizer, "the quick brown")
-    cold, warm = Collected(ids, 8, Sampling(1e-40), 0), Collected(ids, 30, Sampling(1.0), 1)
+    cold, warm = Collected(ids, 8, SamplingParams(1e-40, "direct"), 0), Collected(ids, 30, SamplingParams(1.0), 1)
     engine_of(baseline).submit([warm.job, cold.job])
     text = list(ids)
     for _ in range(8):
@@ -115,14 +118,14 @@ def test_the_lowest_temperature_takes_the_likeliest_token_and_ends_nobody_elses_
 
 def test_cancelled_sequences_give_up_their_slots(calm, tokenizer, engine_of):
     engine = engine_of(calm, max_batch=2)
-    engine.stepper.end_ids = set()  # so that texts have their full length
-    long = [Collected(ids_of(tokenizer, "fox"), 250, Sampling(), seed) for seed in range(2)]
+    engine.runner.end_ids = set()  # so that texts have their full length
+    long = [Collected(ids_of(tokenizer, "fox"), 250, SamplingParams(), seed) for seed in range(2)]
     engine.submit([each.job for each in long])
-    short = Collected(ids_of(tokenizer, "fox"), 6, Sampling(), 7)
+    short = Collected(ids_of(tokenizer, "fox"), 6, SamplingParams(), 7)
     engine.submit([short.job])
     long[0].events.get(timeout=60)
     long[0].job.cancel()
-    waiting = Collected([], 6, Sampling(), 7)
+    waiting = Collected([], 6, SamplingParams(), 7)
     assert short.chunks()[-1].finish_reason == "length"  # before the other long one, which still runs
     assert long[1].job.num_tokens < 250
     assert long[0].chunks()[-1].finish_reason == "cancelled"
@@ -134,13 +137,13 @@ def test_cancelled_sequences_give_up_their_slots(calm, tokenizer, engine_of):
 
 def test_stop_strings_and_the_end_of_text_end_a_sequence(calm, tokenizer, engine_of):
     engine = engine_of(calm)
-    engine.stepper.end_ids = set()
+    engine.runner.end_ids = set()
     prompt = ids_of(tokenizer, "the quick")
-    plain = Collected(prompt, 60, Sampling(), 3)
+    plain = Collected(prompt, 60, SamplingParams(), 3)
     engine.submit([plain.job])
     text = plain.text()
     stop = text[10:13]
-    stopped = Collected(prompt, 60, Sampling(), 3, [stop, "never in it"])
+    stopped = Collected(prompt, 60, SamplingParams(), 3, [stop, "never in it"])
     engine.submit([stopped.job])
     chunks = stopped.chunks()
     assert "".join(chunk.text for chunk in chunks) == text[: text.index(stop)]
@@ -150,26 +153,24 @@ def test_stop_strings_and_the_end_of_text_end_a_sequence(calm, tokenizer, engine
 def test_what_cannot_be_done_is_refused_before_it_waits(calm, tokenizer, engine_of):
     engine = engine_of(calm, context=30, max_queue=2)
     with pytest.raises(ValueError, match=r"prompt \(2 tokens\) and max_tokens \(50\) exceed the context of 30 tokens"):
-        engine.check(Collected([1, 2], 50, Sampling(), 0).job)
+        engine.check(Collected([1, 2], 50, SamplingParams(), 0).job)
     # What is offered can be had, and no token more.
     for prompt in ([1, 2], [1, 2, 3], [1] * 29):
-        with pytest.raises(ValueError, match="ask for at most") as refused:
-            engine.check(Collected(prompt, 50, Sampling(), 0).job)
+        with pytest.raises(ValueError, match="request at most") as refused:
+            engine.check(Collected(prompt, 50, SamplingParams(), 0).job)
         room = int(str(refused.value).rsplit(" ", 2)[-2])
-        engine.check(Collected(prompt, room, Sampling(), 0).job)
+        engine.check(Collected(prompt, room, SamplingParams(), 0).job)
         with pytest.raises(ValueError, match=f"at most {room} tokens"):
-            engine.check(Collected(prompt, room + 1, Sampling(), 0).job)
+            engine.check(Collected(prompt, room + 1, SamplingParams(), 0).job)
     with pytest.raises(ValueError, match=r"context of 30 tokens: shorten the prompt\.$"):
-        engine.check(Collected([1] * 40, 1, Sampling(), 0).job)
+        engine.check(Collected([1] * 40, 1, SamplingParams(), 0).job)
     with pytest.raises(ValueError, match="token ids outside 0 to 299"):
-        engine.check(Collected([300], 5, Sampling(), 0).job)
-    with pytest.raises(ValueError, match=r"temperature must lie in \(0, 1\]"):
-        engine.check(Collected([], 5, Sampling(0.0), 0).job)
+        engine.check(Collected([300], 5, SamplingParams(), 0).job)
     with pytest.raises(QueueFullError):
-        engine.submit([Collected([], 5, Sampling(), 0).job for _ in range(4 + 2 + 1)])
+        engine.submit([Collected([], 5, SamplingParams(), 0).job for _ in range(4 + 2 + 1)])
     engine.stop()
     with pytest.raises(QueueFullError, match="shutting down"):
-        engine.submit([Collected([], 5, Sampling(), 0).job])
+        engine.submit([Collected([], 5, SamplingParams(), 0).job])
 
 
 class HostReads(TorchFunctionMode):
@@ -185,10 +186,10 @@ class HostReads(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, "token_prediction")])
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(0.7, "mtp")])
 def test_a_step_reads_the_device_once(calm, tokenizer, engine_of, sampling):
     engine, counts = engine_of(calm), []
-    engine.stepper.end_ids = set()
+    engine.runner.end_ids = set()
     step = engine._step
 
     def counted():
@@ -208,11 +209,13 @@ def test_prompts_are_read_together(calm, baseline, tokenizer, engine_of):
     """Prompts of different lengths, all of them waiting when the engine looks: one pass of the model."""
     for model in (calm, baseline):
         engine, sizes = engine_of(model), []
-        prefill = engine.stepper.prefill
-        engine.stepper.prefill = lambda prompts, sizes=sizes, prefill=prefill: (
+        prefill = engine.runner.prefill
+        engine.runner.prefill = lambda prompts, sizes=sizes, prefill=prefill: (
             sizes.append(len(prompts)) or prefill(prompts)
         )
-        jobs = [Collected(ids_of(tokenizer, "the quick brown fox"[: 4 * i]), 6, Sampling(), i) for i in range(1, 5)]
+        jobs = [
+            Collected(ids_of(tokenizer, "the quick brown fox"[: 4 * i]), 6, SamplingParams(), i) for i in range(1, 5)
+        ]
         engine.submit([each.job for each in jobs])
         for each in jobs:
             assert each.chunks()[-1].finish_reason in ("length", "stop")
@@ -232,12 +235,12 @@ def out_of_memory_beyond(most, function, size):
 
 
 def test_where_memory_does_not_suffice_for_all_the_texts_are_drawn_in_parts(calm, tokenizer, engine_of):
-    asked = [(ids_of(tokenizer, "the quick"), 12, Sampling(0.5, "batch", 16), seed) for seed in range(4)]
+    asked = [(ids_of(tokenizer, "the quick"), 12, SamplingParams(0.5, "batch", 16), seed) for seed in range(4)]
     expected = [Collected(*request) for request in asked]
     engine_of(calm).submit([each.job for each in expected])
     engine = engine_of(calm)
-    engine.stepper.draw = out_of_memory_beyond(1, engine.stepper.draw, lambda arguments: len(arguments[0]))
-    engine.stepper.prefill = out_of_memory_beyond(1, engine.stepper.prefill, lambda arguments: len(arguments[0]))
+    engine.runner.sample = out_of_memory_beyond(1, engine.runner.sample, lambda arguments: len(arguments[0]))
+    engine.runner.prefill = out_of_memory_beyond(1, engine.runner.prefill, lambda arguments: len(arguments[0]))
     got = [Collected(*request) for request in asked]
     engine.submit([each.job for each in got])
     assert [each.text() for each in got] == [each.text() for each in expected]
@@ -245,9 +248,9 @@ def test_where_memory_does_not_suffice_for_all_the_texts_are_drawn_in_parts(calm
 
 def test_where_memory_does_not_suffice_for_a_step_the_newest_texts_end(calm, tokenizer, engine_of, caplog):
     engine = engine_of(calm)
-    engine.stepper.end_ids = set()
-    engine.stepper.step = out_of_memory_beyond(2, engine.stepper.step, lambda arguments: len(arguments[0]))
-    jobs = [Collected(ids_of(tokenizer, "fox"), 30, Sampling(), seed) for seed in range(4)]
+    engine.runner.end_ids = set()
+    engine.runner.step = out_of_memory_beyond(2, engine.runner.step, lambda arguments: len(arguments[0]))
+    jobs = [Collected(ids_of(tokenizer, "fox"), 30, SamplingParams(), seed) for seed in range(4)]
     engine.submit([each.job for each in jobs])
     assert [each.chunks()[-1].finish_reason for each in jobs] == ["length", "length", "error", "error"]
     assert "no memory for a step of 4 sequences: the newest one ends" in caplog.text
@@ -256,7 +259,7 @@ def test_where_memory_does_not_suffice_for_a_step_the_newest_texts_end(calm, tok
 def test_exact_sampling_takes_a_bounded_number_of_draws_in_a_step(calm, tokenizer, engine_of):
     """Thousands of draws for one chunk do not hold up the other texts."""
     engine, most, in_step = engine_of(calm), [], [0]
-    engine.stepper.end_ids = set()
+    engine.runner.end_ids = set()
     sample, step = calm.head.sample, engine._step
 
     def counted(hidden, **options):
@@ -269,8 +272,8 @@ def test_exact_sampling_takes_a_bounded_number_of_draws_in_a_step(calm, tokenize
         most.append(in_step[0])
 
     engine._step = stepped
-    hard = Collected(ids_of(tokenizer, "the quick"), 9, Sampling(0.2, "exact", 16), 0)
-    other = Collected(ids_of(tokenizer, "a"), 30, Sampling(), 1)
+    hard = Collected(ids_of(tokenizer, "the quick"), 9, SamplingParams(0.2, "exact", 16), 0)
+    other = Collected(ids_of(tokenizer, "a"), 30, SamplingParams(), 1)
     try:
         calm.head.sample = counted
         engine.submit([hard.job, other.job])
@@ -278,7 +281,7 @@ def test_exact_sampling_takes_a_bounded_number_of_draws_in_a_step(calm, tokenize
         other.chunks()
     finally:
         del calm.head.sample
-    assert max(chunk.num_drawn for chunk in chunks) > 64
+    assert max(chunk.num_samples for chunk in chunks) > 64
     assert max(most) <= 64
 
 
@@ -297,14 +300,14 @@ def test_an_answer_keeps_the_space_before_its_first_word():
 
 def test_a_step_that_fails_is_told_and_the_engine_goes_on(calm, tokenizer, engine_of, monkeypatch, caplog):
     engine = engine_of(calm)
-    engine.stepper.end_ids = set()
-    monkeypatch.setattr(engine.stepper, "draw", None)
-    failed = Collected([], 5, Sampling(), 0)
+    engine.runner.end_ids = set()
+    monkeypatch.setattr(engine.runner, "sample", None)
+    failed = Collected([], 5, SamplingParams(), 0)
     engine.submit([failed.job])
     assert failed.chunks()[-1].finish_reason == "error"
     assert "a step failed" in caplog.text
     monkeypatch.undo()
-    fine = Collected([], 5, Sampling(), 0)
+    fine = Collected([], 5, SamplingParams(), 0)
     engine.submit([fine.job])
     assert fine.chunks()[-1].finish_reason == "length"
 

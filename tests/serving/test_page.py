@@ -41,7 +41,7 @@ def page(browser):
 def server(calm, baseline, tokenizer):
     with serving([("calm", (calm, tokenizer)), ("baseline", (baseline, tokenizer))]) as (address, services):
         for service in services:
-            service.engine.stepper.end_ids = set()
+            service.engine.runner.end_ids = set()
         yield address, services
 
 
@@ -166,7 +166,7 @@ def test_an_error_is_shown(browser, server):
     expect(page.locator("#sampler option").first).to_be_attached()
     page.locator("#temperature").evaluate("e => { e.value = 0 }")
     page.get_by_role("button", name=GENERATE).click()
-    expect(page.get_by_role("alert")).to_contain_text("temperature must lie in (0, 1]")
+    expect(page.get_by_role("alert")).to_contain_text("temperature must be in (0, 1]")
     page.close()
 
 
@@ -174,7 +174,7 @@ def test_a_chat_has_a_history_and_a_key_is_asked_for_where_one_is_needed(browser
     chatting = copy.deepcopy(tokenizer)
     chatting.chat_template = TEMPLATE
     with serving([("chat", (calm, chatting))], api_keys=["secret"]) as (address, services):
-        services[0].engine.stepper.end_ids = set()
+        services[0].engine.runner.end_ids = set()
         page, sent = browser.new_page(), []
         page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
         page.goto(address)

@@ -14,7 +14,7 @@ import torch
 from conftest import TEMPLATE, serving
 from prometheus_client.parser import text_string_to_metric_families
 
-from calm.serving.jobs import Chunk
+from calm.serving.jobs import Delta
 from calm.serving.middleware import Guard
 from calm.serving.responses import Unread
 from calm.serving.service import Limits
@@ -70,7 +70,7 @@ def test_the_client_of_openai_streams_the_same_text(client, calm, tokenizer):
     assert [chunk.choices[0].finish_reason is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
     assert usage.choices == []
     assert usage.usage.completion_tokens == sum(chunk.model_extra["calm"]["tokens"] for chunk in chunks) <= 20
-    assert all(chunk.model_extra["calm"]["drawn"] >= 2 for chunk in chunks)
+    assert all(chunk.model_extra["calm"]["samples"] >= 2 for chunk in chunks)
 
 
 def test_the_client_of_openai_chats_where_there_is_a_template(client, calm, tokenizer):
@@ -81,7 +81,7 @@ def test_the_client_of_openai_chats_where_there_is_a_template(client, calm, toke
     parts = [{"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "quick"}]}]
     chunks = client.chat.completions.create(model="chat", messages=parts, max_tokens=20, seed=2, stream=True)
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == expected
-    with pytest.raises(openai.BadRequestError, match="1 prompts with 100 texts each were asked for; 1 to 68"):
+    with pytest.raises(openai.BadRequestError, match="1 prompts with 100 texts each were requested; 1 to 68"):
         client.chat.completions.create(model="chat", messages=messages, n=100)
     with pytest.raises(openai.BadRequestError, match="calm has no chat template"):
         client.chat.completions.create(model="calm", messages=messages)
@@ -100,20 +100,20 @@ def test_a_baseline_is_served_beside_it(client):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"top_p": 0.9}, "top_p is not supported: this server gives samples"),
-        ({"logprobs": 3}, "logprobs is not supported"),
+        ({"top_p": 0.9, "extra_body": {"sampler": "batch"}}, "top_p=0.9 needs token probabilities, and sampler batch"),
+        ({"logprobs": 3, "extra_body": {"sampler": "batch"}}, "logprobs=3 needs token probabilities"),
         ({"logit_bias": {"5": 1}}, "logit_bias is not supported"),
-        ({"temperature": 0}, r"temperature must lie in \(0, 1\], got 0.0: draws of the model can be sharpened"),
-        ({"temperature": 1.5}, r"temperature must lie in \(0, 1\]"),
-        ({"max_tokens": 5000}, "exceed the context of 399 tokens: shorten the prompt, or ask for at most 39"),
+        ({"temperature": 0}, r"temperature must be in \(0, 1\], got 0.0: comparing samples can sharpen"),
+        ({"temperature": 1.5}, r"temperature must be in \(0, 1\]"),
+        ({"max_tokens": 5000}, "exceed the context of 399 tokens: shorten the prompt, or request at most 39"),
         ({"prompt": [1, 999]}, "token ids outside 0 to 299"),
         ({"prompt": []}, None),
-        ({"stop": [""]}, "stop takes at most 16 texts"),
+        ({"stop": [""]}, "stop must be at most 16 texts"),
         ({"n": 0}, "n: Input should be greater than or equal to 1"),
-        ({"prompt": ["a"] * 300}, "300 prompts with 1 texts each were asked for"),
+        ({"prompt": ["a"] * 300}, "300 prompts with 1 texts each were requested"),
         ({"extra_body": {"mystery": 1}}, "mystery: this parameter is not known"),
         ({"extra_body": {"num_candidates": 2}, "temperature": 0.1}, "num_candidates must be at least 10"),
-        ({"extra_body": {"num_candidates": 1001}}, "num_candidates: this server takes at most 1000, got 1001"),
+        ({"extra_body": {"num_candidates": 1001}}, "num_candidates: this server allows at most 1000, got 1001"),
     ],
 )
 def test_what_a_model_cannot_follow_is_refused_with_the_reason(client, given, message):
@@ -266,7 +266,7 @@ def test_what_a_client_does_not_take_is_joined_and_not_lost():
         unread = Unread(most=4)
         for step in range(1000):
             for index in range(2):
-                unread.put(index, Chunk(f"{index}{step},", 1, 2, 3, 0.5, "length" if step == 999 else None))
+                unread.put(index, Delta(f"{index}{step},", 1, 2, 3, 0.5, "length" if step == 999 else None))
         assert len(unread) <= 4
         texts, tokens, reasons = ["", ""], [0, 0], [None, None]
         while not all(reasons):
@@ -303,14 +303,14 @@ def test_a_full_queue_is_said_and_a_client_that_leaves_frees_its_slot(calm, toke
     limits = Limits(max_batch=1, max_queue=1, context=700)
     with serving([("calm", (calm, tokenizer))], limits) as (address, services):
         engine = services[0].engine
-        engine.stepper.end_ids = set()
-        draw = engine.stepper.draw
+        engine.runner.end_ids = set()
+        draw = engine.runner.sample
 
         def slow(*arguments):
             time.sleep(0.01)  # a request that lasts
             return draw(*arguments)
 
-        engine.stepper.draw = slow
+        engine.runner.sample = slow
         body = {"prompt": "a", "max_tokens": 690, "stream": True}
         with httpx.Client(base_url=address, timeout=60) as http:
             with http.stream("POST", "/v1/completions", json=body) as running:
@@ -367,7 +367,7 @@ def test_keys_and_hosts_are_checked(calm, tokenizer):
 
 def test_a_fault_of_the_server_says_nothing_about_it(calm, tokenizer, monkeypatch, caplog):
     with serving([("calm", (calm, tokenizer))]) as (address, services):
-        monkeypatch.setattr(services[0].engine.stepper, "prefill", None)
+        monkeypatch.setattr(services[0].engine.runner, "prefill", None)
         answer = httpx.post(f"{address}/v1/completions", json={"prompt": "a"})
         assert answer.status_code == 500
         assert answer.json()["error"]["message"] == "the server failed at this request"

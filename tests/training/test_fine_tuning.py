@@ -152,7 +152,7 @@ def test_a_fine_tuned_model_answers(workspace, chats):  # noqa: F811
     autoencoder = autoencoder_recipe(workspace, "short_autoencoder")
     pretrain = calm_recipe(workspace, "short_calm", max_steps=6)
     autoencoder.data.train = pretrain.data.train = str(workspace / "short")
-    pretrain.model["autoencoder"] = str(train(autoencoder))
+    pretrain.model.autoencoder = str(train(autoencoder))
     steps = {"max_steps": 600, "per_device_train_batch_size": 16, "learning_rate": 1e-2, "save_steps": 600}
     output = train(fine_tune(workspace, "tuned", train(pretrain), chats, **steps))
     model, tokenizer = CalmForCausalLM.from_pretrained(output).eval(), load_tokenizer(output)
@@ -226,40 +226,37 @@ def test_a_baseline_is_fine_tuned_on_the_same_data(workspace, chats):  # noqa: F
 def test_the_backbone_starts_from_a_token_model(workspace):  # noqa: F811
     source = train(recipe(workspace, "baseline", "warm_source", {"backbone": BACKBONE}, max_steps=4))
     values = calm_recipe(workspace, "warm", max_steps=2)
-    values.model["backbone_weights"] = str(source)
+    values.model.backbone_weights = str(source)
     built = build_model(values)
     for name, value in AutoModelForCausalLM.from_pretrained(source).model.state_dict().items():
         assert torch.equal(built.backbone.state_dict()[name], value), name
     train(values)
-    values.model["backbone"] = BACKBONE | {"intermediate_size": 64}
+    values.model.backbone = BACKBONE | {"intermediate_size": 64}
     with pytest.raises(ValueError, match=r"has another shape than model\.backbone \(layers\.0\.mlp\."):
         build_model(values)
-    values.model["backbone"] = BACKBONE | {"rope_theta": 123.0}
+    values.model.backbone = BACKBONE | {"rope_theta": 123.0}
     with pytest.raises(ValueError, match="has rope_parameters"):
         build_model(values)
-    values.model |= {"backbone": BACKBONE, "freeze_backbone": True}
+    values.model.backbone, values.model.freeze_backbone = BACKBONE, True
     with pytest.raises(ValueError, match="holds a token model, whose backbone has yet to learn to read patches"):
         build_model(values)
 
 
 def with_token_prediction(workspace, output, **training):  # noqa: F811
     values = calm_recipe(workspace, output, **training)
-    values.model["token_prediction_weight"] = 1.0
+    values.model.mtp_weight = 1.0
     return values
 
 
 def test_a_new_head_learns_on_a_frozen_backbone(workspace):  # noqa: F811
     source = train(with_token_prediction(workspace, "read", max_steps=6))
     values = with_token_prediction(workspace, "new_head", max_steps=12)
-    values.model |= {
-        "backbone_weights": str(source),
-        "freeze_backbone": True,
-        "head": {"type": "flow", "num_samples": 4},
-    }
+    values.model.backbone_weights, values.model.freeze_backbone = str(source), True
+    values.model.head = {"type": "flow", "num_samples": 4}
     output = train(values)
     before, after = (CalmForCausalLM.from_pretrained(path) for path in (source, output))
     for name, value in before.state_dict().items():
-        if name.startswith(("backbone.", "patch_embedding.", "token_predictor.", "autoencoder.")):
+        if name.startswith(("backbone.", "patch_embedding.", "mtp_head.", "autoencoder.")):
             assert torch.equal(value, after.state_dict()[name]), name
     records = [record for record in read_metrics(output) if "loss" in record]
     assert records[-1]["loss"] < records[0]["loss"]
@@ -299,7 +296,7 @@ def test_decoded_draws_are_scored_where_a_trained_model_goes_on(workspace):  # n
     without = recipe(workspace, "calm", "x", {"pretrained": str(source), "freeze_backbone": True}, max_steps=4)
     costs = [recipe_cost(each, outline_model(each), 4)["training_flops"] for each in (values, without)]
     assert costs[0] > costs[1]
-    values.model["decoded_brier_weight"] = -1.0
+    values.model.decoded_brier_weight = -1.0
     with pytest.raises(ValueError, match="decoded_brier_weight must be at least 0, got -1"):
         build_model(values)
 
@@ -307,8 +304,8 @@ def test_decoded_draws_are_scored_where_a_trained_model_goes_on(workspace):  # n
 def test_token_prediction_is_added_to_a_trained_model(workspace):  # noqa: F811
     source = train(calm_recipe(workspace, "without_tokens", max_steps=6))
     with pytest.raises(ValueError, match="trained without it"):
-        CalmForCausalLM.from_pretrained(source).generate(sampler="token_prediction")
-    added = {"token_prediction_weight": 1.0, "token_prediction_type": "autoregressive"}
+        CalmForCausalLM.from_pretrained(source).generate(sampler="mtp")
+    added = {"mtp_weight": 1.0, "mtp_type": "autoregressive"}
     model = added | {"pretrained": str(source), "freeze_backbone": True}
     values = recipe(workspace, "calm", "with_tokens", model, max_steps=30, learning_rate=1e-2)
     output = train(values)
@@ -317,8 +314,8 @@ def test_token_prediction_is_added_to_a_trained_model(workspace):  # noqa: F811
     before, after = (load_file(path / "model.safetensors") for path in (source, output))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"head"}
-    assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"token_predictor"}
-    CalmForCausalLM.from_pretrained(output).generate(sampler="token_prediction", max_new_tokens=4)
+    assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"mtp_head"}
+    CalmForCausalLM.from_pretrained(output).generate(sampler="mtp", max_new_tokens=4)
     # What learns counts: more than a head alone, less than everything.
     alone, all_of_it = (
         recipe(workspace, "calm", "x", each, max_steps=30)
@@ -327,11 +324,11 @@ def test_token_prediction_is_added_to_a_trained_model(workspace):  # noqa: F811
     costs = [recipe_cost(each, outline_model(each), 30)["training_flops"] for each in (alone, values, all_of_it)]
     assert costs == sorted(costs)
     assert costs[0] < costs[1] < costs[2]
-    values.model["pretrained"] = str(output)
-    with pytest.raises(ValueError, match=r"has token prediction already \(token_prediction_type autoregressive\)"):
+    values.model.pretrained = str(output)
+    with pytest.raises(ValueError, match=r"has an MTP head already \(mtp_type autoregressive\)"):
         build_model(values)
-    with pytest.raises(ValueError, match=r"token_prediction_type needs a model\.token_prediction_weight beside it"):
-        recipe(workspace, "calm", "x", {"pretrained": str(source), "token_prediction_type": "independent"})
+    with pytest.raises(ValueError, match=r"mtp_type needs a model\.mtp_weight beside it"):
+        recipe(workspace, "calm", "x", {"pretrained": str(source), "mtp_type": "independent"})
 
 
 def test_a_frozen_backbone_must_be_a_trained_one_that_fits(workspace, tmp_path):  # noqa: F811
@@ -341,17 +338,17 @@ def test_a_frozen_backbone_must_be_a_trained_one_that_fits(workspace, tmp_path):
     with pytest.raises(ValueError, match=r"model.freeze_backbone must be true or false, got 'yes'"):
         recipe(workspace, "calm", "refused", model | {"freeze_backbone": "yes"})
     autoencoder = autoencoder_recipe(workspace, "other_patches", max_steps=2)
-    autoencoder.model["patch_size"] = 4
+    autoencoder.model.config["patch_size"] = 4
     other = calm_recipe(workspace, "of_other_patches", max_steps=2)
-    other.model["autoencoder"] = str(train(autoencoder))
+    other.model.autoencoder = str(train(autoencoder))
     values = calm_recipe(workspace, "refused")
-    values.model["backbone_weights"] = str(train(other))
+    values.model.backbone_weights = str(train(other))
     with pytest.raises(ValueError, match="has patches of 4 tokens, not 2"):
         build_model(values)
     values = with_token_prediction(workspace, "of_other_tokens", max_steps=2)
-    values.model["token_prediction_type"] = "autoregressive"
-    values.model["backbone_weights"] = str(train(with_token_prediction(workspace, "of_tokens", max_steps=2)))
-    with pytest.raises(ValueError, match="has token_prediction_type independent, not autoregressive"):
+    values.model.mtp_type = "autoregressive"
+    values.model.backbone_weights = str(train(with_token_prediction(workspace, "of_tokens", max_steps=2)))
+    with pytest.raises(ValueError, match="has mtp_type independent, not autoregressive"):
         build_model(values)
 
 

@@ -2,8 +2,11 @@ import copy
 from pathlib import Path
 
 import pytest
+import yaml
 
+from calm import CalmAutoencoderConfig
 from calm.training.recipe.recipe import TRAINING_DEFAULTS, Recipe
+from calm.training.recipe.reference import documented_arguments, recipe_reference
 from calm.training.recipe.trainer_arguments import accumulation_steps, trained_tokens, training_arguments
 
 MINIMAL = """
@@ -24,7 +27,11 @@ def recipe(tmp_path):
 def test_numbers_read_as_everyone_means_them(recipe):
     assert Recipe.load(recipe).training["learning_rate"] == 1e-3
     loaded = Recipe.load(recipe, ["training.weight_decay=1e-2", "data.block_size=128", "model.kl_weight=.5"])
-    assert (loaded.training["weight_decay"], loaded.data.block_size, loaded.model["kl_weight"]) == (0.01, 128, 0.5)
+    assert (loaded.training["weight_decay"], loaded.data.block_size, loaded.model.config["kl_weight"]) == (
+        0.01,
+        128,
+        0.5,
+    )
 
 
 def test_defaults_are_the_papers_optimiser(recipe):
@@ -235,12 +242,47 @@ def test_removed_keys_are_ignored_with_a_warning_where_they_had_an_effect():
     values = copy.deepcopy(CALM)
     values["distillation"] = None
     values["model"]["head"] = {"type": "energy", "num_latent_groups": 1, "mean_pull_weight": 0.0}
-    assert Recipe.from_dict(values).model["head"] == {"type": "energy"}  # as every finished run has it
+    assert Recipe.from_dict(values).model.head == {"type": "energy"}  # as every finished run has it
     with pytest.warns(FutureWarning, match="the recipe: distillation was removed and is ignored"):
         Recipe.from_dict(values | {"distillation": {"teacher": "runs/baseline"}})
     values["model"]["head"]["num_latent_groups"] = 16
     with pytest.warns(FutureWarning, match=r"model\.head: num_latent_groups was removed and is ignored \(it was 16\)"):
         Recipe.from_dict(values)
+
+
+def test_former_keys_of_the_model_still_work_with_a_warning(tmp_path):
+    former, values = tmp_path / "former.yaml", copy.deepcopy(CALM)
+    values["model"] |= {"token_prediction_weight": 3.0, "token_prediction_type": "autoregressive"}
+    former.write_text(yaml.safe_dump(values))
+    with pytest.warns(FutureWarning) as warned:
+        recipe = Recipe.load(former, ["model.mtp_weight=2.0"])
+    assert [str(each.message).partition(";")[0] for each in warned] == [
+        "model: token_prediction_weight is now called mtp_weight",
+        "model: token_prediction_type is now called mtp_type",
+    ]
+    assert (recipe.model.mtp_weight, recipe.model.mtp_type) == (2.0, "autoregressive")
+    former.write_text(recipe.to_yaml())
+    with pytest.warns(FutureWarning, match="model: token_prediction_weight is now called mtp_weight"):
+        assert Recipe.load(former, ["model.token_prediction_weight=1.0"]).model.mtp_weight == 1.0
+    with pytest.warns(FutureWarning, match="recipe is now called recipes/single_gpu/head_finetune.yaml"):
+        assert Recipe.load("recipes/single_gpu/finish.yaml").model.decoded_brier_weight == 20
+
+
+def test_the_reference_has_every_key_of_the_shipped_recipes_with_a_text():
+    text = recipe_reference()
+    for path in Path("recipes").rglob("*.yaml"):
+        if path.parent.name == "study":
+            continue
+        recipe = Recipe.load(path)
+        values = recipe.to_dict()
+        keys = [*values, *(f"data.{name}" for name in values["data"]), *(f"model.{name}" for name in values["model"])]
+        keys += [f"model.head.{name}" for name in values["model"].get("head", {})]
+        for key in keys:
+            assert f"| `{key}` |" in text, (path, key)
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `") and "| `training." not in line]
+    assert len(rows) > 70
+    assert all(len(row) == 4 and len(row[3]) > 3 for row in rows)
+    assert documented_arguments(CalmAutoencoderConfig)["kl_clip"] == "floor of each dimension's KL in nats."
 
 
 @pytest.mark.parametrize("nothing", ["null", "false", "none", "[]"])

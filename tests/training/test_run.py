@@ -117,7 +117,7 @@ def test_iterative_heads_train_score_and_write(workspace, type, fields):
     """A recipe says which head; BrierLM and generation treat it like any other."""
     fields = {"type": type, "num_mlp_layers": 1, "num_samples": 4} | fields
     run = calm_recipe(workspace, output=type, max_steps=60, save_steps=60)
-    run.model["head"] = fields
+    run.model.head = fields
     output = train(run)
     losses = [record["loss"] for record in read_metrics(output) if "loss" in record]
     assert sum(losses[-5:]) < sum(losses[:5])
@@ -225,7 +225,7 @@ def test_a_run_may_be_named_by_another_path_and_moved_with_what_it_is_made_from(
     run = calm_recipe(workspace, "moves", max_steps=2)
 
     def here(root):
-        run.output_dir, run.model["autoencoder"] = str(root / "moves"), str(root / "autoencoder")
+        run.output_dir, run.model.autoencoder = str(root / "moves"), str(root / "autoencoder")
         return run
 
     train(here(tmp_path / "a"))
@@ -234,7 +234,7 @@ def test_a_run_may_be_named_by_another_path_and_moved_with_what_it_is_made_from(
     assert is_complete(here(tmp_path / "b"))
     (tmp_path / "b" / "moves" / "complete.json").unlink()
     train(here(tmp_path / "b"))
-    run.model["autoencoder"] = str(workspace / "autoencoder")
+    run.model.autoencoder = str(workspace / "autoencoder")
     with pytest.raises(ValueError, match=r"another recipe: model\.autoencoder"):
         train(run)
     # A copy beside what may be another autoencoder is not that run.

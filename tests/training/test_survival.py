@@ -98,7 +98,7 @@ def test_a_weight_that_embeds_and_predicts_can_be_sharded(workspace, tmp_path): 
     for name, batch, fsdp in (("whole", 4, {}), ("parts", 2, {"fsdp": True})):
         training = sizes | {"per_device_train_batch_size": batch} | fsdp
         calm = calm_recipe(workspace, f"calm_{name}", **training)
-        predicting = {"token_prediction_weight": 1.0, "token_prediction_type": "autoregressive"}
+        predicting = {"mtp_weight": 1.0, "mtp_type": "autoregressive"}
         calm.model |= predicting | {"decoded_brier_weight": 1.0}
         tied = {"backbone": BACKBONE | {"tie_word_embeddings": True}}
         recipes[name] = [
@@ -303,7 +303,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_others_whole(workspace, tmp_
 
 def test_too_little_memory_ends_in_a_line_that_says_what_to_change(workspace, tmp_path):  # noqa: F811
     large = calm_recipe(workspace, "too_large", max_steps=2, per_device_train_batch_size=60)
-    large.model["head"] = large.model["head"] | {"num_samples": 2000, "num_target_samples": 2000}
+    large.model.head = large.model.head | {"num_samples": 2000, "num_target_samples": 2000}
     process = start(large, tmp_path / "recipe.yaml", *limited("-v 6000000"))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2, errors

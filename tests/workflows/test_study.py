@@ -29,19 +29,19 @@ PLAN = {
             "recipe": "calm.yaml",
             "set": {
                 "model.autoencoder": "@autoencoder",
-                "model.token_prediction_weight": 1.0,
+                "model.mtp_weight": 1.0,
                 "model.backbone_weights": "@teacher",
             },
         },
     },
     "fluency": {
-        "judge": "teacher", "models": ["teacher", "plain", "warm:token_prediction"], "temperatures": [1.0, 0.5],
+        "judge": "teacher", "models": ["teacher", "plain", "warm:mtp"], "temperatures": [1.0, 0.5],
         "num_texts": 4, "prompt_tokens": 6, "new_tokens": 12,
     },
     "report": [
         {"title": "Frontier", "text": "Who wins.", "lines": {"CALM": ["plain", "warm"], "token": ["teacher"]}},
         {"title": "Autoencoders", "rows": ["autoencoder"]},
-        {"title": "Changes", "rows": ["autoencoder", "plain", "warm", "warm:token_prediction"]},
+        {"title": "Changes", "rows": ["autoencoder", "plain", "warm", "warm:mtp"]},
     ],
 }  # fmt: skip
 
@@ -212,6 +212,13 @@ def test_a_model_another_process_is_at_work_on_is_left_alone(family, tmp_path): 
     assert not (tmp_path / "teacher").exists()
 
 
+def test_the_former_suffix_of_rows_works_with_a_warning(family):  # noqa: F811
+    former = {"report": [{"title": "Lines", "lines": {"MTP": ["plain:token_prediction"]}, "rows": ["plain"]}]}
+    with pytest.warns(FutureWarning, match=r"the suffix :token_prediction of a plan's rows is :mtp now"):
+        plan = Plan.load(write(family, **former))
+    assert plan.report[0]["lines"] == {"MTP": ["plain:mtp"]}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -221,8 +228,8 @@ def test_a_model_another_process_is_at_work_on_is_left_alone(family, tmp_path): 
         ({"models": {"calm": {"label": "CALM"}}}, r"model calm of the plan lacks 'recipe'"),
         ({"report": [{"title": "All", "rows": ["somebody"]}]}, r"names 'somebody', which no model is called"),
         (
-            {"fluency": {"judge": "teacher:token_prediction", "models": []}},
-            r"names 'teacher:token_prediction', which no",
+            {"fluency": {"judge": "teacher:mtp", "models": []}},
+            r"names 'teacher:mtp', which no",
         ),
         ({"fluency": {"judge": "teacher", "models": [], "num_texts": "four"}}, r"fluency.num_texts must be a whole"),
         ({"fluency": {"judge": "teacher", "models": [], "temperatures": [0, 1]}}, r"temperatures must lie in \(0, 1\]"),
@@ -255,7 +262,7 @@ def test_what_could_not_be_scored_is_refused_before_it_is_trained(family, tmp_pa
         run_study(plan, tmp_path / "run")
     with pytest.raises(ValueError, match=r"model teacher: its recipe needs data.validation"):
         run_study(Plan.load(write(family)), tmp_path / "run", ["data.validation=null"])
-    rows = [{"title": "Changes", "rows": ["plain:token_prediction"]}]
+    rows = [{"title": "Changes", "rows": ["plain:mtp"]}]
     with pytest.raises(ValueError, match=r"plain has no token prediction: only a CALM has it whose recipe"):
         run_study(Plan.load(write(family, report=rows)), tmp_path / "run")
     with pytest.raises(ValueError, match=r"fluency.judge must be a token model, .*; plain is none"):
@@ -292,7 +299,7 @@ def test_the_plans_of_the_examples_hold_together(name, tmp_path):
     plan = Plan.load(f"examples/study/{name}.yaml")
     stages = {model: plan.recipe(model, tmp_path).stage for model in plan.models}
     assert {"autoencoder", "calm"} <= set(stages.values())
-    assert plan.recipe("paper-m", tmp_path).model["autoencoder"] == str(tmp_path / "autoencoder-k4")
+    assert plan.recipe("paper-m", tmp_path).model.autoencoder == str(tmp_path / "autoencoder-k4")
 
 
 def test_a_model_with_token_codes_is_trained_scored_and_judged(family, tmp_path):  # noqa: F811

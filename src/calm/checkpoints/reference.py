@@ -340,12 +340,12 @@ def _their_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """A model's tensors under the reference's names, those with two names twice."""
     config: Any = model.config
     names = reference_names(config)
-    if hasattr(model, "token_predictor"):
+    if hasattr(model, "mtp_head"):
         warnings.warn(
-            "the reference has no token prediction: it is left out, and with it sampler=token_prediction.",
+            "the reference has no MTP head: it is left out, and with it sampler=mtp.",
             stacklevel=3,
         )
-    ours = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("token_predictor.")}
+    ours = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp_head.")}
     state = {replace_prefix(name, names): tensor.contiguous() for name, tensor in ours.items()}
     prefix = "" if isinstance(config, CalmAutoencoderConfig) else "ae_model."
     state[prefix + _TIED_HEAD] = state[f"{prefix}encoder.embed_tokens.weight"]

@@ -4,8 +4,12 @@ from typing import Annotated, Any
 
 import typer
 
+from calm.generation.samplers import sampler_names
+from calm.generation.sampling_params import DEFAULTS, SamplingParams
+
 
 def evaluate(
+    context: typer.Context,
     models: Annotated[list[str], typer.Argument(help="directories of trained models, or hub ids")],
     data: Annotated[Path, typer.Option(help="prepared validation data, see `calm prepare`")],
     protocol: Annotated[
@@ -43,11 +47,11 @@ def evaluate(
     ] = None,
     sampler: Annotated[
         list[str] | None,
-        typer.Option(
-            help="of CALMs: batch, exact, or token_prediction, which leaves the head out; may be given several times"
-        ),
+        typer.Option(help=f"of CALMs: {', '.join(sampler_names())}, or one of your own; may be given several times"),
     ] = None,
-    num_candidates: Annotated[int, typer.Option(min=1, help="draws per chunk at temperatures below 1")] = 200,
+    num_candidates: Annotated[int, typer.Option(min=1, help="draws per chunk at temperatures below 1")] = DEFAULTS[
+        "num_candidates"
+    ],
     batch_size: Annotated[int, typer.Option(min=1, help="blocks at a time")] = 8,
     seed: Annotated[int, typer.Option(help="of all draws")] = 0,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer of models that have none beside them")] = None,
@@ -73,8 +77,8 @@ def evaluate(
     from calm.evaluation.protocol import protocols
     from calm.evaluation.reconstruction import evaluate_reconstruction
     from calm.evaluation.statistics import MIN_BLOCKS
-    from calm.functional.temperature import check_known_temperature
-    from calm.generation.settings import check_sampler
+    from calm.generation.model_runner import model_runner
+    from calm.generation.samplers import canonical_name
     from calm.models.modeling_autoencoder import CalmAutoencoder
     from calm.models.modeling_calm import CalmForCausalLM
     from calm.report.scatter import plot_panels, temperature_panels
@@ -84,10 +88,11 @@ def evaluate(
     from calm.utils.progress import make_progress
 
     protocols([], protocol, block_size, stride)  # a mistake shows before models are loaded
-    temperatures, samplers = list(dict.fromkeys(temperature or [1.0])), list(dict.fromkeys(sampler or ["batch"]))
+    temperatures = list(dict.fromkeys(temperature or [1.0]))
+    samplers = list(dict.fromkeys(canonical_name(name) for name in sampler or ["batch"]))
     for how in samplers:
-        check_sampler(how, 1, num_candidates)
-    _check_writable(output, plot)
+        SamplingParams(1.0, how, num_candidates)
+    _check_writable(context, output, plot)
     target = resolve_device(device)
     loaded: dict[str, Any] = {}
     for name in models:
@@ -95,10 +100,10 @@ def evaluate(
         loaded[name].to(target)
         if isinstance(loaded[name], CalmForCausalLM):
             for t, how in product(temperatures, samplers):
-                loaded[name].check_sampling(t, how, num_candidates)
-        else:
+                loaded[name].check_sampling(SamplingParams(t, how, num_candidates))
+        elif not isinstance(loaded[name], CalmAutoencoder):
             for t in temperatures:
-                check_known_temperature(t)
+                model_runner(loaded[name]).resolve(SamplingParams(t))
     manifest = read_manifest(data)
     for name in models:
         own = load_tokenizer(name if tokenizer is None or has_tokenizer(name) else tokenizer)
@@ -172,8 +177,10 @@ def evaluate(
         print(f"plot: {plot}")
 
 
-def _check_writable(output: Path | None, plot: Path | None) -> None:
-    """ValueError for a file that could not be written when all is scored."""
+def _check_writable(context: typer.Context, output: Path | None, plot: Path | None) -> None:
+    """Raise ValueError for a file that could not be written at the end, and hold its lock to the end of the command."""
+    from calm.utils.files import only_writer
+
     if plot is not None and plot.suffix != ".png":
         raise ValueError(f"--plot draws a PNG: name a file that ends in .png, got {plot}.")
     for path in (output, plot):
@@ -181,3 +188,4 @@ def _check_writable(output: Path | None, plot: Path | None) -> None:
             if path.is_dir():
                 raise ValueError(f"{path} is a directory: name a file in it.")
             path.parent.mkdir(parents=True, exist_ok=True)
+            context.with_resource(only_writer(path))

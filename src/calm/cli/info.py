@@ -3,14 +3,18 @@ from typing import Annotated
 
 import typer
 
+from calm.generation.sampling_params import DEFAULTS, SamplingParams
+
 
 def info(
     source: Annotated[str, typer.Argument(help="a recipe (.yaml), or a directory or hub id of a model")],
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value, for recipes")] = None,
-    temperature: Annotated[float, typer.Option(help="of generation; below 1, candidates are drawn")] = 1.0,
-    num_candidates: Annotated[int, typer.Option(min=1, help="draws per chunk at temperatures below 1")] = 200,
+    temperature: Annotated[float, typer.Option(help="of generation; below 1, candidates are sampled")] = 1.0,
+    num_candidates: Annotated[int, typer.Option(min=1, help="samples per patch at temperatures below 1")] = DEFAULTS[
+        "num_candidates"
+    ],
     sampler: Annotated[
-        str, typer.Option(help="of a CALM's generation; token_prediction leaves head and autoencoder out")
+        str, typer.Option(help="of a CALM's generation; mtp does not use head and autoencoder")
     ] = "batch",
     context: Annotated[
         int, typer.Option(min=1, help="positions a step of generation attends to: patches of a CALM, tokens otherwise")
@@ -34,7 +38,7 @@ def info(
     from calm.checkpoints.meta_model import outline
     from calm.data.blocks import MANIFEST
     from calm.evaluation.compute import compute
-    from calm.generation.settings import WITH_PROBABILITIES, check_sampler
+    from calm.generation.samplers import find_sampler
     from calm.models.modeling_calm import CalmForCausalLM
     from calm.report.tables import compute_tables
     from calm.training.recipe.cost import training_flops_per_token
@@ -42,7 +46,8 @@ def info(
     from calm.training.recipe.recipe import Recipe, find_recipe
     from calm.training.recipe.trainer_arguments import trained_tokens
 
-    check_sampler(sampler, temperature, num_candidates)
+    params = SamplingParams(temperature, sampler, num_candidates)
+    sampler = str(params.sampler)
     recipe, steps, beside = None, None, []
     if source.endswith((".yaml", ".yml")):
         recipe = Recipe.load(source, overrides or [])
@@ -61,7 +66,7 @@ def info(
         recipe, steps = read_run(Path(source))
     planned = trained_tokens(recipe, steps) if recipe is not None else None
     if isinstance(model, CalmForCausalLM):
-        model.check_sampling(temperature, sampler, num_candidates)
+        model.check_sampling(params)
     cost = compute(model, context, temperature, num_candidates, sampler=sampler)
     per_token = cost.training_flops_per_token
     if recipe is not None:
@@ -76,7 +81,7 @@ def info(
         "inference_flops_per_token": cost.inference_flops_per_token,
         "temperature": temperature,
         "sampler": sampler,
-        "candidates": num_candidates if temperature < 1 and sampler not in WITH_PROBABILITIES else 1,
+        "candidates": max(1, find_sampler(sampler).num_head_samples(params)),
         "context": context,
     }
     if as_json:

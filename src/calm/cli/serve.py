@@ -7,21 +7,22 @@ import typer
 def serve(
     model: Annotated[str, typer.Argument(help="directory of a trained model, CALM or baseline, or a hub id")],
     baseline: Annotated[str | None, typer.Option(help="a second model, shown beside the first on the page")] = None,
-    host: Annotated[str, typer.Option(help="address to listen on; one that others reach needs a key")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    host: Annotated[str, typer.Option(help="address to listen on; any but this machine's needs a key")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free port")] = 8000,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="a key per line, # for comments; requests must bring one as a bearer token")
+        Path | None, typer.Option(help="one key per line, # for comments; requests need one as a bearer token")
     ] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="listen on other addresses without a key: everyone there may generate")
+        bool,
+        typer.Option("--insecure", help="listen on other addresses without a key: everyone may generate"),
     ] = False,
-    max_batch: Annotated[int, typer.Option(help="sequences that run at a time, each in a slot of the cache")] = 16,
-    max_queue: Annotated[int, typer.Option(help="sequences that may wait; beyond it requests get 503")] = 256,
+    max_batch: Annotated[int, typer.Option(help="number of sequences that run at a time; each has a cache slot")] = 16,
+    max_queue: Annotated[int, typer.Option(help="number of sequences that may wait; further requests get 503")] = 256,
     context: Annotated[
-        int, typer.Option(help="tokens of prompt and continuation; no more than the model has positions")
+        int, typer.Option(help="tokens of prompt and continuation, at most the context of the model")
     ] = 4096,
     max_candidates: Annotated[
-        int, typer.Option(help="draws a request may choose from; steps of all wait for them")
+        int, typer.Option(help="largest num_candidates of a request; every step waits for these samples")
     ] = 1000,
     batch_invariant: Annotated[
         bool,
@@ -29,15 +30,15 @@ def serve(
             "--batch-invariant", help="rounding of a text does not depend on the requests beside it; slower steps"
         ),
     ] = False,
-    tokenizer: Annotated[str | None, typer.Option(help="tokenizer, where the model has none beside it")] = None,
-    name: Annotated[str | None, typer.Option(help="name of the model in requests; default its directory's")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer, when the model has none beside it")] = None,
+    name: Annotated[str | None, typer.Option(help="name of the model in requests; default: its directory")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     shutdown_timeout: Annotated[
-        float, typer.Option(min=0, help="seconds that requests have to finish when the server is told to end")
+        float, typer.Option(min=0, help="seconds that running requests have when the server shuts down")
     ] = 30.0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; auto is float32 on a CPU")] = "auto",
 ) -> None:
-    """Serve a model: OpenAI's API with continuous batching, and a page to play with.
+    """Serve a model: OpenAI's API with continuous batching, and a page to try it.
 
     Example: `calm serve runs/quickstart/finished --baseline runs/quickstart/baseline`, then open http://127.0.0.1:8000
     """
@@ -79,7 +80,7 @@ def _read_keys(path: Path) -> list[str]:
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
-        raise ValueError(f"{path} holds no API key: write one per line.")
+        raise ValueError(f"{path} has no API key: write one per line.")
     return keys
 
 

@@ -24,7 +24,7 @@ def train(
     Interrupted (SIGTERM, Ctrl-C, a crash), the same command goes on from the last checkpoint. Under torchrun or
     `accelerate launch` it trains on all processes.
 
-    All keys of a recipe: `python -m pydoc calm.training.recipe.recipe`.
+    All keys of a recipe: `python -m calm.training.recipe.reference`.
 
     Example: `calm train recipes/quickstart/calm.yaml training.learning_rate=1e-3 output_dir=runs/mine`
     """

@@ -20,6 +20,7 @@ from calm.data.checksums import DamagedDataError
 from calm.utils.paths import did_you_mean
 
 MANIFEST = "manifest.json"
+_TOKENS_AT_ONCE = 2**24
 
 
 def read_manifest(path: str | os.PathLike) -> dict:
@@ -153,6 +154,35 @@ class TokenBlocks(Dataset):
         for first in range(0, len(indices), batch_size):
             yield torch.stack([self[index]["input_ids"] for index in indices[first : first + batch_size]])
 
+    def documents(self, num_blocks: int | None = None) -> list[int]:
+        """Return the document of each of ``num_blocks`` evenly spread blocks: the one with most of its tokens.
+
+        Documents are numbered in the order of the text.
+        """
+        documents = []
+        for index in self.spread(num_blocks):
+            start, stop = index * self.block_size, (index + 1) * self.block_size
+            first, last = np.searchsorted(self._separators, (start, stop - 1))
+            ends = self._separators[first:last] + 1
+            documents.append(int(first + np.diff([start, *ends, stop]).argmax()))
+        return documents
+
+    @cached_property
+    def _separators(self) -> np.ndarray:
+        """Positions of the tokens between documents."""
+        if self.manifest.get("separator", "eos") == "bos":
+            from calm.data.tokenizer import load_tokenizer
+
+            separator = load_tokenizer(self.path).bos_token_id
+        else:
+            separator = self.manifest["eos_token_id"]
+        found = [
+            first + start + np.flatnonzero(tokens[start : start + _TOKENS_AT_ONCE] == separator)
+            for first, tokens in zip(self._first_token, self._files, strict=False)
+            for start in range(0, len(tokens), _TOKENS_AT_ONCE)
+        ]
+        return np.concatenate(found)
+
     @cached_property
     def _files(self) -> list[np.ndarray]:
         dtype = {2: np.uint16, 4: np.uint32}[self.manifest["token_bytes"]]
@@ -161,4 +191,4 @@ class TokenBlocks(Dataset):
 
     def __getstate__(self) -> dict:
         # Workers map the files themselves.
-        return {name: value for name, value in self.__dict__.items() if name != "_files"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_separators")}

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from calm.data.blocks import MANIFEST, check_block_size, check_ids, read_manifest
+from calm.data.chat_templates import ChatTemplateLimitError
 from calm.data.checksums import CHUNK_BYTES, DamagedDataError, file_checksums
 from calm.data.documents import BadRecordError, field_names, read_records
 from calm.data.output import find_prepared
@@ -158,7 +159,10 @@ def _turns(messages: Any, place: str, tokenizer: PreTrainedTokenizerBase) -> lis
         try:
             prompt = render_chat(tokenizer, messages[:index], add_generation_prompt=True)
             whole = render_chat(tokenizer, messages[: index + 1])
-        except Exception as error:  # templates raise what they like
+        except ChatTemplateLimitError as error:
+            # What every record would meet is no bad record.
+            raise ValueError(f"{place}: {error}") from error
+        except ValueError as error:
             return BadRecordError(place, f"does not suit the chat template ({error}).", "bad messages")
         if not whole.startswith(prompt):
             problem = "is written by the chat template so that a response does not follow its prompt."

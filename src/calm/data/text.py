@@ -56,8 +56,7 @@ def encode_chat(
 
     Only the template writes control tokens: text in the messages that spells one is encoded as text.
 
-    Raises:
-        Exception: whatever the template raises for messages that it does not accept.
+    Raises ValueError where the template does not accept the messages, or exceeds its bounds.
     """
     return encode_rendered(tokenizer, [render_chat(tokenizer, messages, add_generation_prompt)])[0]
 
@@ -69,8 +68,9 @@ def render_chat(
 
     In this text the spelling of a control token that comes from a message is replaced by a stand-in.
     """
-    escaped = _escape_all(tokenizer, list(messages))
-    return str(tokenizer.apply_chat_template(escaped, tokenize=False, add_generation_prompt=add_generation_prompt))
+    from calm.data.chat_templates import render
+
+    return render(tokenizer, _escape_all(tokenizer, list(messages)), add_generation_prompt)
 
 
 def escape_control_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -20,8 +20,9 @@ from calm.data.blocks import TokenBlocks, shuffled
 from calm.evaluation.brier_scores import Draw, score_calm, score_token_model, scored_positions
 from calm.evaluation.statistics import brier_errors, error_to_stop_at
 from calm.functional.brier import NGRAM, brier_lm
-from calm.functional.temperature import check_known_temperature
-from calm.generation.settings import WITH_PROBABILITIES
+from calm.generation.model_runner import model_runner
+from calm.generation.samplers import find_sampler
+from calm.generation.sampling_params import DEFAULTS, SamplingParams
 from calm.models.capabilities import check_full_attention, check_plain_logits
 from calm.models.configuration_calm import CalmConfig
 from calm.models.context import check_context
@@ -37,12 +38,13 @@ class BrierResult:
     """A BrierLM score and what it was measured on. Brier scores, accuracies and collisions are times 100."""
 
     brier_lm: float
-    brier_lm_error: float | None  # standard error, by bootstrap over runs of blocks; None for fewer than 32 blocks
+    brier_lm_error: float | None  # standard error over documents or runs of blocks; None for fewer than 32 blocks
     brier: list[float]  # Brier-1 to Brier-4, not floored
     brier_error: list[float] | None
     accuracy: list[float]  # probability that a draw agrees with the text on the first 1..4 tokens
     collision: list[float]  # probability that two draws agree with each other
     block_brier: list[list[float]]  # Brier-1 to Brier-4 of every block in the order of the text, to compare models
+    block_documents: list[int] | None  # number of the document of every block; None where it is unknown
     num_positions: int
     num_blocks: int
     block_size: int  # tokens, the longest context
@@ -70,7 +72,7 @@ def evaluate_brier(
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
     temperature: float = 1.0,
-    num_candidates: int = 200,
+    num_candidates: int = DEFAULTS["num_candidates"],
     target_error: float | None = None,
     sampler: str = "batch",
 ) -> BrierResult:
@@ -89,15 +91,13 @@ def evaluate_brier(
         target_error: stop when the standard error of BrierLM is this low, after 32 blocks at the earliest. The blocks
             are scored in random order then.
         sampler: of CALM's draws, as :meth:`~calm.generation.loop.CalmGenerationMixin.generate` has it.
-            ``"token_prediction"`` scores what the hidden states say of the next patch, whatever the head makes of it:
+            ``"mtp"`` scores what the hidden states say of the next patch, whatever the head makes of it:
             far above the head's own score, it is the head that limits the model.
     """
     is_calm = isinstance(model, CalmForCausalLM)
     _check_request(model, blocks, stride, num_samples, num_blocks)
-    if isinstance(model, CalmForCausalLM):
-        model.check_sampling(temperature, sampler, num_candidates)
-    else:
-        check_known_temperature(temperature)
+    how: dict[str, Any] = {"sampler": sampler, "num_candidates": num_candidates} if is_calm else {}
+    params = model_runner(model).resolve(SamplingParams(temperature=temperature, top_p=1.0, **how))
     if target_error is not None and not target_error > 0:
         raise ValueError(f"target_error must be above 0, got {target_error}.")
     device = device_of(model)
@@ -107,6 +107,7 @@ def evaluate_brier(
     model.eval()
     hits, collisions = [], []
     data_hash = hashlib.sha256()
+    documents = torch.tensor(blocks.documents(num_blocks))
     starts = scored_positions(blocks.block_size, stride).to(device)
     shuffle_seed = None if target_error is None else seed
     order = torch.tensor(shuffled(range(min(num_blocks or len(blocks), len(blocks))), shuffle_seed))
@@ -114,7 +115,7 @@ def evaluate_brier(
         data_hash.update(ids.numpy().tobytes())
         ids = ids.to(device)
         if is_calm:
-            draw = _drawer(model, temperature, sampler, num_candidates, generator)
+            draw = _drawer(model, params, generator)
             hit, collision = score_calm(model, ids, starts, num_samples, draw)
         else:
             paths = min(num_samples // 2, _MOST_PATHS)
@@ -124,37 +125,41 @@ def evaluate_brier(
         if advance is not None:
             advance(len(ids))
         if target_error is not None:
-            in_order = order[: sum(map(len, hits))].argsort()
+            scored = order[: sum(map(len, hits))]
+            in_order = scored.argsort()
             brier = (2 * torch.cat(hits) - torch.cat(collisions))[in_order]
-            if error_to_stop_at(brier) <= target_error:
+            if error_to_stop_at(brier, documents[scored[in_order]].tolist()) <= target_error:
                 break
     model.train(was_training)
-    in_order = order[: sum(map(len, hits))].argsort()  # errors depend on which blocks are neighbours
+    scored = order[: sum(map(len, hits))]
+    in_order = scored.argsort()  # errors depend on which blocks are neighbours
     hit, collision = torch.cat(hits)[in_order], torch.cat(collisions)[in_order]
     return summarise(
         hit,
         collision,
+        documents[scored[in_order]].tolist(),
         num_positions=len(starts) * len(hit),
         block_size=blocks.block_size,
         stride=stride,
         num_samples=num_samples,
         temperature=temperature,
-        sampler=sampler if is_calm else None,
+        sampler=params.sampler,
         seed=seed,
         data_sha256=data_hash.hexdigest(),
         seconds=time.perf_counter() - started,
     )
 
 
-def summarise(hit: Tensor, collision: Tensor, **protocol: Any) -> BrierResult:
-    """Means over blocks and their standard errors by bootstrap.
+def summarise(hit: Tensor, collision: Tensor, documents: list[int] | None = None, **protocol: Any) -> BrierResult:
+    """Return means over blocks and their standard errors.
 
     Args:
         hit, collision: mean of each block ``[blocks, n]``, in the order of the text.
+        documents: number of the document of each block, where it is known.
         protocol: the other fields of the result.
     """
     brier = 2 * hit - collision
-    errors = brier_errors(brier)
+    errors = brier_errors(brier, documents)
 
     def percent(values: Tensor) -> list[float]:
         return [100 * value for value in values.tolist()]
@@ -167,21 +172,22 @@ def summarise(hit: Tensor, collision: Tensor, **protocol: Any) -> BrierResult:
         accuracy=percent(hit.mean(0)),
         collision=percent(collision.mean(0)),
         block_brier=[[round(value, 4) for value in percent(block)] for block in brier],
+        block_documents=documents,
         num_blocks=len(brier),
         **protocol,
     )
 
 
-def _drawer(model: Any, temperature: float, sampler: str, num_candidates: int, generator: torch.Generator) -> Draw:
+def _drawer(model: Any, params: SamplingParams, generator: torch.Generator) -> Draw:
+    assert params.sampler is not None
+    has_probabilities = find_sampler(params.sampler).has_probabilities
+
     def draw(hidden: Tensor, count: int, text: Tensor | None) -> Tensor:
         size = max(1, _STATES_AT_ONCE // count)
         texts = text.split(size) if text is not None else [None] * len(hidden)
         tiles = zip(hidden.split(size), texts, strict=False)
-        if text is None or temperature != 1 or sampler in WITH_PROBABILITIES:
-            several = [
-                model.next_chunk(tile.repeat(count, 1), temperature, sampler, num_candidates, generator).tokens
-                for tile, _ in tiles
-            ]
+        if text is None or params.temperature != 1 or has_probabilities:
+            several = [model.sample_patch(tile.repeat(count, 1), params, generator).tokens for tile, _ in tiles]
             return torch.cat([chunks.unflatten(0, (count, -1)) for chunks in several], dim=1)
         return torch.cat([_draw_beside_text(model, tile, count, beside, generator) for tile, beside in tiles], dim=1)
 
@@ -190,8 +196,8 @@ def _drawer(model: Any, temperature: float, sampler: str, num_candidates: int, g
 
 def _draw_beside_text(model: Any, hidden: Tensor, count: int, text: Any, generator: torch.Generator) -> Tensor:
     """Draws ``[count, A, K]``, decoded only while they agree with the text or with each other."""
-    draws = model.draws(hidden, generator)
-    draws.draw(count)
+    draws = model.lazy_samples(hidden, generator)
+    draws.sample(count)
     with_text = torch.ones(draws.tokens.shape[:2], dtype=torch.bool, device=hidden.device)  # [A, count]
     with_other = ~torch.eye(count, dtype=torch.bool, device=hidden.device).expand(len(hidden), -1, -1)
     for position in range(min(text.shape[1], NGRAM)):

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from calm.functional.temperature import check_temperature
-from calm.generation.settings import WITH_PROBABILITIES
+from calm.generation.samplers import find_sampler
+from calm.generation.sampling_params import DEFAULTS, SamplingParams
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.modeling_codes import TokenCodes
@@ -37,7 +37,7 @@ def compute(
     model: PreTrainedModel,
     context: int,
     temperature: float = 1.0,
-    num_candidates: int = 200,
+    num_candidates: int = DEFAULTS["num_candidates"],
     frozen: Collection[str] = (),
     sampler: str = "batch",
 ) -> Compute:
@@ -51,7 +51,7 @@ def compute(
             and skips part of that.
         frozen: parts of a CALM that its training goes through forwards only, ``"backbone"``, or not at all,
             ``"token_predictor"``.
-        sampler: of CALM's generation; ``"token_prediction"`` takes the place of head and decoder.
+        sampler: of CALM's generation; ``"mtp"`` takes the place of head and decoder.
 
     Returns:
         costs by part: of a CALM ``backbone``, ``attention``, ``patch_embedding``, ``head``, ``autoencoder_decode`` (or
@@ -61,8 +61,8 @@ def compute(
     if isinstance(model, CalmAutoencoder):
         return _autoencoder_compute(model)
     if isinstance(model, CalmForCausalLM):
-        draws = 1 if sampler in WITH_PROBABILITIES or check_temperature(temperature) == 1 else num_candidates
-        return _calm_compute(model, context, draws, frozen, sampler)
+        params = SamplingParams(temperature, sampler, num_candidates)
+        return _calm_compute(model, context, find_sampler(sampler).num_head_samples(params), frozen)
     return _token_model_compute(model, context)
 
 
@@ -77,13 +77,13 @@ def _autoencoder_compute(model: CalmAutoencoder) -> Compute:
     )
 
 
-def _calm_compute(model: CalmForCausalLM, context: int, draws: int, frozen: Collection[str], sampler: str) -> Compute:
+def _calm_compute(model: CalmForCausalLM, context: int, draws: int, frozen: Collection[str]) -> Compute:
     patch_size, head_config = model.config.patch_size, model.config.head_config
     backbone, embedding = 2 * _matrices(model.backbone), 2 * _matrices(model.patch_embedding)
     attention = _attention_flops(model.config.backbone_config, context)
     head_training, draw = model.head.flops()
     per_patch = {"backbone": backbone, "attention": attention, "patch_embedding": embedding}
-    if sampler == "token_prediction":
+    if not draws:  # the sampler does not use the head
         per_patch["token_prediction"] = _token_prediction_flops(model)
     else:
         per_patch |= {"head": draws * draw, "autoencoder_decode": draws * _decode_flops(model.autoencoder)}

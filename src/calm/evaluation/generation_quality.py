@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.data.blocks import TokenBlocks
 from calm.data.text import decode_continuation
-from calm.generation.completions import SamplingSettings, continue_tokens, until_end
+from calm.generation.completions import continue_tokens, until_end
+from calm.generation.sampling_params import SamplingParams
 
 _AT_ONCE = 16
 _REPEATED = 4  # tokens of an n-gram that counts as said again
@@ -67,7 +68,7 @@ def evaluate_fluency(
     started = time.perf_counter()
     for first in range(0, len(prompts), _AT_ONCE):
         batch = prompts[first : first + _AT_ONCE].to(model.device)
-        settings = SamplingSettings(new_tokens, temperature, sampler, seed=seed)
+        settings = SamplingParams(temperature, sampler, max_new_tokens=new_tokens, seed=seed)
         texts += continue_tokens(model, tokenizer, batch, torch.ones_like(batch), settings, first=first)[0]
     rate = sum(map(len, texts)) / (time.perf_counter() - started)
     return _judged(judge, tokenizer, prompts, texts, rate, temperature, sampler)

@@ -2,7 +2,7 @@
 
     from calm.evaluation.harness import CalmHarness
     lm_eval.simple_evaluate(model=CalmHarness("runs/calm", temperature=0.5), tasks=["gsm8k"])
-    lm_eval.simple_evaluate(model=CalmHarness("runs/calm", sampler="token_prediction"), tasks=["hellaswag"])
+    lm_eval.simple_evaluate(model=CalmHarness("runs/calm", sampler="mtp"), tasks=["hellaswag"])
 
 Importing this module registers the model as ``calm``; ``calm harness`` is lm-eval's own command line with it.
 """
@@ -21,8 +21,10 @@ from calm.checkpoints.loading import load_language_model
 from calm.data.text import encode_plain_text
 from calm.data.tokenizer import load_tokenizer
 from calm.evaluation.likelihood import log_likelihoods
-from calm.generation.completions import SamplingSettings, complete
-from calm.generation.settings import WITH_PROBABILITIES
+from calm.generation.completions import complete
+from calm.generation.samplers import find_sampler
+from calm.generation.sampling_params import SamplingParams
+from calm.generation.settings import saved_sampling
 from calm.models.context import context_of, room_for_prompt
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.utils.device import resolve_device, resolve_dtype
@@ -31,7 +33,7 @@ _NO_LIKELIHOODS = (
     "the head of a CALM gives samples, not token probabilities, so log-likelihood tasks cannot be scored: choose tasks "
     "of output type generate_until (multiple-choice benchmarks often have a generative variant, such as "
     "mmlu_generative), BrierLM (`calm evaluate`) in the place of perplexity, or a model that was trained with a "
-    "categorical flow head (sampler=direct) or token prediction (sampler=token_prediction), which have probabilities."
+    "categorical flow head (sampler=direct) or token prediction (sampler=mtp), which have probabilities."
 )
 
 _LONGEST_WINDOW = 8192  # tokens of a text that is scored as a whole
@@ -45,7 +47,7 @@ class CalmHarness(TemplateLM):
 
     Args:
         pretrained: directory of a trained model, or a hub id.
-        sampler: ``"direct"`` (a categorical flow head) and ``"token_prediction"`` score likelihoods as well.
+        sampler: ``"direct"`` (a categorical flow head) and ``"mtp"`` score likelihoods as well.
         temperature: of all generation. Tasks that ask for greedy text (temperature 0) get this as well: the nearest a
             model without probabilities comes to it is a low temperature.
         max_gen_toks: new tokens where a task does not say.
@@ -86,7 +88,7 @@ class CalmHarness(TemplateLM):
         self.tokenizer = load_tokenizer(tokenizer or pretrained)
         self.max_gen_toks, self.batch_size = int(max_gen_toks), int(batch_size)
         # Command lines give numbers as text.
-        self.settings = SamplingSettings(
+        self.settings = SamplingParams(
             temperature=float(temperature),
             sampler=sampler,
             num_candidates=None if num_candidates is None else int(num_candidates),
@@ -102,8 +104,8 @@ class CalmHarness(TemplateLM):
             stops = arguments.get("until") or []
             stops = [stops] if isinstance(stops, str) else list(stops)
             max_new_tokens = int(arguments.get("max_gen_toks") or self.max_gen_toks)
-            settings = replace(self.settings, max_new_tokens=max_new_tokens, stop_strings=stops or None)
-            room = self._room(settings.max_new_tokens)
+            settings = replace(self.settings, max_new_tokens=max_new_tokens, stop=tuple(stops))
+            room = self._room(max_new_tokens)
             # A prompt too long for the context keeps its end, as lm-eval's own models do.
             prompts = [self.tok_encode(request.args[0])[-room:] for request in group]
             results = complete(self.model, self.tokenizer, prompts, settings, first=len(texts))
@@ -144,10 +146,10 @@ class CalmHarness(TemplateLM):
 
     @property
     def _sampler(self) -> str:
-        return self.settings.sampler or self.model.generation_config.sampler
+        return self.settings.sampler or str(saved_sampling(self.model.generation_config)["sampler"])
 
     def _check_likelihoods(self) -> None:
-        if self._sampler not in WITH_PROBABILITIES:
+        if not find_sampler(self._sampler).has_probabilities:
             raise ValueError(_NO_LIKELIHOODS)
 
     def _loglikelihood_tokens(

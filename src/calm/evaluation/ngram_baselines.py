@@ -38,6 +38,7 @@ def evaluate_counts(
     return summarise(
         hit.mean(1).double(),
         collision_Vn[ids[:, starts - 1]].mean(1).double(),
+        validation.documents(num_blocks),
         num_positions=len(ids) * len(starts),
         block_size=validation.block_size,
         stride=stride,

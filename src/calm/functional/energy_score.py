@@ -1,7 +1,7 @@
 """The energy score: a strictly proper scoring rule that needs samples only.
 
-``energy_score`` is the definition. The energy head computes the same from the mean distances below, a row at a time, so
-that its target draws are never held at once.
+The energy head calls ``energy_score_terms`` for some rows at a time, so that the target samples of all rows are never
+held at once.
 
 Shapes: N model samples, M target samples, Z latent dimensions, ... any leading dimensions.
 """
@@ -12,19 +12,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# A squared distance below so many roundings of the squares it is the difference of is taken for zero.
+# A squared distance is a difference of squares; below this many roundings of them it counts as zero.
 _ROUNDING = 16
 
 
 def energy_score(samples: Tensor, targets: Tensor, alpha: float = 1.0) -> Tensor:
-    """Energy score of a sampled prediction; higher is better.
+    """Compute the energy score of a sampled prediction; higher is better.
 
-    ``mean_{i != j} |x_i - x_j|^alpha - 2 mean_{i, m} |x_i - y_m|^alpha``. In expectation it is largest
-    exactly when the samples follow the distribution of the targets, for every ``0 < alpha < 2``.
+    ``mean_{i != j} |x_i - x_j|^alpha - 2 mean_{i, m} |x_i - y_m|^alpha``. In expectation it is largest exactly when the
+    samples follow the distribution of the targets, for every ``0 < alpha < 2``.
 
     Args:
-        samples: ``[N, ..., Z]``, N >= 2 independent draws of the model.
-        targets: ``[M, ..., Z]``, M >= 1 independent draws of the truth.
+        samples: ``[N, ..., Z]``, N >= 2 independent samples of the model.
+        targets: ``[M, ..., Z]``, M >= 1 independent samples of the truth.
         alpha: exponent of the distance, in (0, 2).
 
     Returns:
@@ -37,8 +37,15 @@ def energy_score(samples: Tensor, targets: Tensor, alpha: float = 1.0) -> Tensor
     return diversity - 2 * fidelity
 
 
-def energy_score_terms(samples: Tensor, targets: Tensor, alpha: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The two terms of :func:`energy_score`: ``score = diversity - 2 * fidelity``.
+def energy_score_terms(
+    samples: Tensor, targets: Tensor, alpha: float = 1.0, is_centered: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Compute the two terms of :func:`energy_score`: ``score = diversity - 2 * fidelity``.
+
+    Args:
+        samples, targets, alpha: as in :func:`energy_score`.
+        is_centered: whether the origin is among the points already, such as at the mean of the truth. By default the
+            mean of the targets is subtracted: the score does not depend on the origin, but its rounding error does.
 
     Returns:
         ``(diversity, fidelity)``, each ``[...]``: the mean distance between two different samples, and the
@@ -61,32 +68,35 @@ def energy_score_terms(samples: Tensor, targets: Tensor, alpha: float = 1.0) -> 
     dtype = torch.promote_types(torch.promote_types(samples.dtype, targets.dtype), torch.float32)
     x = samples.movedim(0, -2).to(dtype)  # [..., N, Z]: the distances are batched over the leading dimensions
     y = targets.movedim(0, -2).to(dtype)
-    center = y.mean(-2, keepdim=True).detach()
-    return mean_distance_of_pairs(x, alpha), mean_distance(x - center, y - center, alpha)
+    diversity = _mean_distance_of_pairs(x, alpha)
+    if not is_centered:
+        center = y.mean(-2, keepdim=True).detach()
+        x, y = x - center, y - center
+    return diversity, mean_distance(x, y, alpha)
 
 
-def mean_distance_of_pairs(x: Tensor, alpha: float = 1.0) -> Tensor:
-    """Mean ``|x_i - x_j|^alpha`` over ``i != j``: ``[..., N, Z] -> [...]``."""
+def _mean_distance_of_pairs(x: Tensor, alpha: float) -> Tensor:
+    """Return the mean ``|x_i - x_j|^alpha`` over ``i != j``: ``[..., N, Z] -> [...]``."""
     num_points = x.shape[-2]
     x = x - x.mean(-2, keepdim=True).detach()
-    # The N distances of a point to itself are zero: they add nothing to the sum, and do not count.
+    # The N distances of a point to itself are zero, and are left out of the count.
     return mean_distance(x, x, alpha) * (num_points / (num_points - 1))
 
 
 def mean_distance(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
-    """Mean ``|x_i - y_j|^alpha`` over all i and j: ``[..., N, Z], [..., M, Z] -> [...]``.
+    """Return the mean ``|x_i - y_j|^alpha`` over all i and j: ``[..., N, Z], [..., M, Z] -> [...]``.
 
-    Distances come from one matrix product, ``|x|^2 + |y|^2 - 2 x y``: give points whose origin lies among them, in
-    float32 at least. Points closer than rounding can tell count as equal, with distance and gradient zero. What is
-    kept for the backward pass has the size of x (and of y, where y needs a gradient), whatever N times M is.
+    Distances come from one matrix product, ``|x|^2 + |y|^2 - 2 x y``, so the origin must be among the points, which are
+    in float32 at least. Points whose distance is within rounding error count as equal, with distance and gradient zero.
+    The tensors kept for the backward pass have the size of x (and of y, if y needs a gradient), not of N times M.
     """
     return _MeanDistance.apply(x, y, alpha, torch.is_grad_enabled())
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Keep TF32 out of matrix products: a difference of squares in it has the error of the distances themselves."""
-    if torch.compiler.is_compiling():  # a compiled graph takes the setting that holds when it runs
+    """Disable TF32 in matrix products: its rounding error would be as large as the distances."""
+    if torch.compiler.is_compiling():  # a compiled graph uses the setting at the time it runs
         yield
         return
     backends = torch.backends.cuda.matmul
@@ -103,11 +113,11 @@ class _MeanDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, alpha: float, with_gradients: bool) -> Tensor:
         wants_x, wants_y = (with_gradients and wanted for wanted in ctx.needs_input_grad[:2])
-        # Half precision would leave nothing of a difference of squares.
+        # In half precision the difference of squares would be all rounding error.
         with torch.autocast(x.device.type, enabled=False), full_float32():
             sizes = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
             squares = torch.matmul(x, y.mT).mul_(-2).add_(sizes)  # [..., N, M]
-            # Said by what it is not, so that a distance that is no number stays one.
+            # The comparison is negated so that NaN distances propagate.
             apart = ~(squares <= sizes.mul_(_ROUNDING * torch.finfo(x.dtype).eps))
             squares = torch.where(apart, squares, 1.0)
             powers = squares.pow(alpha / 2) * apart

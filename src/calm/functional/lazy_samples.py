@@ -1,9 +1,10 @@
-"""Draws of the next chunk that are decoded only as far as a decision needs them.
+"""Samples of the next patch that are decoded only as far as a decision needs them.
 
-Comparing two draws ends at the first token that differs, and most draws differ early; the product with the vocabulary,
-by far the largest cost of a draw, is done for the tokens that are looked at.
+A comparison of two samples ends at the first token that differs, and most samples differ early. The product with the
+vocabulary, by far the largest cost of a sample, is computed only for the tokens that are compared.
 
-Shapes: B contexts, R of them still undecided, S draws of each so far, K tokens of a chunk, H a draw's undecoded state.
+Shapes: B contexts, R contexts that are still undecided, S samples of each so far, K tokens of a patch, H width of the
+undecoded state of a sample.
 """
 
 from collections.abc import Callable
@@ -13,22 +14,22 @@ from torch import Tensor
 
 from calm.functional.rng import Generator, finest, of_rows, uniform
 
-# Decoding so few tokens costs what reading the vocabulary's weights costs: then all that remain are decoded at once.
+# Decoding this few tokens costs no more than reading the weights of the vocabulary: then all that remain are decoded.
 _FEW_TOKENS = 32
 
 
-class Draws:
-    """Independent draws of R contexts at temperature 1.
+class LazySamples:
+    """Independent samples of R contexts at temperature 1.
 
     Attributes:
-        rows: the contexts' numbers, 0 to B - 1, ``[R]``.
-        tokens: ``[R, S, K]``, -1 where not decoded yet; a draw is decoded from its first token on.
-        num_drawn, num_decoded: draws and decoded tokens of every context, ``[B]``.
+        rows: numbers of the contexts, 0 to B - 1, ``[R]``.
+        tokens: ``[R, S, K]``, -1 where not decoded yet; a sample is decoded from its first token on.
+        num_samples, num_decoded: samples and decoded tokens of every context, ``[B]``.
     """
 
     def __init__(
         self,
-        draw: Callable[[Tensor, int, Generator], Tensor],
+        sample: Callable[[Tensor, int, Generator], Tensor],
         decode: Callable[[Tensor, int, int], Tensor],
         num_rows: int,
         patch_size: int,
@@ -37,33 +38,33 @@ class Draws:
     ):
         """
         Args:
-            draw: ``draw(rows, count, generator)`` gives states ``[len(rows), count, H]`` of so many new draws.
-            decode: ``decode(states, start, stop)``, tokens start to stop of states: ``[P, H] -> [P, stop - start]``.
+            sample: ``sample(rows, count, generator)`` returns the states ``[len(rows), count, H]`` of new samples.
+            decode: ``decode(states, start, stop)`` returns tokens start to stop: ``[P, H] -> [P, stop - start]``.
             generator: one for all rows, or a list of one per row.
         """
-        self._draw, self._decode, self._generator = draw, decode, generator
+        self._sample, self._decode, self._generator = sample, decode, generator
         self.rows = torch.arange(num_rows, device=device)
         self._states: Tensor | None = None
         self.tokens = torch.empty((num_rows, 0, patch_size), dtype=torch.long, device=device)
-        self.num_drawn, self.num_decoded = torch.zeros((2, num_rows), dtype=torch.long, device=device)
+        self.num_samples, self.num_decoded = torch.zeros((2, num_rows), dtype=torch.long, device=device)
 
     @property
     def count(self) -> int:
-        """S, draws of every row."""
+        """S, samples of every row."""
         return self.tokens.shape[1]
 
-    def draw(self, count: int) -> None:
-        """Add draws to every row."""
+    def sample(self, count: int) -> None:
+        """Add ``count`` samples to every row."""
         if count <= 0 or len(self.rows) == 0:
             return
-        states = self._draw(self.rows, count, of_rows(self._generator, self.rows))
+        states = self._sample(self.rows, count, of_rows(self._generator, self.rows))
         self._states = states if self._states is None else torch.cat([self._states, states], dim=1)
-        unknown = self.tokens.new_full((len(self.rows), count, self.tokens.shape[2]), -1)
-        self.tokens = torch.cat([self.tokens, unknown], dim=1)
-        self.num_drawn[self.rows] += count
+        undecoded = self.tokens.new_full((len(self.rows), count, self.tokens.shape[2]), -1)
+        self.tokens = torch.cat([self.tokens, undecoded], dim=1)
+        self.num_samples[self.rows] += count
 
     def decode(self, needed: Tensor, position: int) -> Tensor:
-        """Tokens at a position ``[R, S]``, known wherever ``needed [R, S]``."""
+        """Return the tokens at a position ``[R, S]``, decoded wherever ``needed [R, S]``."""
         row, index = (needed & (self.tokens[:, :, position] < 0)).nonzero(as_tuple=True)
         if len(row) > 0:
             assert self._states is not None
@@ -73,22 +74,23 @@ class Draws:
             self.num_decoded.index_add_(0, self.rows[row], torch.full_like(row, stop - position))
         return self.tokens[:, :, position]
 
-    def chunks(self, index: Tensor) -> Tensor:
-        """One draw of every row, whole: ``[R] -> [R, K]``."""
+    def patches(self, index: Tensor) -> Tensor:
+        """Return one sample of every row, fully decoded: ``[R] -> [R, K]``."""
         chosen = torch.zeros(self.tokens.shape[:2], dtype=torch.bool, device=index.device)
         chosen.scatter_(1, index[:, None], True)
         for position in range(self.tokens.shape[2]):
             self.decode(chosen, position)
         return self.tokens[torch.arange(len(index), device=index.device), index]
 
-    def equal(self, first: Tensor, others: Tensor, asked: Tensor, all_of_them: bool = False) -> Tensor:
-        """Whether draws are the same chunk: ``[R, A], [R, A, W] -> [R, A, W]``, False where not ``asked``.
+    def equal(self, first: Tensor, others: Tensor, compared: Tensor, all_of_them: bool = False) -> Tensor:
+        """Return whether samples are the same patch: ``[R, A], [R, A, W] -> [R, A, W]``, False where not ``compared``.
 
         Args:
-            first, others: indices of draws.
-            all_of_them: the question is whether all W equal the first; the first difference settles it.
+            first, others: indices of samples.
+            all_of_them: whether the caller only needs to know if all W equal the first; then the first difference ends
+                the comparison.
         """
-        equal = asked
+        equal = compared
         for position in range(self.tokens.shape[2]):
             needed = torch.zeros(self.tokens.shape[:2], dtype=torch.long, device=first.device)
             needed.scatter_add_(1, others.flatten(1), equal.flatten(1).long())
@@ -100,16 +102,16 @@ class Draws:
                 equal = equal & equal.all(-1, keepdim=True)
         return equal
 
-    def part(self, chosen: Tensor) -> "Draws":
-        """Some of the rows (a mask ``[R]``) with all their draws; the counts stay common."""
-        part = object.__new__(Draws)
+    def part(self, chosen: Tensor) -> "LazySamples":
+        """Return some of the rows (a mask ``[R]``) with all their samples; the counters stay shared."""
+        part = object.__new__(LazySamples)
         part.__dict__.update(self.__dict__)
         part.rows, part.tokens = self.rows[chosen], self.tokens[chosen]
         part._states = None if self._states is None else self._states[chosen]
         return part
 
     def uniform(self, *shape: int) -> Tensor:
-        """Random numbers in [0, 1) of every row: ``[R, *shape]``, in the finest floats there are."""
+        """Return random numbers in [0, 1) of every row, ``[R, *shape]``, in the widest float type of the device."""
         width = shape[-1]
         size = (*shape[:-1], len(self.rows), width)
         device = self.tokens.device

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# 128 MiB in float32: starting many small kernels would cost a GPU more than memory does.
+# 128 MiB in float32: on a GPU, starting many small kernels costs more than memory.
 _ELSEWHERE = 2**25
 
-# Elements of the tensors (rows x vocabulary) that a training step holds at once: 256 MiB in float32; 1 GiB on a GPU,
-# where every tile reads the weight again and small tiles would cost more than the products.
+# Elements of the tensors (rows x vocabulary) that a training step holds at once: 256 MiB in float32. On a GPU 1 GiB:
+# every tile reads the weight again and small tiles cost more than the products.
 _TRAINING_ELEMENTS, _TRAINING_ELEMENTS_ELSEWHERE = 2**26, 2**28
 
 
 def rows_at_once(width: int, device: torch.device, in_cache: int) -> int:
-    """Return how many rows of ``width`` elements a tile holds: ``in_cache`` elements on a CPU, more elsewhere."""
+    """Return the number of rows of ``width`` elements in a tile: ``in_cache`` elements on a CPU, more elsewhere."""
     return max(1, (in_cache if device.type == "cpu" else _ELSEWHERE) // max(1, width))
 
 
@@ -26,7 +26,8 @@ def checkpointed_rows(function: Callable[..., Tensor], width: int, rows: tuple[T
     again.
 
     Args:
-        function: ``function(*rows_of_a_tile, *others)`` returns one result per row.
+        function: ``function(*rows_of_a_tile, *others)`` returns a tensor whose first dimension is joined: one result
+            per row, or one per tile.
         width: elements that the function holds per row.
         rows: tensors with one entry per row, ``[P, ...]``.
         others: tensors that every tile needs.

@@ -1,11 +1,11 @@
-"""Continuing prompts of text: one, printed as it comes, or a file of them in batches."""
+"""Continuations of prompts of text: one, printed while it is generated, or a file of them in batches."""
 
 import codecs
+import dataclasses
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,80 +20,44 @@ from calm.data.text import (
     encode_plain_texts,
     half_character,
 )
-from calm.functional.temperature import LOWEST_TEMPERATURE, check_known_temperature
+from calm.generation.model_runner import Continuations, ModelRunner, model_runner
 from calm.generation.prompts import left_padded
-from calm.models.context import context_of, patch_size_of, positions_needed, room_for_new
-from calm.models.layer_access import device_of
-from calm.models.modeling_calm import CalmForCausalLM
+from calm.generation.sampling_params import SamplingParams
+from calm.models.context import positions_needed
 from calm.utils.files import only_writer
 
-# What a line of results has beside the fields of its prompt.
-_RESULTS = {"text", "tokens", "tokens_per_second", "draws_per_chunk", "products_per_token", "settings"}
-
-
-@dataclass
-class SamplingSettings:
-    """How to continue prompts; ``None`` leaves a setting to the model."""
-
-    max_new_tokens: int = 128
-    temperature: float | None = None
-    sampler: str | None = None
-    num_candidates: int | None = None
-    seed: int = 0
-    stop_strings: list[str] | None = None
-    compile: bool = False
-
-    def of_calm(self) -> dict[str, Any]:
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "sampler": self.sampler,
-            "num_candidates": self.num_candidates,
-            "stop_strings": self.stop_strings,
-            "compile": self.compile,
-        }
-
-    def of_token_model(self) -> dict[str, Any]:
-        """For transformers' ``generate``: plain sampling, as CALM's."""
-        if self.temperature is not None:
-            check_known_temperature(self.temperature)
-        if self.sampler is not None or self.num_candidates is not None:
-            raise ValueError(
-                "sampler and num_candidates are settings of CALM, and this is a token model: leave them out."
-            )
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": True,
-            "temperature": 1.0 if self.temperature is None else max(self.temperature, LOWEST_TEMPERATURE),
-            "top_k": 0,
-            "stop_strings": self.stop_strings,
-        }
+# The fields of a line of results beside those of its prompt.
+_RESULTS = {"text", "tokens", "tokens_per_second", "samples_per_patch", "decoded_per_token", "settings"}
 
 
 def complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str | list[int]],
-    settings: SamplingSettings,
+    params: SamplingParams,
     streamer: BaseStreamer | None = None,
     first: int = 0,
+    compile: bool = False,
 ) -> list[dict]:
     """Continue prompts together.
 
     Args:
         prompts: texts, or token ids.
-        first: number of the first prompt. With CALM, prompt i has the random numbers of seed + i, whatever it is
+        params: default seed 0.
+        first: number of the first prompt. With CALM, prompt i has the random numbers of ``seed + i``, whatever it is
             batched with.
+        compile: as in ``generate`` of a CALM.
 
     Returns:
         for every prompt its ``text`` and ``tokens`` (without what follows the end of text), the ``tokens_per_second``
-        of them all and, for CALM, ``draws_per_chunk`` and ``products_per_token``.
+        of all prompts together and, for CALM, ``samples_per_patch`` and ``decoded_per_token``.
     """
-    rows = _encode(tokenizer, prompts, model)
+    runner = model_runner(model)
+    rows = _encode(tokenizer, prompts, runner)
     ids, mask = left_padded(rows, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
-    ids, mask = ids.to(device_of(model)), mask.to(device_of(model))
+    ids, mask = ids.to(runner.device), mask.to(runner.device)
     started = time.perf_counter()
-    new, out = continue_tokens(model, tokenizer, ids, mask, settings, streamer, first)
+    new, out = continue_tokens(model, tokenizer, ids, mask, params, streamer, first, compile)
     seconds = time.perf_counter() - started
     results = [
         {
@@ -103,11 +67,11 @@ def complete(
         }
         for prompt, tokens in zip(rows, new, strict=True)
     ]
-    if isinstance(model, CalmForCausalLM):
-        for result, drawn, decoded in zip(results, out.num_drawn, out.num_decoded, strict=True):
-            chunks = int((drawn > 0).sum())
-            result["draws_per_chunk"] = round(int(drawn.sum()) / chunks, 2)
-            result["products_per_token"] = round(int(decoded.sum()) / (chunks * model.config.patch_size), 2)
+    if out.num_samples is not None and out.num_decoded is not None:
+        for result, num_samples, num_decoded in zip(results, out.num_samples, out.num_decoded, strict=True):
+            patches = int((num_decoded > 0).sum())
+            result["samples_per_patch"] = round(int(num_samples.sum()) / patches, 2)
+            result["decoded_per_token"] = round(int(num_decoded.sum()) / (patches * runner.patch_size), 2)
     return results
 
 
@@ -116,42 +80,19 @@ def continue_tokens(
     tokenizer: PreTrainedTokenizerBase,
     ids: torch.Tensor,
     mask: torch.Tensor,
-    settings: SamplingSettings,
+    params: SamplingParams,
     streamer: BaseStreamer | None = None,
     first: int = 0,
-) -> tuple[list[list[int]], Any]:
-    """As :func:`complete`, of token ids ``[prompts, T]``: the new tokens of every prompt up to their end, and all that
-    ``generate`` returned.
+    compile: bool = False,
+) -> tuple[list[list[int]], Continuations]:
+    """Continue token ids ``[prompts, T]`` as :func:`complete` does.
+
+    Returns:
+        the new tokens of every prompt up to their end, and the output of the model.
     """
-    model_: Any = model
-    if isinstance(model, CalmForCausalLM):
-        generators = [torch.Generator(model.device).manual_seed(settings.seed + first + row) for row in range(len(ids))]
-        out = model_.generate(
-            ids, mask, generator=generators, streamer=streamer, tokenizer=tokenizer, return_dict_in_generate=True,
-            **settings.of_calm(),
-        )  # fmt: skip
-        sequences = out.sequences
-    else:
-        _check_room(model, ids.shape[1], settings.max_new_tokens)
-        device = device_of(model)
-        # transformers' generate takes no generator
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(settings.seed + first)
-            out = sequences = model_.generate(
-                ids, attention_mask=mask, streamer=streamer, tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id,
-                **settings.of_token_model(),
-            )  # fmt: skip
-    return [until_end(row, tokenizer, model) for row in sequences[:, ids.shape[1] :].tolist()], out
-
-
-def _check_room(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
-    """ValueError when a token model has not the positions, as CALM raises it."""
-    context = context_of(model.config)
-    if context is not None and positions_needed(prompt_tokens, max_new_tokens) > context:
-        raise ValueError(
-            f"the prompt of {prompt_tokens} tokens and max_new_tokens={max_new_tokens} do not fit the model's context "
-            f"of {context}: shorten the prompt or ask for at most {room_for_new(context, prompt_tokens)} new tokens."
-        )
+    numbered = dataclasses.replace(params, seed=(params.seed or 0) + first)
+    out = model_runner(model).generate(ids, mask, numbered, tokenizer, streamer, compile)
+    return [until_end(row, tokenizer, model) for row in out.tokens.tolist()], out
 
 
 def complete_file(
@@ -159,41 +100,44 @@ def complete_file(
     tokenizer: PreTrainedTokenizerBase,
     source: str | os.PathLike,
     output: str | os.PathLike,
-    settings: SamplingSettings,
+    params: SamplingParams,
     batch_size: int = 8,
     advance: Callable[[int, int], None] | None = None,
+    compile: bool = False,
 ) -> int:
-    """Continue the ``prompt`` of every line of a JSONL file; a run that was killed goes on where it was.
+    """Continue the ``prompt`` of every line of a JSONL file; a run that was killed resumes where it was.
 
     Args:
-        output: gets the lines in order, with what :func:`complete` returns and the settings added.
+        output: file of the lines in order, with the results of :func:`complete` and the settings added.
         advance: called with the number of finished lines and of all lines.
 
     Returns:
         number of lines.
     """
+    runner = model_runner(model)
+    resolved = runner.resolve(params)  # a mistake shows before anything is written
     numbered, output = _read_prompts(source), Path(output)
     records = [record for _, record in numbered]
     _check_absent(output)
     prompts = encode_plain_texts(tokenizer, [record["prompt"] for record in records])
-    _check_lengths(model, [number for number, _ in numbered], prompts, source, settings)
+    _check_lengths(runner, [number for number, _ in numbered], prompts, source, resolved)
     draft = output.with_name(f".{output.name}.partial")
-    said = {"model": str(getattr(model, "name_or_path", ""))} | {
-        name: value for name, value in vars(settings).items() if name not in ("seed", "compile") and value is not None
-    }
-    if not isinstance(model, CalmForCausalLM):
-        said["batch_size"] = batch_size  # a batch has one stream of random numbers
+    settings = {"model": str(getattr(model, "name_or_path", ""))} | params.given()
+    settings |= {"stop": list(params.stop)} if params.stop else {}
+    settings.pop("seed", None)
+    if runner.kind == "token model":
+        settings["batch_size"] = batch_size  # a batch has one stream of random numbers
     output.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(output):
         _check_absent(output)  # another process may have finished it meanwhile
-        _fill(draft, model, tokenizer, records, prompts, settings, said, batch_size, advance)
+        _fill(draft, model, tokenizer, records, prompts, params, settings, batch_size, advance, compile)
         draft.replace(output)
     return len(records)
 
 
 def _check_absent(output: Path) -> None:
     if output.exists():
-        raise ValueError(f"{output} is there already: choose another file, or remove it.")
+        raise ValueError(f"{output} exists already: choose another file, or remove it.")
 
 
 def _fill(
@@ -202,21 +146,23 @@ def _fill(
     tokenizer: PreTrainedTokenizerBase,
     records: list[dict],
     prompts: list[list[int]],
-    settings: SamplingSettings,
-    said: dict,
+    params: SamplingParams,
+    settings: dict[str, Any],
     batch_size: int,
     advance: Callable[[int, int], None] | None,
+    compile: bool,
 ) -> None:
-    """Add to an unfinished output what it lacks."""
-    done = _finished_lines(draft, records, said, settings.seed)
+    """Add the missing lines to an unfinished output."""
+    seed = params.seed or 0
+    done = _finished_lines(draft, records, settings, seed)
     for start in range(done, len(records), batch_size):
         if advance is not None:
             advance(start, len(records))
         batch = records[start : start + batch_size]
-        results = complete(model, tokenizer, prompts[start : start + batch_size], settings, first=start)
+        results = complete(model, tokenizer, prompts[start : start + batch_size], params, first=start, compile=compile)
         with draft.open("a", encoding="utf-8") as file:
             for number, (record, result) in enumerate(zip(batch, results, strict=True), start=start):
-                line = record | result | {"settings": said | {"seed": settings.seed + number}}
+                line = record | result | {"settings": settings | {"seed": seed + number}}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     if not records:
         draft.touch()
@@ -225,40 +171,40 @@ def _fill(
 
 
 def _check_lengths(
-    model: PreTrainedModel,
+    runner: ModelRunner,
     numbers: list[int],
     prompts: list[list[int]],
     source: str | os.PathLike,
-    settings: SamplingSettings,
+    params: SamplingParams,
 ) -> None:
-    """ValueError for a prompt that the model's context does not hold, before any text is written."""
-    context, patch_size = context_of(model.config), patch_size_of(model.config)
-    if context is None:
+    """Raise ValueError for a prompt that does not fit the model's context, before any text is written."""
+    if runner.context is None:
         return
+    max_new_tokens = params.max_new_tokens
+    assert max_new_tokens is not None
     for number, prompt in zip(numbers, prompts, strict=True):
-        if positions_needed(len(prompt), settings.max_new_tokens, patch_size) > context:
+        if positions_needed(len(prompt), max_new_tokens, runner.patch_size) > runner.context:
             raise ValueError(
                 f"{source} line {number}: a prompt of {len(prompt)} tokens and max_new_tokens="
-                f"{settings.max_new_tokens} do not fit the model's context of {context * patch_size} tokens: shorten "
-                "the prompt, or ask for fewer."
+                f"{max_new_tokens} do not fit the model's context of {runner.context * runner.patch_size} tokens: "
+                "shorten the prompt, or request fewer."
             )
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[int]], model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[int]], runner: ModelRunner
 ) -> list[list[int]]:
     """Return the ids of every prompt; an empty prompt of a token model is its end-of-text token."""
     for prompt in prompts:
-        if isinstance(prompt, str) and (place := half_character(prompt)) is not None:
-            raise ValueError(f"the prompt {prompt!r:.60} is not UTF-8 text (character {place}).")
+        if isinstance(prompt, str) and (index := half_character(prompt)) is not None:
+            raise ValueError(f"the prompt {prompt!r:.60} is not UTF-8 text (character {index}).")
     rows = [encode_plain_text(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    if not isinstance(model, CalmForCausalLM):
-        rows = [row or [tokenizer.eos_token_id] for row in rows]
-    return rows
+    # An empty prompt of a token model is a separator; generate() of a CALM aligns its prompts itself.
+    return rows if runner.kind == "calm" else [runner.whole_patches(row) for row in rows]
 
 
 class PrintingStreamer(BaseStreamer):
-    """Print a prompt and its continuation as ``generate`` passes them on, without control tokens."""
+    """Print a prompt and its continuation while ``generate`` runs, without control tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._decoder = ContinuationDecoder(tokenizer)
@@ -271,18 +217,18 @@ class PrintingStreamer(BaseStreamer):
 
 
 def until_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[int]:
-    """Without the end of text (the tokenizer's, or one the model knows) and what follows it, and without the padding
-    behind a text that ended otherwise."""
-    known: Any = None if model is None else model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
-    stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    """Return tokens without the end of text (the tokenizer's or one of the model's) and what follows it, and without
+    the padding after a text that ended otherwise."""
+    saved: Any = None if model is None else model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(saved if isinstance(saved, list) else [saved])}
+    stop = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
     while stop and tokens[stop - 1] == tokenizer.pad_token_id:
         stop -= 1
     return tokens[:stop]
 
 
 def _read_prompts(source: str | os.PathLike) -> list[tuple[int, dict]]:
-    """Numbers of lines and what they hold."""
+    """Return the records of a file, with the numbers of their lines."""
     records = []
     for number, line in _lines(Path(source)):
         try:
@@ -294,10 +240,10 @@ def _read_prompts(source: str | os.PathLike) -> list[tuple[int, dict]]:
                 f'{source} line {number} has no text "prompt": every line must be like {{"prompt": "Once"}}.'
             )
         if half_character(json.dumps(record, ensure_ascii=False)) is not None:
-            raise ValueError(f"{source} line {number} holds half of a surrogate pair, which is no text.")
-        if taken := _RESULTS & record.keys():
+            raise ValueError(f"{source} line {number} has half of a surrogate pair, which is not text.")
+        if replaced := _RESULTS & record.keys():
             raise ValueError(
-                f"{source} line {number} has a field {min(taken)!r}, which the result would replace: rename it."
+                f"{source} line {number} has a field {min(replaced)!r}, which the result would replace: rename it."
             )
         records.append((number, record))
     return records
@@ -313,8 +259,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
-def _finished_lines(draft: Path, records: list[dict], said: dict, seed: int) -> int:
-    """Whole lines of an unfinished output; a line cut short is removed from it."""
+def _finished_lines(draft: Path, records: list[dict], settings: dict, seed: int) -> int:
+    """Return the number of complete lines of an unfinished output; an incomplete line is removed from it."""
     if not draft.exists():
         return 0
     lines = draft.read_bytes().splitlines(keepends=True)
@@ -322,9 +268,9 @@ def _finished_lines(draft: Path, records: list[dict], said: dict, seed: int) -> 
     for number, line in enumerate(whole):
         record = json.loads(line)
         same = number < len(records) and records[number].items() <= record.items()
-        if not same or record["settings"] != said | {"seed": seed + number}:
+        if not same or record["settings"] != settings | {"seed": seed + number}:
             raise ValueError(
-                f"{draft} is the unfinished output of other prompts or settings: go on with those, or remove it."
+                f"{draft} is the unfinished output of other prompts or settings: resume with those, or remove it."
             )
     draft.write_bytes(b"".join(whole))
     return len(whole)

@@ -1,4 +1,4 @@
-"""Prompts as the model reads them: whole patches, unbroken text up to the end.
+"""Prompts as the model reads them: whole patches, and no padding inside the text.
 
 Shapes: B batch, T tokens, K tokens of a patch, L patches.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Prompts of any length as a batch: token ids and mask, ``[B, T]``."""
+    """Return prompts of any length as a batch: token ids and mask, ``[B, T]``."""
     length = max(map(len, rows))
     ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows], dtype=torch.long)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], dtype=torch.long)
@@ -18,7 +18,7 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor
 
 
 def check_prompts(input_ids: Tensor) -> None:
-    """Raises ValueError for what is no batch of token ids."""
+    """Raise ValueError for anything but a batch of token ids."""
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or len(input_ids) == 0:
         given = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids must be a tensor [batch, tokens] of at least one row, got {given}.")
@@ -31,8 +31,8 @@ def align_prompt(
 ) -> tuple[Tensor, Tensor]:
     """Make prompts end on a patch boundary: ``[B, T] -> [B, L * K], patch mask [B, L]``.
 
-    Left-over places in front of a prompt are filled with the token that separates documents: in packed training text
-    documents follow it at every offset, so the model has seen this. An empty prompt is one patch of separators.
+    The places before a prompt are filled with the document separator (EOS): in packed training text documents follow
+    it at every offset, so the model has seen this. An empty prompt is one patch of separators.
 
     Raises:
         ValueError: for masks with holes and for tokens outside the vocabulary.
@@ -53,7 +53,7 @@ def align_prompt(
         )
     if length and not (int(input_ids.min()) >= 0 and int(input_ids.max()) < vocab_size):
         raise ValueError(
-            f"input_ids must lie in 0 to {vocab_size - 1} (the model's vocabulary), got "
+            f"input_ids must be in 0 to {vocab_size - 1} (the model's vocabulary), got "
             f"{int(input_ids.min())} to {int(input_ids.max())}: is it this model's tokenizer?"
         )
     fill = -length % patch_size if length else patch_size

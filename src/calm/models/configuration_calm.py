@@ -11,10 +11,11 @@ from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.configuration_codes import TokenCodesConfig
 from calm.models.heads.registry import find_head, head_types
 from calm.models.limits import check_sizes
+from calm.utils.deprecation import RENAMED_CALM_FIELDS, rename_deprecated
 
-# Losses beside the head's: their weights, and all fields that are about them.
-AUXILIARY_WEIGHTS = ("token_prediction_weight", "decoded_brier_weight")
-AUXILIARY = (*AUXILIARY_WEIGHTS, "token_prediction_type")
+# Weights of the auxiliary losses, and all fields of theirs.
+AUXILIARY_WEIGHTS = ("mtp_weight", "decoded_brier_weight")
+AUXILIARY = (*AUXILIARY_WEIGHTS, "mtp_type")
 
 
 @strict
@@ -29,17 +30,18 @@ class CalmConfig(PreTrainedConfig):
         head_config: a head configuration or a dict of its fields; ``type`` says which.
         document_separator_id: the token between the documents of the training text, put in front of prompts;
             default the end-of-text token. The paper's models have the begin-of-text token instead.
-        token_prediction_weight: weight of an auxiliary loss, the cross-entropy of the next patch's tokens. 0 as in the
-            paper; small models on small budgets learn to look at their context by it. What it trains beside the
-            backbone is used by ``sampler="token_prediction"`` alone.
-        token_prediction_type: ``"independent"`` predicts every token by itself, ``"autoregressive"`` also from those
-            before it in its patch.
-        decoded_brier_weight: weight of an auxiliary loss of an energy head, the Brier score of the tokens that its
-            draws decode to. 0 as in the paper; 20 at the end of a small model's training is worth as much as a lot of
-            it.
+        mtp_weight: weight of an auxiliary loss, the cross-entropy of multi-token prediction from the hidden states.
+            Default 0, as in the paper; above 0 the model has an MTP head, which ``sampler="mtp"`` generates with. With
+            small budgets the loss teaches the backbone to use its context.
+        mtp_type: ``"independent"`` predicts every token by itself, ``"autoregressive"`` also from the tokens before it
+            in its patch.
+        decoded_brier_weight: weight of the decoded-token Brier loss, the Brier score of the tokens that the samples of
+            the head decode to. It needs a head whose loss returns samples (energy). Default 0, as in the paper; 20 is
+            a good value for fine-tuning the head of a small model.
     """
 
     model_type = "calm-lm"
+    attribute_map: ClassVar = RENAMED_CALM_FIELDS  # reading a former name gives the field
     sub_configs: ClassVar = {"backbone_config": AutoConfig, "autoencoder_config": CalmAutoencoderConfig}
 
     # Dicts and None become configurations when the object is made.
@@ -47,8 +49,8 @@ class CalmConfig(PreTrainedConfig):
     autoencoder_config: Any = None
     head_config: Any = None
     document_separator_id: int | None = None
-    token_prediction_weight: float | int = 0.0
-    token_prediction_type: Literal["independent", "autoregressive"] = "independent"
+    mtp_weight: float | int = 0.0
+    mtp_type: Literal["independent", "autoregressive"] = "independent"
     decoded_brier_weight: float | int = 0.0
     initializer_range: float = 0.02
     pad_token_id: int | None = None
@@ -59,6 +61,10 @@ class CalmConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         register_models()
         kwargs.pop("model_type", None)  # of a checkpoint, perhaps the former one
+        rename_deprecated(kwargs, RENAMED_CALM_FIELDS, "CalmConfig")
+        for name in RENAMED_CALM_FIELDS.values():
+            if name in kwargs:
+                setattr(self, name, kwargs.pop(name))
         patch_size = kwargs.pop("patch_size", None)
         for name in ("vocab_size", "hidden_size"):
             if name in kwargs:
@@ -98,6 +104,13 @@ class CalmConfig(PreTrainedConfig):
                 f"backbone_config.vocab_size ({self.backbone_config.vocab_size}) and autoencoder_config.vocab_size "
                 f"({self.autoencoder_config.vocab_size}) must be equal: both read the same tokens."
             )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a configuration from the fields of a ``config.json``, also from one with former names."""
+        fields = dict(config_dict)
+        rename_deprecated(fields, RENAMED_CALM_FIELDS, "config.json", warn=False)
+        return super().from_dict(fields, **kwargs)
 
     def _check_head_fits(self) -> None:
         """Raise ValueError when the head cannot be used with the autoencoder; set the fields that follow from it."""

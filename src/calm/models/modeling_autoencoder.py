@@ -21,6 +21,7 @@ from calm.models.configuration_autoencoder import CalmAutoencoderConfig
 from calm.models.frozen import FrozenLayers
 from calm.models.layer_access import device_of, embedding_matrix, is_plain
 from calm.models.linear_cross_entropy import linear_cross_entropy
+from calm.models.patches import split_patches
 from calm.models.posterior import Posterior
 
 # While it trains, its accuracy is measured on so many tokens of a batch: on all of them it would take as long as a
@@ -47,13 +48,6 @@ class CalmAutoencoderOutput(ModelOutput):
     logits: Tensor | None = None
     mean: Tensor | None = None
     log_std: Tensor | None = None
-
-
-def split_patches(input_ids: Tensor, patch_size: int) -> Tensor:
-    """Split token ids into patches: ``[..., L * K] -> [..., L, K]``; ValueError where they are not whole patches."""
-    if input_ids.shape[-1] % patch_size:
-        raise ValueError(f"input_ids must hold whole patches of {patch_size} tokens, got {input_ids.shape[-1]} tokens.")
-    return input_ids.unflatten(-1, (-1, patch_size))
 
 
 class _MLP(LlamaMLP, FrozenLayers):

@@ -3,18 +3,19 @@
 Shapes: B batch, T = L * K tokens, L patches, K tokens of a patch, D hidden, Z latent.
 """
 
-from dataclasses import dataclass
+import warnings
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
 
 from calm.checkpoints.reference import load_pretrained
+from calm.compat.weight_names import save_under_present_names
 from calm.functional.rng import Generator
 from calm.generation.loop import CalmGenerationMixin
+from calm.generation.samplers import default_sampler
 from calm.generation.settings import GENERATION_DEFAULTS
 from calm.models.configuration_calm import CalmConfig
 from calm.models.configuration_codes import TokenCodesConfig
@@ -24,65 +25,15 @@ from calm.models.heads.registry import find_head
 from calm.models.layer_access import device_of, embedding_matrix
 from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_codes import TokenCodes
-from calm.models.mtp import TokenPredictor
+from calm.models.mtp import MTPHead
+from calm.models.outputs import CalmOutput, NoLogitsError
+from calm.models.patches import PatchEmbedding, patch_mask, target_patches
+from calm.utils.deprecation import RENAMED_CALM_PARTS
 
-
-def target_patches(labels: Tensor, patch_size: int) -> Tensor:
-    """Which patches behind the first have a loss, those without a label -100: ``[B, L * K] -> [B, L - 1]``."""
-    return labels[:, patch_size:].ne(-100).unflatten(-1, (-1, patch_size)).all(-1)
-
-
-def patch_mask(attention_mask: Tensor, patch_size: int, num_patches: int) -> Tensor:
-    """A mask of tokens ``[B, L * K]`` or of patches ``[B, L]`` as one of patches; ValueError for another length."""
-    length = attention_mask.shape[1]
-    if length == num_patches * patch_size:
-        return attention_mask.unflatten(1, (-1, patch_size)).amax(-1)
-    if length != num_patches:
-        raise ValueError(
-            f"attention_mask must have an entry for each of the {num_patches * patch_size} tokens or of the "
-            f"{num_patches} patches, got {length}."
-        )
-    return attention_mask
-
-
-class NoLogitsError(ValueError, AttributeError):
-    """Raised where logits of a CALM are asked for; an AttributeError, so that ``hasattr`` finds none."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "a CALM has no logits: its head gives samples of the next patch. Its forward returns the loss when labels "
-            "are passed; label smoothing, trl's SFTTrainer, lm-eval's `--model hf` and others that compute a loss or "
-            "scores from logits cannot be used. `calm train`, transformers' Trainer, `calm evaluate` and `calm harness`"
-            " can."
-        )
-
-
-@dataclass
-class CalmOutput(ModelOutput):
-    """
-    Args:
-        loss: scalar, when labels were given: the head's loss, mean over the target patches, and that of the token
-            predictor where there is one.
-        last_hidden_state: ``[B, L, D]``; position i is the condition of patch i + 1.
-        past_key_values: the cache, one entry per patch.
-        metrics: named parts of the loss, scalars.
-        hidden_states: of the backbone's layers, each ``[B, L, D]``, where they were asked for.
-    """
-
-    loss: Tensor | None = None
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    metrics: dict[str, Tensor] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-
-    @property
-    def logits(self) -> Tensor:
-        raise NoLogitsError
-
-    def __getitem__(self, key: Any) -> Any:
-        if key == "logits":
-            raise NoLogitsError
-        return super().__getitem__(key)
+_RANDOM_AUTOENCODER = (
+    "the autoencoder of this CALM has random weights, and it stays frozen: use CalmForCausalLM.from_autoencoder(...) "
+    "with a trained one, or from_pretrained(...)."
+)
 
 
 def new_autoencoder(config: Any) -> CalmAutoencoder | TokenCodes:
@@ -90,24 +41,16 @@ def new_autoencoder(config: Any) -> CalmAutoencoder | TokenCodes:
     return TokenCodes(config) if isinstance(config, TokenCodesConfig) else CalmAutoencoder(config)
 
 
+def _rename_former_parts(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give the weights of a state dict that an earlier release wrote their present names, in place."""
+    for former, present in RENAMED_CALM_PARTS.items():
+        start = f"{prefix}{former}."
+        for name in [name for name in state_dict if name.startswith(start)]:
+            state_dict[f"{prefix}{present}.{name.removeprefix(start)}"] = state_dict.pop(name)
+
+
 def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-class PatchEmbedding(nn.Module):
-    """K token embeddings to one input of the backbone: ``[..., K, D] -> [..., D]``."""
-
-    def __init__(self, patch_size: int, hidden_size: int):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(patch_size * hidden_size, 2 * hidden_size),
-            nn.SiLU(),
-            nn.Linear(2 * hidden_size, hidden_size),
-            nn.LayerNorm(hidden_size, eps=1e-6),
-        )
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        return self.layers(embeddings.flatten(-2))
 
 
 class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
@@ -122,7 +65,7 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     # Parts that read weights past their modules, and must be on one device; the head names itself.
-    _no_split_modules = ["CalmAutoencoder", "TokenPredictor"]  # noqa: RUF012
+    _no_split_modules = ["CalmAutoencoder", "MTPHead"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -146,42 +89,51 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         )
         self.autoencoder = new_autoencoder(config.autoencoder_config)
         self.head.attach(self.backbone.get_input_embeddings(), self.autoencoder)
-        if config.token_prediction_weight:
-            self.token_predictor = self._new_token_predictor()
+        if config.mtp_weight:
+            self.mtp_head = self._new_mtp_head()
         self.post_init()
-        sampler = {"sampler": "direct"} if self.head.has_log_prob else {}
         self.generation_config = GenerationConfig(
-            **GENERATION_DEFAULTS | sampler,
+            **GENERATION_DEFAULTS | {"sampler": default_sampler(self)},
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
             bos_token_id=config.bos_token_id,
         )
+        self._register_load_state_dict_pre_hook(_rename_former_parts)
         keep_adapters_out(self.autoencoder)
         self.train(self.training)  # freezes the autoencoder
+        weight = next(self.autoencoder.parameters(), None)
+        if weight is not None and weight.device.type != "meta":  # weights are loaded into models on the meta device
+            warnings.warn(_RANDOM_AUTOENCODER, stacklevel=2)
 
-    def _new_token_predictor(self) -> TokenPredictor:
+    @property
+    def token_predictor(self) -> MTPHead:
+        """Return ``mtp_head`` under its former name."""
+        return self.mtp_head
+
+    def _new_mtp_head(self) -> MTPHead:
         config = self.config
-        return TokenPredictor(config.patch_size, config.hidden_size, config.token_prediction_type == "autoregressive")
+        return MTPHead(config.patch_size, config.hidden_size, config.mtp_type == "autoregressive")
 
-    def add_token_prediction(
-        self, weight: float, type: Literal["independent", "autoregressive"] = "autoregressive"
-    ) -> None:
-        """Give a trained model token prediction, freshly initialised; ValueError where it has some.
+    def add_mtp_head(self, weight: float, type: Literal["independent", "autoregressive"] = "autoregressive") -> None:
+        """Add a freshly initialised MTP head to a trained model.
 
         Args:
-            weight, type: ``token_prediction_weight`` and ``token_prediction_type`` of :class:`CalmConfig`.
+            weight, type: ``mtp_weight`` and ``mtp_type`` of :class:`CalmConfig`.
+
+        Raises:
+            ValueError: when the model has an MTP head.
         """
-        if self.config.token_prediction_weight:
+        if self.config.mtp_weight:
             raise ValueError(
-                f"the model has token prediction already (token_prediction_type {self.config.token_prediction_type}): "
-                "leave token_prediction_weight and token_prediction_type out."
+                f"the model has an MTP head already (mtp_type {self.config.mtp_type}): leave mtp_weight and mtp_type "
+                "out."
             )
-        self.config.token_prediction_weight, self.config.token_prediction_type = weight, type
+        self.config.mtp_weight, self.config.mtp_type = weight, type
         self.config.check_loss_weights()
         if weight:
-            self.token_predictor = self._new_token_predictor().to(self.device, self.dtype)
+            self.mtp_head = self._new_mtp_head().to(self.device, self.dtype)
             with torch.no_grad():
-                self.token_predictor.apply(self._init_weights)
+                self.mtp_head.apply(self._init_weights)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -199,9 +151,13 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             autoencoder: for a checkpoint of the reference that comes without one.
             kwargs: as transformers takes them: ``dtype``, ``device_map``, ``revision``, ...
         """
-        return load_pretrained(
+        former_names = {rf"^{old}\.": f"{new}." for old, new in RENAMED_CALM_PARTS.items()}
+        kwargs["key_mapping"] = former_names | (kwargs.get("key_mapping") or {})
+        loaded: Any = load_pretrained(
             cls, super().from_pretrained, pretrained_model_name_or_path, *args, autoencoder=autoencoder, **kwargs
         )
+        save_under_present_names(loaded[0] if isinstance(loaded, tuple) else loaded, former_names)
+        return loaded
 
     @classmethod
     def from_autoencoder(
@@ -215,7 +171,9 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
         config = CalmConfig(
             backbone_config=backbone_config, head_config=head_config, autoencoder_config=autoencoder.config, **fields
         )
-        model = cls(config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_RANDOM_AUTOENCODER[:40])
+            model = cls(config)
         model.autoencoder.load_state_dict(autoencoder.state_dict())
         return model
 
@@ -350,14 +308,14 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
             brier = (self._decoded_brier(head_loss.samples, ids) * weight).sum()
             loss = loss - self.config.decoded_brier_weight * brier
             metrics["decoded_brier"] = brier.detach()
-        # On a frozen backbone a frozen predictor has nothing to teach, and its loss would only cost.
-        if self.config.token_prediction_weight and any(
-            _is_trained(part) for part in (self.backbone, self.patch_embedding, self.token_predictor)
+        # The loss of a frozen MTP head on a frozen backbone has no gradient.
+        if self.config.mtp_weight and any(
+            _is_trained(part) for part in (self.backbone, self.patch_embedding, self.mtp_head)
         ):
             token_ids = labels[:, patch_size:].unflatten(-1, (-1, patch_size))
             embeddings = self.token_matrix(hidden.device)
-            cross_entropy = self.token_predictor.loss(hidden[:, :-1], token_ids, is_target, embeddings)
-            loss = loss + self.config.token_prediction_weight * cross_entropy
+            cross_entropy = self.mtp_head.loss(hidden[:, :-1], token_ids, is_target, embeddings)
+            loss = loss + self.config.mtp_weight * cross_entropy
             metrics["token_cross_entropy"] = cross_entropy.detach()
         return loss, metrics
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from calm.functional.token_codes import smallest_distance, token_codes
 from calm.models.best_token import best_token
 from calm.models.configuration_codes import TokenCodesConfig
-from calm.models.modeling_autoencoder import split_patches
+from calm.models.patches import split_patches
 from calm.models.posterior import Posterior
 
 # Smallest distance of two codes relative to their length. Rounding to bfloat16 moves a code by 0.004 of its length.

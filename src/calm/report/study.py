@@ -14,7 +14,8 @@ from calm.report.scatter import Panel, plot_panels
 from calm.report.tables import brier_cell, difference_cell, differences, score_cell
 
 PLAN, SCORE, REPORT = "plan.yaml", "score.json", "report.md"
-WITHOUT_HEAD = ":token_prediction"  # behind a model's name in a plan: what its token prediction gives, without its head
+WITHOUT_HEAD = ":mtp"  # after the name of a model in a plan: its samples from multi-token prediction
+FORMER_SUFFIX = ":token_prediction"
 _COSTS = {
     "total_flops": "training FLOPs, autoencoder included",
     "inference_flops_per_token": "FLOPs per generated token",
@@ -26,7 +27,8 @@ def write_report(run: str | os.PathLike) -> Path:
     run = Path(run)
     if not (run / PLAN).is_file():
         raise ValueError(f"no study in {run}: {PLAN} is missing; `calm study` makes it.")
-    plan = yaml.safe_load((run / PLAN).read_text(encoding="utf-8"))
+    # The plans of former releases have the former suffix.
+    plan = yaml.safe_load((run / PLAN).read_text(encoding="utf-8").replace(FORMER_SUFFIX, WITHOUT_HEAD))
     labels = {name: model.get("label", name) for name, model in plan["models"].items()}
     scores = {name: json.loads(path.read_text()) for name in labels if (path := run / name / SCORE).exists()}
     for name in [name for name, score in scores.items() if score.get("token_prediction")]:

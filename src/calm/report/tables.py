@@ -55,7 +55,9 @@ def differences(results: dict[str, dict]) -> dict[str, tuple[float, float | None
     """
     first, *others = results
     return {
-        name: brier_difference(results[name]["block_brier"], results[first]["block_brier"])
+        name: brier_difference(
+            results[name]["block_brier"], results[first]["block_brier"], results[first].get("block_documents")
+        )
         for name in others
         if "block_brier" in results[name] and "block_brier" in results[first]
         if all(results[name][each] == results[first][each] for each in _TEXT)

@@ -1,7 +1,7 @@
-"""Continuous batching: one loop steps all running sequences together, one chunk each.
+"""Continuous batching: one loop steps all running sequences together, one patch each.
 
 Sequences join and leave at any step. Each has random numbers of its own, and rows of a batch do not see each other, so
-that a text follows from its prompt, its settings and its seed alone.
+that a text depends on its prompt, its parameters and its seed alone.
 """
 
 import logging
@@ -16,11 +16,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from calm.functional.tiles import is_out_of_memory
-from calm.generation.loop import NextChunk
+from calm.generation.model_runner import ModelRunner
+from calm.generation.samplers import SampledPatches
+from calm.generation.sampling_params import SamplingParams
 from calm.models.context import positions_needed, room_for_new
 from calm.serving.batch_invariance import BatchInvariance
-from calm.serving.jobs import Chunk, Job
-from calm.serving.model_runner import Sampling, Stepper
+from calm.serving.jobs import Delta, Job, TokenLogprob
+from calm.serving.next_patches import NextPatches
 from calm.serving.slots import SlotCache
 from calm.serving.telemetry import Telemetry
 from calm.serving.text import TextStream
@@ -30,11 +32,11 @@ _PREFILL_TOKENS = 16384  # tokens of prompts that are read together, with what f
 
 
 class QueueFullError(RuntimeError):
-    """No more requests are taken for now."""
+    """The queue of the engine is full, or the server shuts down."""
 
 
 class EngineError(RuntimeError):
-    """A step failed by a fault of the server; the log says more."""
+    """A step failed because of an internal error, which is in the log."""
 
 
 @dataclass
@@ -44,20 +46,20 @@ class _Running:
     text: TextStream
     position: int
     since: float
-    search: "_Search | None" = None  # for the next chunk
+    rounds: "_Rounds | None" = None  # that sample the next patch
     failed: bool = False
 
 
 @dataclass
-class _Search:
-    """Sequences whose next chunk is drawn in rounds, one in every step."""
+class _Rounds:
+    """Sequences whose next patch is sampled in rounds, one in every step."""
 
     rows: list[_Running]
-    rounds: Iterator[tuple[NextChunk, torch.Tensor]]
+    iterator: Iterator[tuple[SampledPatches, torch.Tensor]]
 
 
 class Engine:
-    """Runs jobs of one model in a thread of its own.
+    """Run the jobs of one model in a thread of its own.
 
     Args:
         max_batch: sequences that run at a time; each has a slot of the cache.
@@ -68,7 +70,7 @@ class Engine:
 
     def __init__(
         self,
-        stepper: Stepper,
+        runner: ModelRunner,
         tokenizer: PreTrainedTokenizerBase,
         max_batch: int,
         context: int,
@@ -77,11 +79,11 @@ class Engine:
         batch_invariant: bool = False,
     ):
         self.invariance = BatchInvariance() if batch_invariant else None
-        self.stepper, self.tokenizer = stepper, tokenizer
+        self.runner, self.tokenizer = runner, tokenizer
         self.max_batch, self.max_queue = max_batch, max_queue
-        self.context = context // stepper.patch_size * stepper.patch_size
+        self.context = context // runner.patch_size * runner.patch_size
         self.cache = SlotCache(
-            stepper.backbone_config, max_batch, context // stepper.patch_size, stepper.dtype, stepper.device
+            runner.backbone_config, max_batch, context // runner.patch_size, runner.dtype, runner.device
         )
         self.telemetry = telemetry
         telemetry.watch(self)
@@ -102,36 +104,35 @@ class Engine:
         return len(self._running)
 
     def room_for_new(self, num_prompt: int) -> int:
-        """New tokens that fit behind a prompt, at least one: what does not fit is refused when it is asked for."""
-        return max(1, room_for_new(self.cache.num_positions, num_prompt, self.stepper.patch_size))
+        """Return the number of new tokens that fit after a prompt, at least one; :meth:`check` refuses more."""
+        return max(1, room_for_new(self.cache.num_positions, num_prompt, self.runner.patch_size))
 
     def check(self, job: Job) -> None:
-        """ValueError when the model cannot do a job."""
-        self.stepper.check(job.sampling)
-        if job.prompt_ids and not 0 <= min(job.prompt_ids) <= max(job.prompt_ids) < self.stepper.vocab_size:
-            raise ValueError(f"prompt holds token ids outside 0 to {self.stepper.vocab_size - 1}.")
-        patch_size = self.stepper.patch_size
-        if positions_needed(len(job.prompt_ids), job.max_tokens, patch_size) > self.cache.num_positions:
+        """Raise ValueError when the model cannot do a job, whose parameters are resolved."""
+        if job.prompt_ids and not 0 <= min(job.prompt_ids) <= max(job.prompt_ids) < self.runner.vocab_size:
+            raise ValueError(f"prompt has token ids outside 0 to {self.runner.vocab_size - 1}.")
+        patch_size = self.runner.patch_size
+        if positions_needed(len(job.prompt_ids), job.max_new_tokens, patch_size) > self.cache.num_positions:
             room = room_for_new(self.cache.num_positions, len(job.prompt_ids), patch_size)
-            remedy = f"shorten the prompt, or ask for at most {room} tokens" if room > 0 else "shorten the prompt"
+            remedy = f"shorten the prompt, or request at most {room} tokens" if room > 0 else "shorten the prompt"
             raise ValueError(
-                f"the prompt ({len(job.prompt_ids)} tokens) and max_tokens ({job.max_tokens}) exceed the context of "
-                f"{self.context} tokens: {remedy}."
+                f"the prompt ({len(job.prompt_ids)} tokens) and max_tokens ({job.max_new_tokens}) exceed the context "
+                f"of {self.context} tokens: {remedy}."
             )
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue jobs, all or none; :class:`QueueFullError` when there is no room for them."""
+        """Queue jobs, all or none; raise :class:`QueueFullError` when the queue is full."""
         with self._changed:
             if self._stopping:
                 raise QueueFullError("the server is shutting down")
-            # Those that will find a free slot at once do not wait.
+            # Jobs that get a free slot at once do not wait.
             if len(self._waiting) + len(self._running) + len(jobs) > self.max_queue + self.max_batch:
                 raise QueueFullError(f"{len(self._waiting)} sequences are waiting already")
             self._waiting.extend(jobs)
             self._changed.notify()
 
     def stop(self) -> None:
-        """Finish what runs and waits, then end."""
+        """Finish the running and waiting jobs, then end the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -154,10 +155,10 @@ class Engine:
                 self._admit()
                 self._step()
             except Exception:
-                # A fault of ours must not end the server; those it struck are told.
+                # Internal errors do not stop the engine loop; affected requests receive an error response.
                 log.exception("a step failed")
                 for running in self._running:
-                    self._finish(running.job, Chunk("", 0, finish_reason="error"))
+                    self._finish(running.job, Delta("", 0, finish_reason="error"))
                 self._running = []
 
     def _drop_cancelled(self) -> None:
@@ -166,10 +167,10 @@ class Engine:
             for job in gone:
                 self._waiting.remove(job)
         for job in gone:
-            self._finish(job, Chunk("", 0, finish_reason="cancelled"))
+            self._finish(job, Delta("", 0, finish_reason="cancelled"))
         for slot in reversed(range(len(self._running))):
             if self._running[slot].job.cancelled:
-                self._finish(self._running[slot].job, Chunk("", 0, finish_reason="cancelled"))
+                self._finish(self._running[slot].job, Delta("", 0, finish_reason="cancelled"))
                 self._free(slot)
 
     def _admit(self) -> None:
@@ -188,8 +189,8 @@ class Engine:
 
     def _read(self, jobs: list[Job]) -> None:
         try:
-            prompts = [self.stepper.whole_patches(job.prompt_ids) for job in jobs]
-            conditions, cache, lengths = self.stepper.prefill(prompts)
+            prompts = [self.runner.whole_patches(job.prompt_ids) for job in jobs]
+            conditions, cache, lengths = self.runner.prefill(prompts)
             rows = [self._start(job, length) for job, length in zip(jobs, lengths, strict=True)]
             first = len(self._running)
             for row, length in enumerate(lengths):
@@ -197,64 +198,67 @@ class Engine:
             self._conditions = torch.cat([self._conditions[:first].to(conditions), conditions])
             self._running += rows
         except Exception:
-            if len(jobs) > 1:  # one prompt must not end the others, and one alone needs less memory
+            if len(jobs) > 1:  # one prompt must not fail the others, and one alone needs less memory
                 for job in jobs:
                     self._read([job])
                 return
             log.exception("a prompt could not be read")
-            self._finish(jobs[0], Chunk("", 0, finish_reason="error"))
+            self._finish(jobs[0], Delta("", 0, finish_reason="error"))
 
     def _start(self, job: Job, length: int) -> _Running:
-        generator = torch.Generator(self.stepper.device).manual_seed(job.seed)
-        text = TextStream(self.tokenizer, job.stop, job.prompt_ids)
+        generator = torch.Generator(self.runner.device).manual_seed(job.params.seed or 0)
+        text = TextStream(self.tokenizer, job.params.stop, job.prompt_ids)
         return _Running(job, generator, text, length, time.perf_counter())
 
     def _step(self) -> None:
-        """A chunk for every running sequence, and a step of the backbone for those that continue."""
+        """Sample a patch for every running sequence, and step the backbone for those that continue."""
         if not self._running:
             return
         self.telemetry.batch.observe(len(self._running))
-        chunks, is_drawn = self._draw()
+        sampled = self._sample()
+        patches, is_ready = sampled.all, sampled.is_ready
         # The device is read once.
-        rows = torch.cat([chunks.tokens, chunks.num_drawn[:, None], chunks.num_decoded[:, None]], dim=1).tolist()
+        counters = [patches.num_samples[:, None], patches.num_decoded[:, None]]
+        rows = torch.cat([patches.tokens, *counters], dim=1).tolist()
         ended = [
-            running.failed or (is_drawn[slot] and self._take(running, rows[slot][:-2], *rows[slot][-2:]))
+            running.failed or (is_ready[slot] and self._take(running, rows[slot], sampled.logprobs.get(slot)))
             for slot, running in enumerate(self._running)
         ]
-        tokens = chunks.tokens
+        tokens = patches.tokens
         for slot in reversed(range(len(ended))):
             if ended[slot]:
                 if self._running[slot].failed:
-                    self._finish(self._running[slot].job, Chunk("", 0, finish_reason="error"))
-                self._remove(slot, tokens, is_drawn)
-        self._extend(tokens, is_drawn)
+                    self._finish(self._running[slot].job, Delta("", 0, finish_reason="error"))
+                self._remove(slot, tokens, is_ready)
+        self._extend(tokens, is_ready)
 
-    def _extend(self, tokens: torch.Tensor, is_drawn: list[bool]) -> None:
-        """Feed chunks back; where memory does not suffice, end the newest sequences until it does."""
-        while any(is_drawn[: len(self._running)]):
+    def _extend(self, tokens: torch.Tensor, is_ready: list[bool]) -> None:
+        """Feed patches back; when memory does not suffice, end the newest sequences until it does."""
+        while any(is_ready[: len(self._running)]):
             count = len(self._running)
-            # A sequence without its next chunk writes where that chunk will be written. Its last chunk is not fed back.
+            # A sequence without its next patch writes where that patch will be written. The last patch of a sequence is
+            # not fed back.
             last = self.cache.num_positions - 1
             places = [min(running.position, last) for running in self._running]
-            positions = torch.tensor(places, device=self.stepper.device)
+            positions = torch.tensor(places, device=self.runner.device)
             mask = self.cache.next_step(positions, max(places) + 1)
             try:
                 with self._own_keys(places):
-                    conditions = self.stepper.step(tokens[:count], positions, mask, self.cache)
+                    conditions = self.runner.step(tokens[:count], positions, mask, self.cache)
             except Exception as error:
                 if count == 1 or not is_out_of_memory(error):
                     raise
                 log.error("no memory for a step of %d sequences: the newest one ends", count)
                 newest = max(range(count), key=lambda slot: self._running[slot].job.arrived)
-                self._finish(self._running[newest].job, Chunk("", 0, finish_reason="error"))
-                self._remove(newest, tokens, is_drawn)
+                self._finish(self._running[newest].job, Delta("", 0, finish_reason="error"))
+                self._remove(newest, tokens, is_ready)
                 continue
-            if not all(is_drawn[:count]):
-                drawn = torch.tensor(is_drawn[:count], device=conditions.device)
-                conditions = torch.where(drawn[:, None], conditions, self._conditions)
+            if not all(is_ready[:count]):
+                ready = torch.tensor(is_ready[:count], device=conditions.device)
+                conditions = torch.where(ready[:, None], conditions, self._conditions)
             self._conditions = conditions
             for slot, running in enumerate(self._running):
-                running.position += is_drawn[slot]
+                running.position += is_ready[slot]
             return
 
     @contextmanager
@@ -268,124 +272,126 @@ class Engine:
             if self.invariance:
                 self.invariance.lengths = None
 
-    def _draw(self) -> tuple[NextChunk, list[bool]]:
-        """Draw chunks of all running sequences, those with the same settings together; return also which have one."""
-        groups: dict[Sampling, list[int]] = {}
+    def _sample(self) -> NextPatches:
+        """Sample patches of all running sequences, those with the same parameters together."""
+        groups: dict[SamplingParams, list[int]] = {}
         for slot, running in enumerate(self._running):
-            if running.search is None:
-                groups.setdefault(running.job.sampling, []).append(slot)
-        count, size = len(self._running), self.stepper.patch_size
-        tokens = torch.zeros((count, size), dtype=torch.long, device=self.stepper.device)
-        chunks = NextChunk(tokens, *torch.zeros((2, count), dtype=torch.long, device=self.stepper.device))
-        is_drawn = [False] * count
-        for sampling, slots in groups.items():
+            if running.rounds is None:
+                groups.setdefault(running.job.step_params, []).append(slot)
+        sampled = NextPatches(len(self._running), self.runner)
+        for params, slots in groups.items():
             rows = [self._running[slot] for slot in slots]
-            rounds = self.stepper.draw_in_rounds(self._conditions[slots], sampling, [row.generator for row in rows])
-            if rounds is None:
-                self._draw_at_once(slots, sampling, chunks, is_drawn)
+            generators = [row.generator for row in rows]
+            iterator = self.runner.sample_in_rounds(self._conditions[slots], params, generators, log.warning)
+            if iterator is None:
+                self._sample_at_once(slots, params, sampled)
             else:
-                search = _Search(rows, rounds)
+                rounds = _Rounds(rows, iterator)
                 for row in rows:
-                    row.search = search
-        for search in {id(row.search): row.search for row in self._running if row.search is not None}.values():
-            self._draw_round(search, chunks, is_drawn)
-        return chunks, is_drawn
+                    row.rounds = rounds
+        for rounds in {id(row.rounds): row.rounds for row in self._running if row.rounds is not None}.values():
+            self._sample_round(rounds, sampled)
+        return sampled
 
-    def _draw_at_once(self, slots: list[int], sampling: Sampling, chunks: NextChunk, is_drawn: list[bool]) -> None:
-        """Draw chunks into ``chunks``; where memory does not suffice, for half of the sequences at a time."""
+    def _sample_at_once(self, slots: list[int], params: SamplingParams, sampled: NextPatches) -> None:
+        """Sample patches of some slots; when memory does not suffice, of half of them at a time."""
         generators = [self._running[slot].generator for slot in slots]
         states = [generator.get_state() for generator in generators]
-        chunk: NextChunk | None = None
+        patches: SampledPatches | None = None
         try:
-            chunk = self.stepper.draw(self._conditions[slots], sampling, generators)
+            patches = self.runner.sample(self._conditions[slots], params, generators)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        if chunk is not None:
-            _put(chunk, range(len(slots)), chunks, slots, is_drawn)
+        if patches is not None:
+            sampled.put(slots, patches, range(len(slots)))
         elif len(slots) == 1:
-            log.error("no memory for the next chunk of a sequence")
+            log.error("no memory for the next patch of a sequence")
             self._running[slots[0]].failed = True
         else:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
             half = len(slots) // 2
-            self._draw_at_once(slots[:half], sampling, chunks, is_drawn)
-            self._draw_at_once(slots[half:], sampling, chunks, is_drawn)
+            self._sample_at_once(slots[:half], params, sampled)
+            self._sample_at_once(slots[half:], params, sampled)
 
-    def _draw_round(self, search: _Search, chunks: NextChunk, is_drawn: list[bool]) -> None:
-        slots = {id(running): slot for slot, running in enumerate(self._running) if running.search is search}
+    def _sample_round(self, rounds: _Rounds, sampled: NextPatches) -> None:
+        """Run one round; sequences that are ready leave it."""
+        slots = {id(running): slot for slot, running in enumerate(self._running) if running.rounds is rounds}
         try:
-            chunk, final = next(search.rounds)
+            patches, final = next(rounds.iterator)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            log.error("no memory for the next chunks of %d sequence(s)", len(slots))
+            log.error("no memory for the next patches of %d sequence(s)", len(slots))
             for slot in slots.values():
                 self._running[slot].failed = True
             return
-        done = [row for row, is_final in enumerate(final.tolist()) if is_final and id(search.rows[row]) in slots]
-        _put(chunk, done, chunks, [slots[id(search.rows[row])] for row in done], is_drawn)
+        done = [row for row, is_final in enumerate(final.tolist()) if is_final and id(rounds.rows[row]) in slots]
+        sampled.put([slots[id(rounds.rows[row])] for row in done], patches, done)
         for row in done:
-            search.rows[row].search = None
+            rounds.rows[row].rounds = None
 
-    def _take(self, running: _Running, tokens: list[int], drawn: int, decoded: int) -> bool:
-        """Give a sequence its chunk; returns whether that ends it."""
+    def _take(
+        self,
+        running: _Running,
+        row: list[int],
+        logprobs: list[TokenLogprob] | None,
+    ) -> bool:
+        """Add a patch to a sequence, ``row``: its tokens, and the counts of samples and of decoded tokens.
+
+        Returns:
+            whether the sequence ends with it.
+        """
+        *tokens, num_samples, num_decoded = row
         job, now = running.job, time.perf_counter()
-        tokens = tokens[: job.max_tokens - job.num_tokens]
-        end = next((place for place, token in enumerate(tokens) if token in self.stepper.end_ids), None)
+        tokens = tokens[: job.max_new_tokens - job.num_tokens]
+        end = next((index for index, token in enumerate(tokens) if token in self.runner.end_ids), None)
         reason = None if end is None else "stop"
         tokens = tokens[:end]
         job.num_tokens += len(tokens)
-        if reason is None and job.num_tokens >= job.max_tokens:
+        if reason is None and job.num_tokens >= job.max_new_tokens:
             reason = "length"
         text = running.text.add(tokens, last=reason is not None)
         if running.text.stopped:
             reason = "stop"
-        if job.first_chunk is None:
-            job.first_chunk = now - job.arrived
-            self.telemetry.first_chunk.observe(job.first_chunk)
+        if job.first_patch is None:
+            job.first_patch = now - job.arrived
+            self.telemetry.first_chunk.observe(job.first_patch)
         self.telemetry.chunks.inc()
         self.telemetry.tokens.inc(len(tokens))
-        chunk = Chunk(text, len(tokens), drawn, decoded, 1000 * (now - running.since), reason)
+        milliseconds = 1000 * (now - running.since)
+        logprobs = (logprobs or [])[: len(tokens)]
+        delta = Delta(text, len(tokens), num_samples, num_decoded, milliseconds, reason, logprobs)
         running.since = now
         if reason is None:
-            self._emit(job, chunk)
+            self._emit(job, delta)
         else:
-            self._finish(job, chunk)
+            self._finish(job, delta)
         return reason is not None
 
-    def _finish(self, job: Job, chunk: Chunk) -> None:
-        self.telemetry.finished(chunk.finish_reason)
-        self._emit(job, chunk)
+    def _finish(self, job: Job, delta: Delta) -> None:
+        self.telemetry.finished(delta.finish_reason)
+        self._emit(job, delta)
 
-    def _emit(self, job: Job, chunk: Chunk) -> None:
+    def _emit(self, job: Job, delta: Delta) -> None:
         try:
-            job.emit(chunk)
-        except Exception:  # nobody may end the engine
-            log.exception("a chunk could not be handed over")
+            job.emit(delta)
+        except Exception:  # a receiver must not end the engine
+            log.exception("a patch could not be passed to its request")
             job.cancel()
 
-    def _remove(self, slot: int, tokens: torch.Tensor, is_drawn: list[bool]) -> None:
-        """End a slot, as :meth:`_free`, with what was drawn for it."""
+    def _remove(self, slot: int, tokens: torch.Tensor, is_ready: list[bool]) -> None:
+        """End a slot as :meth:`_free` does; the last sequence takes its sampled patch along."""
         last = len(self._running) - 1
-        tokens[slot], is_drawn[slot] = tokens[last], is_drawn[last]
+        tokens[slot], is_ready[slot] = tokens[last], is_ready[last]
         self._free(slot)
 
     def _free(self, slot: int) -> None:
-        """End a slot; the last running sequence takes its place."""
+        """End a slot; the last running sequence moves into it."""
         last = self._running.pop()
         if slot < len(self._running):
             self.cache.move(len(self._running), slot, last.position)
             self._conditions[slot] = self._conditions[len(self._running)]
             self._running[slot] = last
         self._conditions = self._conditions[: len(self._running)]
-
-
-def _put(chunk: NextChunk, rows: Sequence[int], chunks: NextChunk, slots: list[int], is_drawn: list[bool]) -> None:
-    """Copy rows of a chunk to the slots of their sequences."""
-    rows = list(rows)
-    chunks.tokens[slots] = chunk.tokens[rows]
-    chunks.num_drawn[slots], chunks.num_decoded[slots] = chunk.num_drawn[rows], chunk.num_decoded[rows]
-    for slot in slots:
-        is_drawn[slot] = True

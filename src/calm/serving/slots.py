@@ -1,7 +1,7 @@
 """The keys and values of all running sequences: one slot each, of fixed size, allocated once.
 
-Running sequences stand in the slots 0 to n - 1, whatever their lengths: a step of n sequences looks at the front of the
-cache without copying it.
+Running sequences have the slots 0 to n - 1, whatever their lengths: a step of n sequences uses a view of the first n
+slots, without copying.
 
 Shapes: n running sequences, P positions (patches, or tokens of a token model).
 """
@@ -36,11 +36,11 @@ class SlotCache(Cache):
         for layer, source in zip(self._slots, cache.layers, strict=True):
             layer.keys[slot, :, :length] = source.keys[row, :, :length]
             layer.values[slot, :, :length] = source.values[row, :, :length]
-            # Nothing of a former sequence stays: masked positions are weighted 0, and 0 times NaN is NaN.
+            # The keys of a former sequence are removed: masked positions have weight 0, and 0 times NaN is NaN.
             layer.keys[slot, :, length:], layer.values[slot, :, length:] = 0, 0
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Let the sequence of one slot, so many positions long, take another."""
+        """Copy a sequence of ``length`` positions from one slot to another."""
         for layer in self._slots:
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]
@@ -56,7 +56,7 @@ class SlotCache(Cache):
 
 
 class _SlotLayer(CacheLayerMixin):
-    """One layer's share; ``update`` takes one new position of every running sequence."""
+    """The slots of one layer; ``update`` adds one position of every running sequence."""
 
     keys: Tensor
     values: Tensor
@@ -69,7 +69,7 @@ class _SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is left to do."""
+        """Do nothing: all memory is allocated."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         count = len(self.positions)
@@ -88,5 +88,5 @@ class _SlotLayer(CacheLayerMixin):
         return self.keys.shape[2]
 
     def get_max_cache_shape(self) -> int:
-        """The older name."""
+        """Return :meth:`get_max_length`, under its older name."""
         return self.get_max_length()

@@ -1,4 +1,4 @@
-"""Tokens to text as they come: whole characters only, nothing after a stop string."""
+"""The text of a sequence while it grows: only whole characters, and nothing after a stop string."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from calm.data.text import ContinuationDecoder
 
 
 class TextStream:
-    """Text of one sequence, piece by piece.
+    """The text of one sequence, piece by piece.
 
     Args:
         stop: texts that end the sequence; they and what follows them are left out.
@@ -22,17 +22,17 @@ class TextStream:
         self._held = ""  # may be the beginning of a stop string
 
     def add(self, ids: Sequence[int], last: bool = False) -> str:
-        """Return the text that is certain now; with ``last``, all that is left."""
+        """Add tokens and return the text that is final now; with ``last``, all that is left."""
         new = self._held + self._decoder.add(ids, last)
-        found = [place for each in self.stop if (place := new.find(each)) >= 0]
-        if found:
+        ends = [end for text in self.stop if (end := new.find(text)) >= 0]
+        if ends:
             self.stopped, self._held = True, ""
-            return new[: min(found)]
-        held = 0 if last else max((_overlap(new, each) for each in self.stop), default=0)
+            return new[: min(ends)]
+        held = 0 if last else max((_overlap(new, text) for text in self.stop), default=0)
         self._held = new[len(new) - held :]
         return new[: len(new) - held]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of a text that is a beginning of a stop string."""
+    """Return the length of the longest end of a text that is a beginning of a stop string."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +15,15 @@ _WARMUP_STEPS = 2
 _MEASURED_STEPS = 5
 
 
-def seconds_per_step(recipe: Recipe) -> float:
+def seconds_per_step(recipe: Recipe, clock: Callable[[], float] = time.perf_counter) -> float:
     """Return the median seconds of an optimiser step of the recipe.
 
     The steps train a copy of its model with random weights on random tokens. Neither the data of the recipe nor its
     output directory need exist; the vocabulary is that of the data or, without data, ``model.backbone.vocab_size``.
+
+    Args:
+        recipe: the recipe.
+        clock: returns the present time in seconds.
     """
     arguments = training_arguments(recipe)
     device = arguments.device
@@ -34,7 +39,7 @@ def seconds_per_step(recipe: Recipe) -> float:
     ids = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
     times = []
     for _ in range(_WARMUP_STEPS + _MEASURED_STEPS):
-        started = time.perf_counter()
+        started = clock()
         for _ in range(arguments.gradient_accumulation_steps):
             with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
                 loss = model(input_ids=ids, labels=ids).loss
@@ -43,5 +48,5 @@ def seconds_per_step(recipe: Recipe) -> float:
         optimizer.step()
         optimizer.zero_grad()
         loss.item()  # waits for the device
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return statistics.median(times[_WARMUP_STEPS:])

@@ -6,6 +6,10 @@ from typing import Any
 
 # Options of the energy head that were removed, with the values that had no effect.
 REMOVED_ENERGY_FIELDS = {"num_latent_groups": 1, "mean_pull_weight": 0.0}
+# New names of fields of CalmConfig and of the section model of recipes, by former name.
+RENAMED_CALM_FIELDS = {"token_prediction_weight": "mtp_weight", "token_prediction_type": "mtp_type"}
+# New names of parts of a CALM, in the names of its weights, by former name.
+RENAMED_CALM_PARTS = {"token_predictor": "mtp_head"}
 
 
 def rename_deprecated(fields: dict[str, Any], new_names: Mapping[str, str], where: str, warn: bool = True) -> None:

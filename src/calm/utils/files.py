@@ -70,8 +70,11 @@ def hold_lock(path: str | os.PathLike, problem: str, keep: bool = False) -> Iter
 
 @contextmanager
 def only_writer(output: str | os.PathLike) -> Iterator[None]:
-    """Hold the lock of an output file or directory; ValueError when another process is writing there."""
-    path = Path(os.path.abspath(output))
+    """Hold the lock of an output file or directory; ValueError when another process is writing there.
+
+    A link and what it leads to have the same lock.
+    """
+    path = Path(os.path.realpath(output))
     with hold_lock(
         path.with_name(f".{path.name or 'root'}.lock"),
         f"another process is writing {output}: wait for it, or choose another output.",
@@ -81,7 +84,7 @@ def only_writer(output: str | os.PathLike) -> Iterator[None]:
 
 def staging_of(output: str | os.PathLike) -> Path:
     """Return the directory beside an output that holds it until it is complete."""
-    path = Path(os.path.abspath(output))
+    path = Path(os.path.realpath(output))
     return path.with_name(f".{path.name}.partial")
 
 
@@ -113,7 +116,8 @@ def staged_directory(output: str | os.PathLike) -> Iterator[Path]:
 
 
 def put_in_place(staging: Path, output: Path) -> None:
-    """Rename a complete staging directory to its output, which is absent or empty."""
+    """Rename a complete staging directory to its output, which is absent, empty, or a link to such a directory."""
+    output = Path(os.path.realpath(output))
     if output.exists():
         output.rmdir()
     staging.rename(output)

@@ -24,10 +24,17 @@ _SECONDS_BETWEEN_LINES = 10
 _WIDE_TERMINAL = 120  # columns; narrower ones get a short bar
 
 
-def make_progress(console: Console | None = None, disable: bool = False) -> "CommandProgress":
+def make_progress(
+    console: Console | None = None, disable: bool = False, seconds_between_lines: float = _SECONDS_BETWEEN_LINES
+) -> "CommandProgress":
     """Return the progress display that commands share.
 
     In a narrow terminal the description and the note are cut; step, elapsed and remaining time are always whole.
+
+    Args:
+        console: where it is shown; default: the standard error.
+        disable: show nothing.
+        seconds_between_lines: time between two lines of a task where there is no terminal.
     """
     console = console or Console(stderr=True)
     return CommandProgress(
@@ -41,6 +48,7 @@ def make_progress(console: Console | None = None, disable: bool = False) -> "Com
         _CutColumn("[dim]{task.fields[note]}"),
         console=console,
         disable=disable,
+        seconds_between_lines=seconds_between_lines,
     )
 
 
@@ -62,11 +70,13 @@ class _CutColumn(TextColumn):
 class CommandProgress(Progress):
     """A rich progress display that prints lines of text where there is no terminal.
 
-    Every task gets a line when it is complete, and one every 10 seconds until then.
+    A task gets a line when it is complete, and one every ``seconds_between_lines`` until then. A line has the steps,
+    the elapsed time, the remaining time where it is known, and the note.
     """
 
-    def __init__(self, *columns: Any, **options: Any):
+    def __init__(self, *columns: Any, seconds_between_lines: float = _SECONDS_BETWEEN_LINES, **options: Any):
         super().__init__(*columns, **options)
+        self.seconds_between_lines = seconds_between_lines
         self._line_at: dict[TaskID, float] = {}
 
     def add_task(self, description: str, *arguments: Any, **fields: Any) -> TaskID:
@@ -89,7 +99,7 @@ class CommandProgress(Progress):
         if self.console.is_terminal or self.disable or task.completed == before:
             return
         ends = task.total is not None and task.completed >= task.total
-        if ends or time.monotonic() - self._line_at[task_id] > _SECONDS_BETWEEN_LINES:
+        if ends or time.monotonic() - self._line_at[task_id] > self.seconds_between_lines:
             self._line_at[task_id] = time.monotonic()
             total = "?" if task.total is None else f"{task.total:.0f}"
             line = f"{task.description}  {task.completed:.0f}/{total}  {_times(task)}  {task.fields.get('note', '')}"

@@ -8,8 +8,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from calm.training.recipe.checks import is_codes
 from calm.training.recipe.recipe import FAMILY, find_recipe, read_yaml
+from calm.training.recipe.sections import is_codes
 from calm.workflows.study import Evaluation, Plan
 
 RECIPES = ("calm", "baseline")

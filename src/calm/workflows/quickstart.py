@@ -52,11 +52,16 @@ VOCAB_SIZE = 1024
 MODELS = {"calm": "calm.yaml", "baseline": "baseline.yaml"}
 LABELS = {"calm": "CALM", "baseline": "baseline"}
 EVALUATION_BLOCKS = 240
-MTP = "token_prediction"
 
 
 def run_quickstart(
-    run: Path, minutes: float, seed: int, device: str, progress: Progress, clock: Callable[[], float] = time.monotonic
+    run: Path,
+    minutes: float,
+    seed: int,
+    device: str,
+    progress: Progress,
+    clock: Callable[[], float] = time.monotonic,
+    started: float | None = None,
 ) -> dict:
     """Carry out or resume the quickstart in ``run`` and return the results, which are also in ``results.json``.
 
@@ -67,12 +72,14 @@ def run_quickstart(
         device: name of the device that trains.
         progress: display of the stages.
         clock: returns the present time in seconds.
+        started: time at which the command began to load its libraries; default: now.
 
     Raises:
         ValueError: the budget is too short for this machine, or the directory has another content.
     """
     with only_writer(run):
-        return _Quickstart(run, minutes, seed, device, progress, clock).carry_out()
+        quickstart = _Quickstart(run, minutes, seed, device, progress, clock)
+        return quickstart.carry_out(clock() if started is None else started)
 
 
 class _Quickstart:
@@ -85,36 +92,35 @@ class _Quickstart:
         self.settings = {"minutes": minutes, "seed": seed}
         self.budget = 60 * minutes
         self.plan: dict[str, Any] = {"seconds_per_step": {}, "seconds": {}, "rounds": [], "num_blocks": None}
+        self.overall = TaskID(0)
         self.tasks: dict[str, TaskID] = {}
 
-    def carry_out(self) -> dict:
+    def carry_out(self, started: float) -> dict:
         results_path = self.run / "results.json"
-        self._open()
-        overall = self.progress.add_task("quickstart", total=5, note="")
+        self._open(started)
+        # The seconds of the budget are its steps.
+        self.overall = self.progress.add_task("quickstart", total=round(self.budget), note="")
 
         def stage(name: str, target: Path, work: Callable[[], object]) -> None:
-            self.progress.update(overall, note=name)
+            self._show(name)
             if not target.exists():
                 self._announce(name, planning.seconds_for([name], self._step_seconds))
                 with self._timed(name):
                     work()
-            self.progress.advance(overall)
 
         corpus, tokenizer, data = self.run / "corpus", self.run / "tokenizer", self.run / "data"
         stage("corpus", corpus / "validation.jsonl", lambda: write_embedded_corpus(corpus))
         stage("tokenizer", tokenizer, lambda: _train_tokenizer(corpus / "train.jsonl", tokenizer))
         stage("token files", data / "train" / "manifest.json", lambda: _prepare(corpus, tokenizer, data, self.seed))
-        self.progress.update(overall, note="train CALM and baseline in turns")
         self._train()
-        self.progress.advance(overall)
-        self.progress.update(overall, note="scores, speed and samples")
+        self._show("scores, speed and samples")
         if not results_path.exists():
             results = self.settings | self._evaluate()
             write_json(results_path, results | {"stages": self._stages(results["training"])})
-        self.progress.update(overall, completed=5, note="done")
+        self.progress.update(self.overall, completed=round(self.budget), note="done")
         return json.loads(results_path.read_text(encoding="utf-8"))
 
-    def _open(self) -> None:
+    def _open(self, started: float) -> None:
         """Read the plan of the run directory or begin one; ValueError where that is not possible."""
         plan_path = self.run / "plan.json"
         _check_settings(self.run, self.settings)
@@ -124,13 +130,13 @@ class _Quickstart:
                 raise ValueError(f"{self.run} was begun by another release: choose another directory, or remove it.")
             self.plan = plan
             return
-        started = self.clock()
         for name in MODELS:
-            self.plan["seconds_per_step"][name] = seconds_per_step(self._recipe(name, vocab_size=VOCAB_SIZE))
+            recipe = self._recipe(name, vocab_size=VOCAB_SIZE)
+            self.plan["seconds_per_step"][name] = seconds_per_step(recipe, self.clock)
         planning.check_budget(self.budget, self._step_seconds)
         self.run.mkdir(parents=True, exist_ok=True)
         write_whole(self.run / QUICKSTART, json.dumps(self.settings))
-        self._record("measure speed", self.clock() - started)
+        self._record("start", self.clock() - started)
 
     @property
     def _step_seconds(self) -> float:
@@ -153,6 +159,9 @@ class _Quickstart:
         yield
         self._record(stage, self.clock() - started)
 
+    def _show(self, note: str) -> None:
+        self.progress.update(self.overall, completed=round(min(self._elapsed, 0.99 * self.budget)), note=note)
+
     def _announce(self, stage: str, seconds: float) -> None:
         self.progress.console.out(f"{stage}: about {duration(seconds)}", highlight=False)
 
@@ -174,6 +183,7 @@ class _Quickstart:
                     )
                 entries.append(following.to_dict() | {"seconds": {}})
                 write_json(self.run / "plan.json", self.plan)
+            self._show("train CALM and baseline in turns")
             self._train_round(entries[-1])
 
     def _train_round(self, entry: dict[str, Any]) -> None:
@@ -250,7 +260,8 @@ class _Quickstart:
         scores_stage, samples_stage = planning.AFTER_TRAINING
         step_seconds = self._step_seconds
         left = self.budget - self._elapsed - planning.seconds_for([samples_stage], step_seconds)
-        self._announce(scores_stage, min(max(left, 0), planning.seconds_for([scores_stage], step_seconds)))
+        usual = planning.seconds_for([scores_stage], step_seconds)
+        self._announce(scores_stage, min(max(left, planning.MIN_SCORES_SHARE * usual), usual))
         with self._timed(scores_stage):
             if self.plan["num_blocks"] is None:
                 per_block = seconds_per_block(models, blocks, self.clock)

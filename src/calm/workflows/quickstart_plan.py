@@ -16,17 +16,18 @@ from typing import Any
 
 NUM_ROUNDS = 8
 NUM_DECAY_ROUNDS = 3  # the last ones
-MIN_STEPS = 200  # fewer steps teach a model nothing that is worth a comparison
+MIN_STEPS = 100  # fewer steps teach a model nothing that is worth a comparison
 MIN_ROUND_STEPS = 20  # every round loads and saves both models
 MIN_DECAY_SHARE = 0.1  # steps of the decay as a share of the steps before, where the time is used up
-WARMUP_STEPS = 50
+WARMUP_STEPS = 40  # within the first round
 # What the stages around training take, in units of one training step of all models together, measured on two cores.
 # Both slow down together on a busy machine.
-STAGE_UNITS = {"corpus": 35, "tokenizer": 35, "token files": 60, "scores": 110, "speed and samples": 70}
+STAGE_UNITS = {"corpus": 14, "tokenizer": 12, "token files": 25, "scores": 80, "speed and samples": 40}
 BEFORE_TRAINING = ("corpus", "tokenizer", "token files")
 AFTER_TRAINING = ("scores", "speed and samples")
 MIN_SCORES_SHARE = 0.15  # of the usual number of blocks: where the time is short, fewer are scored
 MAX_AFTER_TRAINING_SHARE = 0.3  # of the time budget
+MAX_OVERTIME = 1.25  # of the time budget: a longer run is refused before it begins
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def next_round(rounds: Sequence[Round], seconds_left: float, seconds_per_step: f
     fewest = MIN_ROUND_STEPS if rate < 1 else max(MIN_ROUND_STEPS, math.ceil(start * MIN_DECAY_SHARE))
     planned = max(start + steps, start + fewest, MIN_STEPS)
     rounds_left = max(1, NUM_ROUNDS - len(rounds))
-    end = min(planned, start + max(MIN_ROUND_STEPS, math.ceil((planned - start) / rounds_left)))
+    smallest = MIN_ROUND_STEPS if rounds else max(MIN_ROUND_STEPS, WARMUP_STEPS + 1)
+    end = min(planned, start + max(smallest, math.ceil((planned - start) / rounds_left)))
     if planned - end < MIN_ROUND_STEPS or steps <= fewest:
         end = planned
     is_decay = rounds_left <= NUM_DECAY_ROUNDS or end == planned or rate < 1
@@ -122,8 +124,8 @@ def check_budget(budget: float, seconds_per_step: float) -> None:
     needed = seconds_for(BEFORE_TRAINING, seconds_per_step) + MIN_STEPS * seconds_per_step
     needed += STAGE_UNITS["scores"] * MIN_SCORES_SHARE * seconds_per_step
     needed += STAGE_UNITS["speed and samples"] * seconds_per_step
-    if budget < needed:
-        minutes = math.ceil(needed / 6) / 10
+    if needed > MAX_OVERTIME * budget:
+        minutes = math.ceil(needed / MAX_OVERTIME / 6) / 10
         raise ValueError(
             f"--minutes {budget / 60:g} is too short: {MIN_STEPS} training steps, the fewest worth a comparison, and "
             f"the stages around them need {minutes:g} at the present speed of this machine; give --minutes "

@@ -14,11 +14,14 @@ from calm.data.documents import read_documents
 from calm.data.text import decode_continuation, encode_plain_text
 from calm.evaluation.brier_lm import BrierResult, evaluate_brier
 from calm.evaluation.ngram_baselines import evaluate_counts
-from calm.generation.completions import SamplingSettings, continue_tokens
+from calm.generation.completions import continue_tokens
+from calm.generation.model_runner import model_runner
+from calm.generation.sampling_params import SamplingParams
 from calm.models.context import patch_size_of
 from calm.models.modeling_calm import CalmForCausalLM
+from calm.models.modeling_codes import TokenCodes
 
-MTP = "token_prediction"
+MTP = "mtp"
 # The scored rows: a model, its sampler at temperature 1, and its sampler for the continuations.
 ROWS = {
     "CALM": ("calm", "batch", "direct"),
@@ -87,18 +90,15 @@ def _score(
 def generation_speed(model: Any, blocks: TokenBlocks, sampler: str | None) -> float:
     """Tokens per second at temperature 1, a batch of prompts, the median of three runs."""
     prompts = torch.stack([blocks[index]["input_ids"][:64] for index in range(SPEED_BATCH)]).to(model.device)
-    extra = (
-        {"sampler": sampler}
-        if isinstance(model, CalmForCausalLM)
-        else {"do_sample": True, "top_k": 0, "attention_mask": torch.ones_like(prompts)}
-    )
+    params = SamplingParams(1.0, sampler, top_p=1.0, max_new_tokens=SPEED_TOKENS)
+    runner, mask = model_runner(model), torch.ones_like(prompts)
     eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     model.generation_config.eos_token_id = None  # every row runs to the end
     model.generation_config.pad_token_id = 0
     rates = []
     for _ in range(4):
         started = time.perf_counter()
-        model.generate(prompts, max_new_tokens=SPEED_TOKENS, temperature=1.0, **extra)
+        runner.generate(prompts, mask, params)
         rates.append(SPEED_BATCH * SPEED_TOKENS / (time.perf_counter() - started))
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = eos, pad
     return sorted(rates[1:])[1]
@@ -111,9 +111,9 @@ def sample_rows(models: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed
         ids = encode_plain_text(tokenizer, prompt)
         for row, (name, _, sampler) in ROWS.items():
             model = models[name]
-            settings = SamplingSettings(SAMPLE_TOKENS, SAMPLE_TEMPERATURE, sampler, seed=seed)
+            params = SamplingParams(SAMPLE_TEMPERATURE, sampler, max_new_tokens=SAMPLE_TOKENS, seed=seed)
             prompt_ids = torch.tensor([ids], device=model.device)
-            (new,), _ = continue_tokens(model, tokenizer, prompt_ids, torch.ones_like(prompt_ids), settings)
+            (new,), _ = continue_tokens(model, tokenizer, prompt_ids, torch.ones_like(prompt_ids), params)
             samples.append(
                 {
                     "model": row,
@@ -149,7 +149,7 @@ def round_trip(model: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase, line:
     latents = model.autoencoder.encode(torch.tensor([ids], device=model.device)).mean
     decoded = model.autoencoder.decode(latents).argmax(-1).flatten().tolist()
     return {
-        "kind": "code table" if model.autoencoder.config.model_type == "calm_token_codes" else "autoencoder",
+        "kind": "code table" if isinstance(model.autoencoder, TokenCodes) else "autoencoder",
         "patches": [tokenizer.decode(ids[first : first + patch_size]) for first in range(0, len(ids), patch_size)],
         "vector": [round(value, 2) for value in latents[0, 0].tolist()],
         "decoded": tokenizer.decode(decoded),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from calm.functional.rng import Generator, pick, uniform
-from calm.functional.temperature import sharpened
+from calm.functional.temperature import largest, sharpened
 from calm.functional.tiles import checkpointed_rows, rows_at_once
 from calm.models.heads.base import Head, HeadConfig, HeadLoss, leading_shape
 from calm.models.heads.registry import register_head
@@ -227,6 +227,7 @@ class CategoricalFlowHead(Head):
         num_samples: int | None = None,
         temperature: float = 1.0,
         return_log_prob: bool = False,
+        top_p: float = 1.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return one latent per hidden state, or ``num_samples``, as :meth:`Head.sample`.
 
@@ -236,29 +237,40 @@ class CategoricalFlowHead(Head):
                 the most likely token.
             return_log_prob: also return the log-probability of every token in nats, given the tokens chosen before it,
                 ``[..., K]``. Their sum is that of the patch.
+            top_p: as :func:`~calm.functional.temperature.sharpened` has it, for every token.
         """
         if noise is None:
             shape = (*leading_shape(hidden, num_samples), self.patch_size)
             noise = uniform(shape, generator, hidden.device)
-        tokens, log_prob, _ = self._tiled(hidden, noise, None, temperature)
+        tokens, log_prob, *_ = self._tiled(hidden, noise, None, temperature, top_p)
         latents = F.embedding(tokens, self._tables[1].codes).flatten(-2).to(hidden.dtype)
         return (latents, log_prob) if return_log_prob else latents
 
-    def log_probabilities(self, hidden: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def log_probabilities(
+        self, hidden: Tensor, token_ids: Tensor, temperature: float = 1.0, num_top: int = 0
+    ) -> tuple[Tensor, ...]:
         """Return the log-probabilities in nats of the tokens of given patches, and whether each is the most likely one.
 
-        ``[..., D], [..., K] -> [..., K], [..., K]`` bool. The sum over the first n tokens is the log-probability of
-        these n. Extra leading dimensions of ``token_ids`` give several patches per state. Tokens outside the shortlist
-        have probability 0.
+        ``[..., D], [..., K] -> [..., K], [..., K]`` bool, then log-probabilities and ids of the ``num_top`` most likely
+        tokens at every position in descending order, ``[..., K, num_top]`` each. The sum over the first n tokens is the
+        log-probability of these n. Extra leading dimensions of ``token_ids`` give several patches per state. Tokens
+        outside the shortlist have probability 0.
         """
-        return self._tiled(hidden, None, token_ids, temperature)[1:]
+        return self._tiled(hidden, None, token_ids, temperature, num_top=num_top)[1:]
 
     def _tiled(
-        self, hidden: Tensor, noise: Tensor | None, token_ids: Tensor | None, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        hidden: Tensor,
+        noise: Tensor | None,
+        token_ids: Tensor | None,
+        temperature: float,
+        top_p: float = 1.0,
+        num_top: int = 0,
+    ) -> tuple[Tensor, ...]:
         """Return tokens, chosen by the noise or given, their log-probabilities, and whether each is the most likely.
 
-        The last of them holds for given tokens alone: sampling has no use for it.
+        Log-probabilities and ids of the most likely tokens follow. What comes after the log-probabilities is valid for
+        given tokens alone: sampling does not use it.
         """
         each = token_ids if noise is None else noise
         assert each is not None
@@ -267,16 +279,24 @@ class CategoricalFlowHead(Head):
         elements = len(several) * self.patch_size * self._tables[1].config.vocab_size
         size = rows_at_once(elements, hidden.device, _SAMPLING_ELEMENTS)
         results = [
-            self._passes(state, None if noise is None else tile, tile if noise is None else None, temperature)
+            self._passes(
+                state, None if noise is None else tile, tile if noise is None else None, temperature, top_p, num_top
+            )
             for state, tile in zip(states.split(size), several.split(size, dim=1), strict=True)
         ]
-        tokens, log_prob, is_best = (torch.cat(parts, dim=1).view(each.shape) for parts in zip(*results, strict=True))
-        return tokens, log_prob, is_best
+        parts = [torch.cat(tiles, dim=1) for tiles in zip(*results, strict=True)]
+        return tuple(part.reshape(*each.shape, *part.shape[3:]) for part in parts)
 
     def _passes(
-        self, hidden: Tensor, noise: Tensor | None, given: Tensor | None, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`_tiled`: ``[P, D], [S, P, K] -> [S, P, K]`` each."""
+        self,
+        hidden: Tensor,
+        noise: Tensor | None,
+        given: Tensor | None,
+        temperature: float,
+        top_p: float,
+        num_top: int,
+    ) -> tuple[Tensor, ...]:
+        """As :meth:`_tiled`: ``[P, D], [S, P, K] -> [S, P, K]`` each, then ``[S, P, K, num_top]`` twice."""
         embeddings = table = self._output_matrix(hidden.device)
         base = _scores(self.base_proj(hidden).unflatten(-1, (self.patch_size, -1)), table)  # [P, K, V]
         shortlist: Tensor | None = None
@@ -284,14 +304,14 @@ class CategoricalFlowHead(Head):
             base, shortlist = base.topk(self.config.shortlist_size)  # [P, K, M]
             table = F.embedding(shortlist, table)  # [P, K, M, D]
         tokens: list[Tensor] = []
-        found: list[tuple[Tensor, Tensor]] = []
+        found: list[tuple[Tensor, ...]] = []
         for start, stop in itertools.pairwise((*self.schedule, self.patch_size)):
             now = slice(start, stop)
             logits = base[:, now]
             if start:
                 states = self._later_states(hidden, F.embedding(torch.cat(tokens, dim=-1), embeddings))
                 logits = logits + _scores(states[..., now, :], table if shortlist is None else table[:, now])
-            probs = sharpened(logits, temperature)  # [(S,) P, stop - start, V or M]
+            probs = sharpened(logits, temperature, top_p)  # [(S,) P, stop - start, V or M]
             listed = None if shortlist is None else shortlist[:, now]
             if given is None:
                 assert noise is not None
@@ -302,10 +322,16 @@ class CategoricalFlowHead(Head):
                 is_best = (index == probs.argmax(-1, keepdim=True)) & is_listed
             log_prob = torch.where(is_listed, probs.expand(len(index), -1, -1, -1).gather(-1, index).log(), -math.inf)
             found.append((log_prob[..., 0], is_best[..., 0]))
+            if given is not None:
+                top, top_ids = largest(probs, num_top)
+                if listed is not None:
+                    top_ids = listed.expand(*top_ids.shape[:-1], -1).gather(-1, top_ids)
+                shape = (*log_prob.shape[:-1], num_top)
+                found[-1] += (top.log().expand(shape), top_ids.expand(shape))
             ids = index if listed is None else listed.expand(len(index), -1, -1, -1).gather(-1, index)
             tokens.append(ids[..., 0] if given is None else given[..., now])
-        log_probs, are_best = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
-        return torch.cat(tokens, dim=-1), log_probs, are_best
+        parts = [torch.cat(of_passes, dim=2) for of_passes in zip(*found, strict=True)]
+        return torch.cat(tokens, dim=-1), *parts
 
     def _later_states(self, hidden: Tensor, chosen: Tensor) -> Tensor:
         """Return what the embeddings of chosen tokens add to the states: ``[P, D], [S, P, n, D] -> [S, P, K, D]``."""

@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from calm.functional.energy_score import mean_distance, mean_distance_of_pairs
+from calm.functional.energy_score import energy_score_terms
 from calm.functional.rng import Generator, normal, uniform
 from calm.functional.tiles import rows_at_once
 from calm.models.heads.activated_linear import gated_silu_linear, is_plain, silu_linear
@@ -161,32 +161,25 @@ class EnergyHead(Head):
         if noise is None:
             noise = self.draw_noise(hidden, config.num_samples, generator, row_dim=1)
         samples = self.sample(hidden, noise)
-        # Distances do not depend on the origin; differences of squares are most exact with the origin among the points.
-        errors = (samples.float() - posterior.mean.float()).movedim(0, -2)  # [..., N, Z]
-        diversity = mean_distance_of_pairs(errors, config.alpha)
-        fidelity = self._fidelity(errors, posterior.log_std.float().exp(), target_noise, generator)
-        score = diversity - 2 * fidelity
-        return HeadLoss(-score, {"energy_score": score, "fidelity": fidelity, "diversity": diversity}, samples)
-
-    def _fidelity(self, errors: Tensor, std: Tensor, target_noise: Tensor | None, generator: Generator) -> Tensor:
-        """Return the mean distance of the samples ``[..., N, Z]`` to M samples of the posterior, ``[...]``.
-
-        It is computed some rows at a time: only the target samples of these rows exist at once, and none is kept for
-        the backward pass.
-        """
-        of_row = (*std.shape[1:-1], self.config.num_target_samples, std.shape[-1])
-        size = rows_at_once(math.prod(of_row), std.device, in_cache=1)  # on a CPU a row fills the cache
-        distances = []
+        # The score does not depend on the origin; its rounding error is smallest with the origin among the points.
+        errors = samples.float() - posterior.mean.float()  # [N, B, ..., Z]
+        std = posterior.log_std.float().exp()
+        # Some rows at a time: only their target samples exist at once, and none is kept for the backward pass.
+        shape = (config.num_target_samples, std.shape[-1])
+        size = rows_at_once(math.prod((*std.shape[1:-1], *shape)), std.device, in_cache=1)  # one row fills the cache
+        terms = []
         for start in range(0, len(std), size):
             rows = slice(start, min(start + size, len(std)))
             if target_noise is None:
                 source = generator[rows] if isinstance(generator, Sequence) else generator
-                targets = normal((rows.stop - rows.start, *of_row), source, std.device, row_dim=0)
+                targets = normal((*std[rows].shape[:-1], *shape), source, std.device, row_dim=0)
             else:
                 targets = target_noise[:, rows].movedim(0, -2).float().clone()
-            targets.mul_(std[rows].unsqueeze(-2))  # [rows, ..., M, Z], relative to the posterior's mean
-            distances.append(mean_distance(errors[rows], targets, self.config.alpha))
-        return torch.cat(distances)
+            targets.mul_(std[rows].unsqueeze(-2))  # [rows, ..., M, Z], relative to the mean of the posterior
+            terms.append(energy_score_terms(errors[:, rows], targets.movedim(-2, 0), config.alpha, is_centered=True))
+        diversity, fidelity = (torch.cat(parts) for parts in zip(*terms, strict=True))
+        score = diversity - 2 * fidelity
+        return HeadLoss(-score, {"energy_score": score, "fidelity": fidelity, "diversity": diversity}, samples)
 
     def init_weights(self) -> None:
         """Every sample starts at the same point: the first steps learn where the latents lie, then their spread."""

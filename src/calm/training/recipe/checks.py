@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_args
 
-from calm.utils.deprecation import REMOVED_ENERGY_FIELDS, drop_removed
+from calm.utils.deprecation import REMOVED_ENERGY_FIELDS, RENAMED_CALM_FIELDS, drop_removed, rename_deprecated
 
 # Set by the run itself, at odds with going on where it was, or without effect on how these models are trained.
 _RESERVED_TRAINING = (
@@ -57,15 +57,20 @@ def check_keys(
             raise ValueError(f"unknown key {key!r} in {where}: {hint}")
 
 
-def without_removed(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe without the keys that this version no longer has; FutureWarning for those that had an effect."""
+def with_current_keys(values: dict[str, Any], warn: bool = True) -> dict[str, Any]:
+    """Return a recipe with former keys replaced by their present names, and without those that were removed.
+
+    Args:
+        warn: whether to warn of former keys; recipes that an earlier release wrote are translated without a warning.
+    """
     values = dict(values)
     drop_removed(values, {"distillation": None}, "the recipe")
-    model = values.get("model")
-    if isinstance(model, dict) and isinstance(model.get("head"), dict):
-        head = dict(model["head"])
-        drop_removed(head, REMOVED_ENERGY_FIELDS, "model.head")
-        values["model"] = model | {"head": head}
+    if isinstance(values.get("model"), dict):
+        values["model"] = model = dict(values["model"])
+        rename_deprecated(model, RENAMED_CALM_FIELDS, "model", warn)
+        if isinstance(model.get("head"), dict):
+            model["head"] = dict(model["head"])
+            drop_removed(model["head"], REMOVED_ENERGY_FIELDS, "model.head")
     return values
 
 
@@ -130,63 +135,8 @@ def _check_setting(name: str, value: Any, kind: Any) -> None:
         raise ValueError(f"{name} must be a number without fraction, got {value!r}.")
 
 
-def check_model(stage: str, model: Any) -> None:
-    """The keys of a stage, and what the parts of a model are."""
-    check_keys(model, model_fields(stage), "model")
-    if isinstance(model.get("autoencoder"), dict):
-        _check_codes(model["autoencoder"])
-    for name in ("autoencoder", "backbone_weights", "pretrained"):
-        if name in model and not isinstance(model[name], str) and not is_codes(model, name):
-            raise ValueError(f"model.{name} must name a directory or hub id, got {model[name]!r}.")
-    for part in ("backbone", "head"):
-        if model.get(part) is not None:
-            _check_part(part, model[part])
-    freeze = model.get("freeze_backbone", False)
-    if not isinstance(freeze, bool):
-        raise ValueError(f"model.freeze_backbone must be true or false, got {freeze!r}.")
-    if freeze and not {"pretrained", "backbone_weights"} & model.keys():
-        raise ValueError(
-            "model.freeze_backbone is for a backbone that was trained: give model.backbone_weights or "
-            "model.pretrained too."
-        )
-    if "pretrained" in model:
-        more = {"autoencoder", "freeze_backbone", *_auxiliary()} if stage == "calm" else set()
-        if "token_prediction_type" in model and "token_prediction_weight" not in model:
-            raise ValueError("model.token_prediction_type needs a model.token_prediction_weight beside it.")
-        if beside := model.keys() - {"pretrained"} - more:
-            raise ValueError(
-                f"model.pretrained says all there is to say about the model; leave out {', '.join(sorted(beside))}."
-            )
-    elif stage != "autoencoder" and not model.get("backbone"):
-        raise ValueError(f"stage {stage} needs model.backbone: at least its hidden_size and num_hidden_layers.")
-    elif stage == "calm" and "autoencoder" not in model:
-        raise ValueError(
-            "stage calm needs model.autoencoder: the directory of a trained autoencoder, or {type: codes, patch_size: "
-            "4, code_size: 32} for a categorical_flow head."
-        )
-
-
-def is_codes(model: dict[str, Any], name: str = "autoencoder") -> bool:
-    """Return whether a recipe's model has token codes in place of a trained autoencoder."""
-    return name == "autoencoder" and isinstance(model.get(name), dict)
-
-
-def _check_codes(given: dict[str, Any]) -> None:
-    check_keys(given, ("type", "patch_size", "code_size", "code_seed", "vocab_size"), "model.autoencoder")
-    if given.get("type") != "codes":
-        raise ValueError(
-            "model.autoencoder must name a directory or hub id, or be a mapping with type: codes, patch_size and "
-            f"code_size, got {given!r}."
-        )
-    if "patch_size" not in given:
-        raise ValueError("model.autoencoder lacks 'patch_size': K, the tokens per vector.")
-    for name in ("patch_size", "code_size"):
-        value = given.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"model.autoencoder.{name} must be a whole number, at least 1, got {value!r}.")
-
-
-def _check_part(part: str, given: Any) -> None:
+def check_part(part: str, given: Any) -> None:
+    """Raise ValueError when ``model.backbone`` or ``model.head`` is not a mapping of fields that fit together."""
     if not isinstance(given, dict):
         raise ValueError(f"model.{part} must be a mapping of its configuration's fields, got {given!r}.")
     fields = _backbone_fields(given) if part == "backbone" else _head_fields(given)
@@ -212,23 +162,6 @@ def _check_heads(backbone: dict[str, Any]) -> None:
             f"model.backbone.num_key_value_heads ({shared}) must divide num_attention_heads ({heads}): each serves as "
             "many of them."
         )
-
-
-def _auxiliary() -> Collection[str]:
-    from calm.models.configuration_calm import AUXILIARY
-
-    return AUXILIARY
-
-
-def model_fields(stage: str) -> Collection[str]:
-    """The keys that ``model`` may have in a recipe of this stage."""
-    from calm.models.configuration_autoencoder import CalmAutoencoderConfig
-
-    if stage == "autoencoder":
-        return {each.name for each in dataclasses.fields(CalmAutoencoderConfig)} | {"pretrained"}
-    if stage == "baseline":
-        return ("backbone", "pretrained")
-    return ("autoencoder", "backbone", "head", *_auxiliary(), "backbone_weights", "freeze_backbone", "pretrained")
 
 
 def _backbone_fields(backbone: dict[str, Any]) -> Collection[str] | None:

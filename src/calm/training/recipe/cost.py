@@ -9,6 +9,7 @@ from calm.evaluation.compute import compute
 from calm.models.context import patch_size_of
 from calm.training.recipe.models import outline_at
 from calm.training.recipe.recipe import Recipe
+from calm.training.recipe.sections import CalmModel, FineTunedModel
 from calm.training.recipe.trainer_arguments import trained_tokens
 
 
@@ -24,13 +25,15 @@ def training_flops_per_token(recipe: Recipe, model: PreTrainedModel, others: Ite
 
 
 def _frozen(recipe: Recipe, others: Iterable[Recipe]) -> tuple[str, ...]:
-    if not recipe.model.get("freeze_backbone"):
+    section = recipe.model
+    if not isinstance(section, CalmModel | FineTunedModel) or not section.freeze_backbone:
         return ()
+    path = section.pretrained if isinstance(section, FineTunedModel) else section.backbone_weights
     try:
-        source: Any = outline_at(recipe.model.get("pretrained") or recipe.model["backbone_weights"], others)
+        source: Any = outline_at(str(path), others)
     except ValueError:  # it is gone
         return ("backbone", "token_predictor")
-    return ("backbone", "token_predictor") if getattr(source.config, "token_prediction_weight", 0) else ("backbone",)
+    return ("backbone", "token_predictor") if getattr(source.config, "mtp_weight", 0) else ("backbone",)
 
 
 def recipe_cost(recipe: Recipe, model: PreTrainedModel, steps: int, others: Iterable[Recipe] = ()) -> dict[str, Any]:

@@ -21,8 +21,15 @@ from calm.models.modeling_autoencoder import CalmAutoencoder
 from calm.models.modeling_calm import CalmForCausalLM
 from calm.models.modeling_codes import TokenCodes
 from calm.training.loop.token_loss import use_linear_cross_entropy
-from calm.training.recipe.checks import is_codes
 from calm.training.recipe.recipe import Recipe
+from calm.training.recipe.sections import (
+    AutoencoderModel,
+    BaselineModel,
+    CalmModel,
+    CodesSection,
+    FineTunedModel,
+    given_keys,
+)
 
 _BACKBONE = "the settings in model.backbone"
 
@@ -30,35 +37,36 @@ _BACKBONE = "the settings in model.backbone"
 def build_model(recipe: Recipe) -> PreTrainedModel:
     """The recipe's model for the recipe's data: freshly initialised, or as far as it was trained already."""
     tokens = _token_ids(recipe.data.train)
-    if "pretrained" in recipe.model:
-        return _pretrained(recipe)
-    if recipe.stage == "autoencoder":
-        return CalmAutoencoder(CalmAutoencoderConfig(**tokens | recipe.model))
-    if recipe.stage == "baseline":
+    section = recipe.model
+    if isinstance(section, FineTunedModel):
+        return _pretrained(recipe, section)
+    if isinstance(section, AutoencoderModel):
+        return CalmAutoencoder(CalmAutoencoderConfig(**tokens | section.config))
+    if isinstance(section, BaselineModel):
         with settings_may_not_fit(_BACKBONE):
             model = AutoModelForCausalLM.from_config(
-                _baseline_config(recipe, tokens), dtype=torch.float32, trust_remote_code=False
+                _baseline_config(section, recipe, tokens), dtype=torch.float32, trust_remote_code=False
             )
         use_linear_cross_entropy(model)
         return model
-    if is_codes(recipe.model):
-        autoencoder: Any = TokenCodes(_codes_config(recipe, tokens))
+    if isinstance(section.autoencoder, CodesSection):
+        autoencoder: Any = TokenCodes(_codes_config(section.autoencoder, tokens))
         autoencoder.check_codes()
     else:
         with _named("model.autoencoder"):
-            autoencoder = load_autoencoder(recipe.model["autoencoder"])
-        _check_same_tokenizer(recipe.model["autoencoder"], recipe.data.train)
-    backbone = _backbone(recipe, autoencoder.config.patch_size, tokens)
+            autoencoder = load_autoencoder(section.autoencoder)
+        _check_same_tokenizer(section.autoencoder, recipe.data.train)
+    backbone = _backbone(section, recipe, autoencoder.config.patch_size, tokens)
     with settings_may_not_fit(_BACKBONE):
-        model = CalmForCausalLM.from_autoencoder(autoencoder, backbone, _head(recipe), **_auxiliary(recipe))
-    if "backbone_weights" in recipe.model:
+        model = CalmForCausalLM.from_autoencoder(autoencoder, backbone, section.head, **_auxiliary(section))
+    if section.backbone_weights is not None:
         with _named("model.backbone_weights"):
-            _check_same_tokenizer(recipe.model["backbone_weights"], recipe.data.train)
-            taken = _load_backbone(model, recipe.model["backbone_weights"])
-        if recipe.model.get("freeze_backbone"):
+            _check_same_tokenizer(section.backbone_weights, recipe.data.train)
+            taken = _load_backbone(model, section.backbone_weights)
+        if section.freeze_backbone:
             if "patch_embedding" not in taken:
                 raise ValueError(
-                    f"model.freeze_backbone: {recipe.model['backbone_weights']} holds a token model, whose backbone "
+                    f"model.freeze_backbone: {section.backbone_weights} holds a token model, whose backbone "
                     "has yet to learn to read patches; give backbone_weights of a CALM."
                 )
             _freeze(model, taken)
@@ -77,12 +85,11 @@ def _named(key: str) -> Iterator[None]:
         raise ValueError(message if message.startswith(key) else f"{key}: {message}") from error
 
 
-def _pretrained(recipe: Recipe) -> PreTrainedModel:
-    """A trained model of the recipe's stage, in float32."""
-    path = recipe.model["pretrained"]
-    separate = recipe.model.get("autoencoder")  # of a released model that comes without its own
+def _pretrained(recipe: Recipe, section: FineTunedModel) -> PreTrainedModel:
+    """Load a trained model of the recipe's stage, in float32."""
+    path = section.pretrained
     with _named("model.autoencoder"):
-        autoencoder = load_autoencoder(separate) if separate else None
+        autoencoder = load_autoencoder(section.autoencoder) if section.autoencoder else None
     with _named("model.pretrained"):
         model = load_model(path, torch.float32, autoencoder)
     stage = {CalmAutoencoder: "autoencoder", CalmForCausalLM: "calm"}.get(type(model), "baseline")
@@ -97,20 +104,19 @@ def _pretrained(recipe: Recipe) -> PreTrainedModel:
         ends = {*(known if isinstance(known, list) else [known]), model.config.separator_id} - {None}
         model.generation_config.eos_token_id = sorted(ends)
         trained = [part for part in _PARTS if hasattr(model, part)]
-        _set_losses(model, recipe)
-        if recipe.model.get("freeze_backbone"):
+        _set_losses(model, section)
+        if section.freeze_backbone:
             _freeze(model, trained)
     return model.train()
 
 
-def _set_losses(model: Any, recipe: Recipe) -> None:
-    """What a recipe may say of a trained model's losses; ValueError where it does not fit."""
-    given = recipe.model
-    if "decoded_brier_weight" in given:
-        model.config.decoded_brier_weight = given["decoded_brier_weight"]
+def _set_losses(model: Any, section: FineTunedModel) -> None:
+    """Set the losses of a trained model as the recipe gives them; ValueError where that does not fit."""
+    if section.decoded_brier_weight is not None:
+        model.config.decoded_brier_weight = section.decoded_brier_weight
         model.config.check_loss_weights()
-    if "token_prediction_weight" in given:
-        model.add_token_prediction(given["token_prediction_weight"], given.get("token_prediction_type", "independent"))
+    if section.mtp_weight is not None:
+        model.add_mtp_head(section.mtp_weight, section.mtp_type or "independent")
 
 
 _SAME_CONFIG = (
@@ -119,7 +125,7 @@ _SAME_CONFIG = (
 
 
 # What gives the hidden states, and the read-outs of them that token prediction trains.
-_PARTS = ("backbone", "patch_embedding", "token_predictor")
+_PARTS = ("backbone", "patch_embedding", "mtp_head")
 
 
 def _load_backbone(model: CalmForCausalLM, path: str) -> list[str]:
@@ -133,11 +139,11 @@ def _load_backbone(model: CalmForCausalLM, path: str) -> list[str]:
         config = source.config.backbone_config
         taken = [name for name in _PARTS if hasattr(source, name) and hasattr(model, name)]
         given = {name: getattr(source, name).state_dict() for name in taken}
-        kinds = [each.config.token_prediction_type for each in (source, model)]
-        if "token_predictor" in taken and kinds[0] != kinds[1]:
+        kinds = [each.config.mtp_type for each in (source, model)]
+        if "mtp_head" in taken and kinds[0] != kinds[1]:
             raise ValueError(
-                f"model.backbone_weights: the CALM in {path} has token_prediction_type {kinds[0]}, not {kinds[1]}; "
-                "give model.token_prediction_type the same."
+                f"model.backbone_weights: the CALM in {path} has mtp_type {kinds[0]}, not {kinds[1]}; "
+                "give model.mtp_type the same."
             )
         if source.config.patch_size != model.config.patch_size:
             raise ValueError(
@@ -186,37 +192,38 @@ def outline_model(recipe: Recipe, others: Iterable[Recipe] = ()) -> PreTrainedMo
     Raises ValueError when the vocabulary or the autoencoder stand nowhere.
     """
     tokens = _token_ids(recipe.data.train) if (Path(recipe.data.train) / MANIFEST).is_file() else {}
-    if "pretrained" in recipe.model:
+    section = recipe.model
+    if isinstance(section, FineTunedModel):
         with _named("model.pretrained"):
-            model: Any = outline_at(recipe.model["pretrained"], others)
+            model: Any = outline_at(section.pretrained, others)
         if isinstance(model, CalmForCausalLM):
-            _set_losses(model, recipe)
+            _set_losses(model, section)
         return model
-    vocab_size = recipe.model if recipe.stage == "autoencoder" else recipe.model["backbone"]
-    if not tokens and "vocab_size" not in vocab_size:
+    fields = section.config if isinstance(section, AutoencoderModel) else section.backbone
+    if not tokens and "vocab_size" not in fields:
         raise ValueError(
             f"the data in {recipe.data.train} are not prepared yet, and the recipe of {recipe.output_dir} names no "
             f"vocab_size: prepare them, or name it (`calm info --vocab-size`, or "
             f"model.{'' if recipe.stage == 'autoencoder' else 'backbone.'}vocab_size in the recipe)."
         )
-    if recipe.stage == "autoencoder":
-        return outline(CalmAutoencoderConfig(**tokens | recipe.model))
-    if recipe.stage == "baseline":
+    if isinstance(section, AutoencoderModel):
+        return outline(CalmAutoencoderConfig(**tokens | section.config))
+    if isinstance(section, BaselineModel):
         with settings_may_not_fit(_BACKBONE):
-            return outline(_baseline_config(recipe, tokens))
-    if is_codes(recipe.model):
-        autoencoder: Any = _codes_config(recipe, {"vocab_size": recipe.model["backbone"].get("vocab_size")} | tokens)
+            return outline(_baseline_config(section, recipe, tokens))
+    if isinstance(section.autoencoder, CodesSection):
+        autoencoder: Any = _codes_config(section.autoencoder, {"vocab_size": fields.get("vocab_size")} | tokens)
     else:
         with _named("model.autoencoder"):
-            config: Any = outline_at(recipe.model["autoencoder"], others).config
+            config: Any = outline_at(section.autoencoder, others).config
         autoencoder = getattr(config, "autoencoder_config", config)
     with settings_may_not_fit(_BACKBONE):
         return outline(
             CalmConfig(
-                backbone_config=_backbone(recipe, autoencoder.patch_size, tokens),
-                head_config=_head(recipe),
+                backbone_config=_backbone(section, recipe, autoencoder.patch_size, tokens),
+                head_config=section.head,
                 autoencoder_config=autoencoder,
-                **_auxiliary(recipe),
+                **_auxiliary(section),
             )
         )
 
@@ -231,29 +238,26 @@ def outline_at(place: str, recipes: Iterable[Recipe]) -> PreTrainedModel:
     raise ValueError(f"there is no model in {place} yet, and none of the recipes at hand will train it.")
 
 
-def _codes_config(recipe: Recipe, tokens: dict) -> TokenCodesConfig:
-    fields = {name: value for name, value in recipe.model["autoencoder"].items() if name != "type"}
+def _codes_config(section: CodesSection, tokens: dict) -> TokenCodesConfig:
+    fields = given_keys(section)
+    del fields["type"]
     return TokenCodesConfig(**tokens | fields)
 
 
-def _baseline_config(recipe: Recipe, tokens: dict) -> Any:
-    fields = _backbone(recipe, 1, tokens)
+def _baseline_config(section: BaselineModel, recipe: Recipe, tokens: dict) -> Any:
+    fields = _backbone(section, recipe, 1, tokens)
     check_sizes(fields, "model.backbone.")
     return AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
 
 
-def _backbone(recipe: Recipe, patch_size: int, tokens: dict) -> dict:
-    """Fields of the backbone's configuration; its context holds the blocks it is trained on, a position per patch."""
+def _backbone(section: BaselineModel | CalmModel, recipe: Recipe, patch_size: int, tokens: dict) -> dict:
+    """Return the fields of the backbone's configuration; its context holds a block, a position per patch."""
     positions = max(2048, recipe.data.block_size // patch_size)
-    return {"max_position_embeddings": positions} | tokens | dict(recipe.model["backbone"])
+    return {"max_position_embeddings": positions} | tokens | dict(section.backbone)
 
 
-def _head(recipe: Recipe) -> dict:
-    return dict(recipe.model.get("head") or {})
-
-
-def _auxiliary(recipe: Recipe) -> dict:
-    return {name: recipe.model[name] for name in AUXILIARY if name in recipe.model}
+def _auxiliary(section: CalmModel) -> dict:
+    return {name: value for name, value in given_keys(section).items() if name in AUXILIARY}
 
 
 def _token_ids(data: str) -> dict[str, int | None]:

@@ -1,37 +1,24 @@
-"""Recipes: one YAML file says all there is to say about a training run.
+"""Recipes: one YAML file describes a training run.
 
 ```yaml
 stage: calm                          # autoencoder | calm | baseline
 output_dir: runs/calm
-seed: 0
-data:
-  train: data/train                  # made by `calm prepare`
-  validation: data/validation        # loss on it is logged every `eval_steps` (default: `save_steps`)
-  block_size: 1024                   # tokens
-model:                               # stage autoencoder: fields of CalmAutoencoderConfig
-  autoencoder: runs/autoencoder      # stage calm: a trained autoencoder,
-  backbone: {hidden_size: 256}       #   the backbone's fields (`model_type` if it is no Llama),
-  head: {type: energy}               #   and the head's; stage baseline: the backbone alone
-  token_prediction_weight: 0.0       # stage calm: of an auxiliary cross-entropy; optional
-  token_prediction_type: independent #   or autoregressive: every token also from those before it in its patch
-  decoded_brier_weight: 0.0          # stage calm: of the Brier score of decoded draws; optional
-  backbone_weights: runs/baseline    # stage calm, optional: start from a token model's or a CALM's weights, same shape
-  freeze_backbone: false             # stage calm: true trains on what was trained before only its head and what is new
-  pretrained: runs/calm              # instead of all that: go on from a trained model, to fine-tune it; beside it may
-                                     #   stand autoencoder, freeze_backbone, decoded_brier_weight and, where it has no
-                                     #   token prediction, token_prediction_weight and token_prediction_type
-tokens_per_step: 524288              # over all processes; sets gradient_accumulation_steps. Optional
-precision: auto                      # auto (bfloat16 on GPUs that have it) | float32 | bfloat16 | float16
-brier_blocks: 32                     # BrierLM on so many validation blocks with every evaluation. Optional
-training:                            # fields of transformers.TrainingArguments
-  learning_rate: 3.0e-4
+data: {train: data/train, validation: data/validation, block_size: 1024}
+model:
+  autoencoder: runs/autoencoder
+  backbone: {hidden_size: 256, num_hidden_layers: 4}
+  head: {type: energy}
+training: {learning_rate: 3.0e-4}    # fields of transformers.TrainingArguments
 ```
+
+`python -m calm.training.recipe.reference` prints all keys.
 """
 
 import dataclasses
 import difflib
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -42,18 +29,29 @@ import yaml
 
 from calm.training.recipe.checks import (
     check_keys,
-    check_model,
     check_smallest,
     check_training,
     check_types,
-    model_fields,
     training_fields,
-    without_removed,
+    with_current_keys,
 )
+from calm.training.recipe.sections import (
+    STAGES,
+    AutoencoderModel,
+    BaselineModel,
+    CalmModel,
+    DataSection,
+    ModelSection,
+    given_keys,
+    key_names,
+    model_keys,
+    read_model,
+)
+from calm.utils.deprecation import RENAMED_CALM_FIELDS, rename_deprecated
 from calm.utils.paths import nearest_existing
 
 FAMILY = "family of recipes"
-STAGES = ("autoencoder", "calm", "baseline")
+_RENAMED_RECIPES = {"recipes/single_gpu/finish.yaml": "recipes/single_gpu/head_finetune.yaml"}
 _MAX_CHARACTERS, _MAX_VALUES, _MAX_DEPTH = 1_000_000, 10_000, 50  # of a recipe
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 # The paper's optimiser, and habits that suit language models; a recipe may change every one of them.
@@ -73,23 +71,30 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 
 
 @dataclass
-class DataRecipe:
-    train: str
-    block_size: int
-    validation: str | None = None
-
-
-@dataclass
 class Recipe:
-    stage: str
-    output_dir: str
-    data: DataRecipe
-    model: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    tokens_per_step: int | None = None
-    brier_blocks: int | None = None
-    precision: str = "auto"
+    """A training run, checked; the keys of the YAML file are its fields."""
+
+    stage: str = field(metadata={"help": "autoencoder, calm or baseline"})
+    output_dir: str = field(metadata={"help": "directory of the run: model, tokenizer, recipe, logs and checkpoints"})
+    data: DataSection = field(metadata={"help": "prepared data"})
+    model: ModelSection = field(
+        default_factory=lambda: AutoencoderModel({}), metadata={"help": "the model; its keys depend on the stage"}
+    )
+    training: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "fields of transformers.TrainingArguments"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of the initial weights, the order of the data, and noise"})
+    tokens_per_step: int | None = field(
+        default=None,
+        metadata={"help": "tokens per optimiser step over all processes; sets training.gradient_accumulation_steps"},
+    )
+    brier_blocks: int | None = field(
+        default=None,
+        metadata={"help": "validation blocks on which BrierLM is computed at every evaluation; language models only"},
+    )
+    precision: str = field(
+        default="auto", metadata={"help": "auto (bfloat16 on GPUs that support it), float32, bfloat16 or float16"}
+    )
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -99,7 +104,8 @@ class Recipe:
         check_training(self.training)
         if self.precision != "auto" and {"bf16", "fp16"} & self.training.keys():
             raise ValueError("give precision or training.bf16 and training.fp16, not both.")
-        check_model(self.stage, self.model)
+        if not isinstance(self.model, ModelSection):
+            self.model = read_model(self.stage, self.model)
         check_types(self, {"output_dir": str, "seed": int}, "the recipe")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in 0 to {2**32 - 1}, got {self.seed}.")
@@ -126,15 +132,15 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """Build and check a recipe; ValueError names an unknown or missing key."""
         if isinstance(values, dict):
-            values = without_removed(values)
+            values = with_current_keys(values)
         check_keys(
             values,
-            {each.name for each in dataclasses.fields(cls)},
+            key_names(cls),
             "the recipe",
             lambda: {
                 "training": training_fields(),
-                "data": {each.name for each in dataclasses.fields(DataRecipe)},
-                "model": model_fields(str(values.get("stage"))),
+                "data": key_names(DataSection),
+                "model": model_keys(str(values.get("stage"))),
             },
         )
         for name in ("stage", "output_dir", "data"):
@@ -143,11 +149,11 @@ class Recipe:
         data = values["data"]
         if not isinstance(data, dict):
             raise ValueError(f"data must be a mapping (train, validation, block_size), got {data!r}.")
-        check_keys(data, {each.name for each in dataclasses.fields(DataRecipe)}, "data")
+        check_keys(data, key_names(DataSection), "data")
         for name in ("train", "block_size"):
             if name not in data:
                 raise ValueError(f"data lacks {name!r}.")
-        given: dict[str, Any] = {"data": DataRecipe(**data)}
+        given = {"data": DataSection(**data), "model": {} if values.get("model") is None else values["model"]}
         return cls(**values | given)
 
     @classmethod
@@ -156,6 +162,7 @@ class Recipe:
         values = read_yaml(find_recipe(path))
         if not isinstance(values, dict):
             raise ValueError(f"{path} must be a mapping of recipe keys, got {type(values).__name__}.")
+        values = with_current_keys(values)
         for override in overrides:
             key, separator, value = override.partition("=")
             if not separator or not key:
@@ -165,18 +172,33 @@ class Recipe:
             except (yaml.YAMLError, ValueError) as error:
                 problem = error if isinstance(error, _TooMuchError) else "is not valid YAML; quote it."
                 raise ValueError(f"override {override!r:.200}: {value!r:.100} {problem}") from error
+            section, _, name = key.rpartition(".")
+            if section == "model" and name in RENAMED_CALM_FIELDS:
+                renamed = {name: parsed}
+                rename_deprecated(renamed, RENAMED_CALM_FIELDS, "model")
+                key = f"model.{next(iter(renamed))}"
             _set_dotted(values, key.split("."), parsed, override)
         return cls.from_dict(values)
 
     def set_vocab_size(self, vocab_size: int) -> None:
-        """Of the model, where the recipe names none."""
-        fields = self.model if self.stage == "autoencoder" else self.model.get("backbone")
-        if fields is not None and "pretrained" not in fields:
-            fields.setdefault("vocab_size", vocab_size)
+        """Set the vocabulary of the model, if the recipe has none."""
+        if isinstance(self.model, AutoencoderModel):
+            self.model.config.setdefault("vocab_size", vocab_size)
+        elif isinstance(self.model, BaselineModel | CalmModel):
+            self.model.backbone.setdefault("vocab_size", vocab_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the resolved recipe as a mapping: defaults of the training included, keys of the model as given."""
+        values = dataclasses.asdict(self)
+        is_flat = isinstance(self.model, AutoencoderModel)
+        values["model"] = values["model"]["config"] if is_flat else given_keys(self.model)
+        if isinstance(values["model"].get("autoencoder"), dict):
+            values["model"]["autoencoder"] = given_keys(self.model.autoencoder)  # type: ignore[union-attr]
+        return values
 
     def to_yaml(self) -> str:
-        """The resolved recipe, defaults included."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+        """Return the resolved recipe as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
 def find_recipe(path: str | os.PathLike, kind: str = "recipe") -> Path:
@@ -188,6 +210,9 @@ def find_recipe(path: str | os.PathLike, kind: str = "recipe") -> Path:
     Raises ValueError that names the nearest recipe or path when there is none.
     """
     path = Path(path)
+    if path.as_posix() in _RENAMED_RECIPES:
+        path = Path(_RENAMED_RECIPES[path.as_posix()])
+        warnings.warn(f"the recipe is now called {path}; its former name will be removed.", FutureWarning, stacklevel=2)
     package = Path(str(resources.files("calm")))
     places = [path, package / path] if path.parts[:1] == ("recipes",) else [path]
     is_directory = kind == FAMILY

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from calm.data.blocks import MANIFEST
+from calm.training.recipe.checks import with_current_keys
 from calm.training.recipe.recipe import Recipe
 from calm.training.state.checkpoint_manifest import find_checkpoint, read_seal, remove_unsealed
 
@@ -72,7 +73,7 @@ def check_output(recipe: Recipe, allow_recipe_change: bool = False) -> None:
 
 def _differences(output: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """What a recipe says otherwise than the one in its directory: that one's values and its own, by dotted key."""
-    before = _flatten(yaml.safe_load((output / RECIPE).read_text(encoding="utf-8")))
+    before = _flatten(with_current_keys(yaml.safe_load((output / RECIPE).read_text(encoding="utf-8")), warn=False))
     now = _flatten(yaml.safe_load(recipe.to_yaml()))
     places = before.pop("output_dir"), now.pop("output_dir")
     values = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}

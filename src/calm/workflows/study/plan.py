@@ -13,7 +13,7 @@ fluency: {judge: baseline, models: [calm], temperatures: [1, 0.5]}  # texts at l
 report:                                                             # tables with plots: lines against compute, rows
   - title: Frontier
     text: What is to be seen.
-    lines: {CALM: [calm], without its head: ["calm:token_prediction"]}  # what token prediction draws; in fluency too
+    lines: {CALM: [calm], without its head: ["calm:mtp"]}   # samples of multi-token prediction; in fluency too
   - title: Everything
     rows: [autoencoder, calm]
 ```
@@ -22,12 +22,13 @@ report:                                                             # tables wit
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calm.report.study import WITHOUT_HEAD
+from calm.report.study import FORMER_SUFFIX, WITHOUT_HEAD
 from calm.training.recipe.checks import check_keys
 from calm.training.recipe.recipe import Recipe, find_recipe, read_yaml
 
@@ -104,6 +105,7 @@ class Plan:
             if values.get(part) is not None:
                 check_keys(values[part], {each.name for each in dataclasses.fields(kind)}, part)
                 values[part] = kind(**values[part])
+        _rename_rows(values)
         plan = cls(folder=path.parent, **values)
         plan._check_names()
         return plan
@@ -157,6 +159,30 @@ class Plan:
         for name in [*judge, *(name.removesuffix(WITHOUT_HEAD) for name in self.named())]:
             if name not in known:
                 raise ValueError(f"the plan's report or fluency names {name!r}, which no model is called.")
+
+
+def _rename_rows(values: dict[str, Any]) -> None:
+    """Replace the former suffix ``:token_prediction`` of names in the report and in the judged texts."""
+
+    def renamed(names: Any) -> Any:
+        if not isinstance(names, list):
+            return names
+        if any(isinstance(name, str) and name.endswith(FORMER_SUFFIX) for name in names):
+            warnings.warn(
+                f"the suffix {FORMER_SUFFIX} of a plan's rows is {WITHOUT_HEAD} now; the old one works for one more "
+                "release.",
+                FutureWarning,
+                stacklevel=4,
+            )
+        return [name.replace(FORMER_SUFFIX, WITHOUT_HEAD) if isinstance(name, str) else name for name in names]
+
+    for section in values.get("report") or []:
+        if "rows" in section:
+            section["rows"] = renamed(section["rows"])
+        if isinstance(section.get("lines"), dict):
+            section["lines"] = {label: renamed(names) for label, names in section["lines"].items()}
+    if values.get("fluency") is not None:
+        values["fluency"].models = renamed(values["fluency"].models)
 
 
 def _check_whole(name: str, value: Any, smallest: int) -> None:

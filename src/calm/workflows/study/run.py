@@ -125,10 +125,10 @@ def _check_can_be_scored(plan: Plan, recipes: dict[str, Recipe]) -> None:
                 )
         if plan.fluency is not None and name == plan.fluency.judge and recipe.stage != "baseline":
             raise ValueError(f"fluency.judge must be a token model, whose probabilities are known; {name} is none.")
-        if name + WITHOUT_HEAD in named and not getattr(config, "token_prediction_weight", 0):
+        if name + WITHOUT_HEAD in named and not getattr(config, "mtp_weight", 0):
             raise ValueError(
                 f"the plan's report or fluency names {name + WITHOUT_HEAD}, and {name} has no token prediction: only a "
-                "CALM has it whose recipe gives it a model.token_prediction_weight."
+                "CALM has it whose recipe gives it a model.mtp_weight."
             )
 
 

@@ -49,10 +49,10 @@ def score_run(recipe: Recipe, evaluation: Evaluation) -> dict[str, Any]:
         rebuilt = evaluate_reconstruction(model.autoencoder, blocks, evaluation.num_blocks)
         score["token_accuracy_sample"] = rebuilt.token_accuracy_sample
         score["token_prediction"] = None
-        if model.config.token_prediction_weight:
+        if model.config.mtp_weight:
             positions = recipe.data.block_size // model.config.patch_size
-            cost = compute(model, positions, sampler="token_prediction").inference_flops_per_token["total"]
-            without_head = scored(sampler="token_prediction").to_dict()
+            cost = compute(model, positions, sampler="mtp").inference_flops_per_token["total"]
+            without_head = scored(sampler="mtp").to_dict()
             score["token_prediction"] = without_head | {"inference_flops_per_token": cost}
     return score
 
@@ -92,7 +92,7 @@ def judge_texts(fluency: Fluency, run: Path, judge_recipe: Recipe, seed: int) ->
         path = fluency_path(run, name)
         model: Any = load_language_model(path.parent)
         model.to(device)
-        sampler = "token_prediction" if name.endswith(WITHOUT_HEAD) else None
+        sampler = "mtp" if name.endswith(WITHOUT_HEAD) else None
         judged = partial(evaluate_fluency, model, judge, tokenizer, blocks, *size, seed=seed, sampler=sampler)
         results = [judged(temperature=temperature).to_dict() for temperature in fluency.temperatures]
         write_json(path, [result | {"asked": asked} for result in results])
