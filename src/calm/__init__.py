@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from calm.models.configuration_autoencoder import CalmAutoencoderConfig
     from calm.models.configuration_calm import CalmConfig
     from calm.models.configuration_codes import TokenCodesConfig
+    from calm.models.drafters import load_drafter
     from calm.models.heads.base import Head, HeadConfig, HeadLoss
     from calm.models.heads.categorical_flow import CategoricalFlowHeadConfig
     from calm.models.heads.diffusion import DiffusionHeadConfig
@@ -51,6 +52,7 @@ __all__ = [
     "TokenCodesConfig",
     "__version__",
     "load",
+    "load_drafter",
     "register_head",
     "register_sampler",
     "train",
@@ -75,6 +77,7 @@ _MODULES = {
     "TokenCodes": "calm.models.modeling_codes",
     "TokenCodesConfig": "calm.models.configuration_codes",
     "load": "calm.workflows.text_model",
+    "load_drafter": "calm.models.drafters",
     "register_head": "calm.models.heads.registry",
     "register_sampler": "calm.generation.samplers",
     "train": "calm.workflows.train",

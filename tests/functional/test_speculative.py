@@ -141,3 +141,11 @@ def test_the_draft_length_follows_from_the_times_of_a_pass():
     assert best_draft_length(acceptance, [1.0, 1.1, 3.0, 5.0], 0.0) == 1
     assert best_draft_length(acceptance, [1.0, 2.0, 3.0, 4.0], 0.0) == 0
     assert best_draft_length(acceptance, [1.0] * 4, 5.0) == 0
+
+
+def test_a_rejection_by_rounding_gives_a_possible_token():
+    target = torch.tensor([[[0.7, 0.3 - 1e-7, 0.0, 0.0], [0.25] * 4]])
+    draft = torch.tensor([[[0.7, 0.3, 0.0, 0.0]]])  # q is nowhere below p
+    result = verify_chain(target, torch.tensor([[1]]), draft, torch.tensor([[1 - 1e-8, 0.999]]).clamp(max=0.9999999))
+    assert result.num_accepted.tolist() == [0]
+    assert result.next_token.item() in (0, 1)

@@ -4,7 +4,14 @@ import itertools
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from calm.generation.drafting import generate_with_drafter
 from calm.models.drafters import DRAFTERS, DrafterConfig, load_drafter
@@ -162,8 +169,13 @@ def test_wrong_targets_and_settings_are_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="prompt is empty"):
         generate_with_drafter(target, drafter, PROMPTS[:, :0])
     window = MistralForCausalLM(MistralConfig(**SIZES, vocab_size=50, num_key_value_heads=4, sliding_window=8))
-    with pytest.raises(ValueError, match="window of 8"):
+    with pytest.raises(ValueError, match="sliding_window cannot be verified with a drafter"):
         generate_with_drafter(window, drafter, PROMPTS)
+    recurrent = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, state_size=4))
+    with pytest.raises(ValueError, match="recurrent state instead of a cache"):
+        generate_with_drafter(recurrent, drafter, PROMPTS)
+    with pytest.raises(ValueError, match="do not fit the context of 2048 tokens"):
+        generate_with_drafter(target, drafter, PROMPTS, max_new_tokens=2040)
     with pytest.raises(ValueError, match="has no config"):
         load_drafter(tmp_path)
     target.save_pretrained(tmp_path)

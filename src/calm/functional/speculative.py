@@ -61,7 +61,10 @@ def verify_chain(target_probs: Tensor, tokens: Tensor, draft_probs: Tensor | Non
         else:
             proposed = draft_probs[rows, position]
         is_rejected = (num_accepted < num_drafted)[:, None]
-        after = torch.where(is_rejected, (after - proposed).clamp(min=0), after)
+        residual = (after - proposed).clamp(min=0)
+        # Where p equals q up to rounding, nothing is left over; a rejection is then an accident of rounding itself.
+        is_empty = residual.sum(1, keepdim=True) <= 0
+        after = torch.where(is_rejected & ~is_empty, residual, after)
     return Verified(num_accepted, pick(after, uniforms[:, num_drafted:])[:, 0])
 
 

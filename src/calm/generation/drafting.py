@@ -20,6 +20,8 @@ from transformers import DynamicCache, PreTrainedModel
 from calm.functional.rng import Generator, check_rows, pick, uniform
 from calm.functional.speculative import verify_chain
 from calm.functional.temperature import sharpened
+from calm.models.capabilities import check_full_attention
+from calm.models.context import context_of
 from calm.models.drafters.base import Draft, Drafter
 
 
@@ -91,6 +93,12 @@ def generate_with_drafter(
         )
     if input_ids.shape[1] == 0:
         raise ValueError("the prompt is empty: a drafter needs at least one token to read.")
+    context = context_of(target.config.get_text_config())
+    if context is not None and input_ids.shape[1] + max_new_tokens + num_draft_tokens > context:
+        raise ValueError(
+            f"{input_ids.shape[1]} tokens of the prompt, {max_new_tokens} new ones and drafts of {num_draft_tokens} "
+            f"do not fit the context of {context} tokens: shorten the prompt or ask for fewer tokens."
+        )
     texts = _Texts(target, drafter, input_ids, attention_mask, temperature, generator)
     statistics = DraftStatistics()
     ends = torch.tensor(sorted(_end_ids(target)), dtype=torch.long, device=input_ids.device)
@@ -213,17 +221,16 @@ class _Texts:
 
 
 def check_target(target: Any) -> None:
-    """Raise ValueError for a model whose text cannot be verified."""
+    """Raise ValueError for a model whose text cannot be verified: one without a cache of all past tokens."""
     config = target.config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(target.config, "is_encoder_decoder", False):
         raise ValueError(f"a drafter needs a decoder-only target, got a {config.model_type}.")
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+    if getattr(target, "_is_stateful", False):
         raise ValueError(
-            f"the attention of this {config.model_type} forgets tokens beyond its window of {config.sliding_window}, "
-            "so rejected tokens cannot be taken back: generate without a drafter."
+            f"a {config.model_type} has a recurrent state instead of a cache of past tokens, so rejected tokens cannot "
+            "be taken back: generate without a drafter."
         )
-    if not getattr(target, "_supports_default_dynamic_cache", lambda: True)():
-        raise ValueError(f"a {config.model_type} has no key/value cache of past tokens: generate without a drafter.")
+    check_full_attention(config, "verified with a drafter")
 
 
 def _end_ids(model: Any) -> set[int]:

@@ -43,12 +43,13 @@ def join(drafts: list[Draft]) -> Draft:
     return Draft(torch.cat([draft.tokens for draft in drafts], dim=1), torch.cat(probs, dim=1) if probs else None)
 
 
+_VOLATILE = ("_name_or_path", "architectures", "attn_implementation", "dtype", "transformers_version", "use_cache")
+
+
 def target_hash(config: Any) -> str:
-    """Return a hash of what a drafter depends on in its target: architecture, sizes, vocabulary."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    keys = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    text = json.dumps({key: getattr(config, key, None) for key in keys}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Return a hash of the configuration of a target, without what does not change its hidden states."""
+    settings = {key: value for key, value in config.get_text_config().to_dict().items() if key not in _VOLATILE}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class Drafter(PreTrainedModel):

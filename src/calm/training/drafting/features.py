@@ -1,7 +1,7 @@
 """Hidden states of a target over texts, computed once and kept on disk.
 
-One pass of the target costs more than one of a drafter, and a drafter passes over the same texts several times. Features
-are float16 in one memory-mapped file; texts are stored one after the other.
+One pass of the target costs more than one of a drafter, and a drafter passes over the same texts several times.
+Features are float16 in one memory-mapped file; texts are stored one after the other.
 
 Shapes: N positions of all texts, F features.
 """

@@ -81,7 +81,7 @@ def train_drafter(
         optimizer.zero_grad()
         schedule.step()
         if on_step is not None:
-            on_step(step + 1, len(steps), float(loss))
+            on_step(step + 1, len(steps), float(loss.detach()))
         if (step + 1) % settings.save_steps == 0:
             directory.mkdir(parents=True, exist_ok=True)
             saved = {
