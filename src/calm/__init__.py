@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from calm.models.configuration_autoencoder import CalmAutoencoderConfig
     from calm.models.configuration_calm import CalmConfig
     from calm.models.configuration_codes import TokenCodesConfig
+    from calm.models.drafters import load_drafter
     from calm.models.heads.base import Head, HeadConfig, HeadLoss
     from calm.models.heads.categorical_flow import CategoricalFlowHeadConfig
     from calm.models.heads.diffusion import DiffusionHeadConfig
@@ -56,6 +57,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "load",
+    "load_drafter",
     "register_head",
     "register_metric",
     "register_sampler",
@@ -84,6 +86,7 @@ _MODULES = {
     "TokenCodesConfig": "calm.models.configuration_codes",
     "evaluate": "calm.evaluation.run",
     "load": "calm.workflows.text_model",
+    "load_drafter": "calm.models.drafters",
     "register_head": "calm.models.heads.registry",
     "register_metric": "calm.evaluation.metrics.registry",
     "register_sampler": "calm.generation.samplers",

@@ -24,6 +24,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="number of tokens to add at most")] = 128,
     stop: Annotated[list[str] | None, typer.Option(help="end after this text; may be given several times")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same text on the same device")] = 0,
+    drafter: Annotated[
+        str | None, typer.Option(help="directory of a drafter of this token model: same text, fewer passes")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer, when the model has none beside it")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; auto is float32 on a CPU")] = "auto",
@@ -42,6 +45,7 @@ def generate(
     from calm.checkpoints.loading import load_language_model
     from calm.data.tokenizer import load_tokenizer
     from calm.generation.completions import PrintingStreamer, complete, complete_file
+    from calm.generation.drafted_text import complete_with_drafter
     from calm.utils.device import resolve_device, resolve_dtype
     from calm.utils.paths import did_you_mean
     from calm.utils.progress import make_progress
@@ -52,11 +56,17 @@ def generate(
         raise ValueError("--output is for the continuations of --prompts; that of one --prompt is printed.")
     if prompts is not None and not prompts.is_file():
         raise ValueError(f"no such file: {prompts}{did_you_mean(prompts)}")
+    if drafter is not None and prompts is not None:
+        raise ValueError("--drafter continues one --prompt; leave out --prompts.")
     target = resolve_device(device)
     language_model = load_language_model(model, resolve_dtype(dtype, target))
     language_model.to(target)  # type: ignore[arg-type]
     own_tokenizer = load_tokenizer(tokenizer or model)
     params = dataclasses.replace(sampling, max_new_tokens=max_new_tokens, stop=tuple(stop or ()), seed=seed)
+    if drafter is not None:
+        text = sys.stdin.read() if prompt == "-" else prompt or ""
+        complete_with_drafter(language_model, drafter, own_tokenizer, text, params)
+        return
     if prompts is None or output is None:
         text = sys.stdin.read() if prompt == "-" else prompt or ""
         complete(language_model, own_tokenizer, [text], params, PrintingStreamer(own_tokenizer), compile=compile)

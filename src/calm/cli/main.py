@@ -11,6 +11,7 @@ import typer
 from calm.cli.bandwidth import bandwidth
 from calm.cli.convert import convert
 from calm.cli.corpus import corpus
+from calm.cli.drafter import drafter
 from calm.cli.environment import quieten_libraries, wait_passively
 from calm.cli.evaluate import evaluate
 from calm.cli.generate import generate
@@ -58,6 +59,7 @@ app.command()(with_imports(evaluate))
 app.command()(with_imports(bandwidth))
 app.command()(with_imports(study))
 app.command()(with_imports(report))
+app.command()(drafter)
 app.command()(with_imports(generate))
 app.command(context_settings=HARNESS_ARGUMENTS)(with_imports(harness))
 app.command()(with_imports(serve))

@@ -1,0 +1,256 @@
+"""Generation with a drafter: the target verifies several drafted tokens in one pass; its distribution does not change.
+
+A round: the drafter proposes G tokens, the target reads the last known token and the draft in one pass, the
+verification accepts a prefix and samples one more token. Rows of a batch accept different numbers of tokens: the
+key/value cache keeps as many positions as the row with the most, and a mask hides what the others rejected. Every row
+drafts the same number of tokens in every round, so that its text does not depend on its neighbours.
+
+Shapes: B rows, T tokens, G drafted tokens, F features, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from calm.functional.rng import Generator, check_rows, pick, uniform
+from calm.functional.speculative import verify_chain
+from calm.functional.temperature import sharpened
+from calm.models.capabilities import check_full_attention
+from calm.models.context import context_of
+from calm.models.drafters.base import Draft, Drafter
+
+
+@dataclass
+class DraftStatistics:
+    """Counts over all rows and rounds; a round of a row that has ended does not count.
+
+    Args:
+        num_verifications: rows times passes of the target after the prompt.
+        num_drafted: drafted tokens.
+        num_accepted: drafted tokens that were accepted.
+    """
+
+    num_verifications: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+    @property
+    def tokens_per_verification(self) -> float:
+        """Tokens that one pass of the target yields for one row, 1 without drafting."""
+        return 1 + self.num_accepted / max(self.num_verifications, 1)
+
+
+@dataclass
+class DraftedText:
+    """Result of :func:`generate_with_drafter`.
+
+    Args:
+        sequences: prompts and continuations, ``[B, T + new]``; after the end of a text padding.
+        statistics: what the drafts were worth.
+    """
+
+    sequences: Tensor
+    statistics: DraftStatistics = field(default_factory=DraftStatistics)
+
+
+@torch.no_grad()
+def generate_with_drafter(
+    target: PreTrainedModel,
+    drafter: Drafter,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    num_draft_tokens: int | None = None,
+    generator: Generator = None,
+    on_tokens: Callable[[list[list[int]]], bool] | None = None,
+) -> DraftedText:
+    """Continue prompts as ``target.generate`` would, with fewer passes of the target.
+
+    Args:
+        target: a causal language model with a dense key/value cache.
+        drafter: attached to the target.
+        input_ids: prompts, ``[B, T]``, left-padded.
+        attention_mask: ``[B, T]``, 0 for padding; None if there is no padding.
+        max_new_tokens: tokens to add at most.
+        temperature: of the target, at least 0; 0 is greedy decoding.
+        num_draft_tokens: tokens of a draft; default as many as the drafter gives.
+        generator: source of all randomness; a list of one per row makes each text independent of the others.
+        on_tokens: called after every round with the new tokens of every row; True ends generation.
+    """
+    check_target(target)
+    check_rows(generator, len(input_ids))
+    num_draft_tokens = drafter.config.num_tokens if num_draft_tokens is None else num_draft_tokens
+    if not 1 <= num_draft_tokens <= drafter.config.num_tokens:
+        raise ValueError(
+            f"num_draft_tokens must be in [1, {drafter.config.num_tokens}] for this drafter, got {num_draft_tokens}."
+        )
+    if input_ids.shape[1] == 0:
+        raise ValueError("the prompt is empty: a drafter needs at least one token to read.")
+    context = context_of(target.config.get_text_config())
+    if context is not None and input_ids.shape[1] + max_new_tokens + num_draft_tokens > context:
+        raise ValueError(
+            f"{input_ids.shape[1]} tokens of the prompt, {max_new_tokens} new ones and drafts of {num_draft_tokens} "
+            f"do not fit the context of {context} tokens: shorten the prompt or ask for fewer tokens."
+        )
+    texts = _Texts(target, drafter, input_ids, attention_mask, temperature, generator)
+    statistics = DraftStatistics()
+    ends = torch.tensor(sorted(_end_ids(target)), dtype=torch.long, device=input_ids.device)
+    new: list[list[int]] = [[] for _ in range(len(input_ids))]
+    is_running = [True] * len(new)
+    rounds = texts.start()
+    while True:
+        added = [
+            _until_end(row[: max_new_tokens - len(text)], ends) if running else []
+            for row, text, running in zip(rounds, new, is_running, strict=True)
+        ]
+        for index, row in enumerate(added):
+            new[index] += row
+            ended = bool(row) and row[-1] in ends.tolist()
+            is_running[index] = is_running[index] and not ended and len(new[index]) < max_new_tokens
+        if (on_tokens is not None and on_tokens(added)) or not any(is_running):
+            break
+        rounds = texts.round(num_draft_tokens)
+        for row, running in zip(rounds, is_running, strict=True):
+            statistics.num_verifications += running
+            statistics.num_drafted += num_draft_tokens * running
+            statistics.num_accepted += (len(row) - 1) * running
+    return DraftedText(_padded(input_ids, new, target), statistics)
+
+
+class _Texts:
+    """The texts of a batch: the target's cache, which of its positions count, and the last known tokens."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafter: Drafter,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        temperature: float,
+        generator: Generator,
+    ):
+        self.target, self.drafter, self.input_ids = target, drafter, input_ids
+        self.temperature, self.generator = temperature, generator
+        self.mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self.has_gaps = not bool(self.mask.all())
+        self.cache = DynamicCache(config=target.config)
+        self.state = drafter.new_state(len(input_ids))
+        self.rows = torch.arange(len(input_ids), device=input_ids.device)
+        self.token_ids: Tensor  # known and not yet read by the target, [B]
+        self.features: Tensor  # of the position before them, [B, F]
+
+    def start(self) -> list[list[int]]:
+        """Read the prompts, and return the first token of every row."""
+        position = (self.mask.cumsum(1) - 1).clamp(min=0)
+        features, logits = self._read(self.input_ids, position, keep=1)
+        probs = self._probs(logits[:, -1])
+        self.token_ids = pick(probs, self._uniform(1))[:, 0]
+        self.features = features[:, -1]
+        next_ids = torch.cat([self.input_ids[:, 1:], self.token_ids[:, None]], dim=1)
+        if self.state is not None:
+            # A drafter with a state wants the texts without padding before them.
+            lengths = self.mask.sum(1)
+            shift = (self.mask.shape[1] - lengths)[:, None] + torch.arange(self.mask.shape[1], device=lengths.device)
+            shift = shift.clamp(max=self.mask.shape[1] - 1)
+            aligned = features.gather(1, shift[..., None].expand(-1, -1, features.shape[-1]))
+            self.drafter.extend(self.state, aligned, next_ids.gather(1, shift), lengths)
+        return [[token] for token in self.token_ids.tolist()]
+
+    def round(self, num_tokens: int) -> list[list[int]]:
+        """Draft, verify, and return the new tokens of every row: accepted ones and one more."""
+        draft = self.drafter.propose(
+            self.features, self.token_ids, self.temperature, num_tokens, self.generator, self.state
+        )
+        read = torch.cat([self.token_ids[:, None], draft.tokens], dim=1)  # [B, G + 1]
+        old = self.mask
+        position = old.sum(1, keepdim=True) + torch.arange(read.shape[1], device=read.device)
+        self.mask = torch.cat([old, torch.ones_like(read)], dim=1)
+        features, logits = self._read(read, position, keep=read.shape[1])
+        verified = verify_chain(
+            self._probs(logits), draft.tokens, self._draft_probs(draft, logits.shape[-1]), self._uniform(read.shape[1])
+        )
+        accepted = verified.num_accepted
+        counts = accepted.tolist()  # the one read of the device in a round
+        longest = max(counts) + 1
+        if longest < read.shape[1]:
+            self.cache.crop(longest - read.shape[1])
+        kept = torch.arange(longest, device=read.device) <= accepted[:, None]
+        self.mask = torch.cat([old, kept.long()], dim=1)
+        self.has_gaps = self.has_gaps or min(counts) + 1 < longest
+        tokens = torch.cat([draft.tokens, draft.tokens[:, :1]], dim=1)
+        tokens[self.rows, accepted] = verified.next_token
+        if self.state is not None:
+            self.drafter.extend(self.state, features[:, :longest], tokens[:, :longest], accepted + 1)
+        self.token_ids, self.features = verified.next_token, features[self.rows, accepted]
+        return [row[: count + 1] for row, count in zip(tokens.tolist(), counts, strict=True)]
+
+    def _read(self, ids: Tensor, position: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """Return features ``[B, n, F]`` of new tokens, and logits of the last ``keep`` of them."""
+        outputs = self.target(
+            input_ids=ids,
+            attention_mask=self.mask if self.has_gaps else None,
+            position_ids=position,
+            past_key_values=self.cache,
+            use_cache=True,
+            output_hidden_states=True,
+            logits_to_keep=keep,
+        )
+        layers = [outputs.hidden_states[index] for index in self.drafter.config.feature_layers]
+        return torch.cat(layers, dim=-1), outputs.logits
+
+    def _probs(self, logits: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+        return sharpened(logits, self.temperature)
+
+    def _draft_probs(self, draft: Draft, vocab_size: int) -> Tensor | None:
+        if draft.probs is None:
+            return None
+        probs = draft.probs.new_zeros(*draft.tokens.shape, vocab_size)
+        return probs.index_copy_(-1, self.drafter.shortlist, draft.probs)
+
+    def _uniform(self, count: int) -> Tensor:
+        return uniform((len(self.rows), count), self.generator, self.rows.device, row_dim=0)
+
+
+def check_target(target: Any) -> None:
+    """Raise ValueError for a model whose text cannot be verified: one without a cache of all past tokens."""
+    config = target.config.get_text_config()
+    if getattr(target.config, "is_encoder_decoder", False):
+        raise ValueError(f"a drafter needs a decoder-only target, got a {config.model_type}.")
+    if getattr(target, "_is_stateful", False):
+        raise ValueError(
+            f"a {config.model_type} has a recurrent state instead of a cache of past tokens, so rejected tokens cannot "
+            "be taken back: generate without a drafter."
+        )
+    check_full_attention(config, "verified with a drafter")
+
+
+def _end_ids(model: Any) -> set[int]:
+    saved = model.generation_config.eos_token_id
+    ends = saved if saved is not None else model.config.eos_token_id
+    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
+
+
+def _until_end(row: list[int], ends: Tensor) -> list[int]:
+    stops = set(ends.tolist())
+    for index, token in enumerate(row):
+        if token in stops:
+            return row[: index + 1]
+    return row
+
+
+def _padded(input_ids: Tensor, new: list[list[int]], target: Any) -> Tensor:
+    padding = target.generation_config.pad_token_id
+    if padding is None:
+        padding = min(_end_ids(target), default=0)
+    longest = max(map(len, new))
+    rows = torch.tensor([row + [padding] * (longest - len(row)) for row in new], device=input_ids.device)
+    return torch.cat([input_ids, rows], dim=1)
