@@ -1,5 +1,7 @@
 """Configuration of a drafter."""
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 DRAFTER_TYPES = ("mtp", "categorical_flow", "eagle")
@@ -35,7 +37,7 @@ class DrafterConfig(PreTrainedConfig):
         shortlist_size: int = 4096,
         layer_norm_eps: float = 1e-6,
         target_hash: str = "",
-        **kwargs,
+        **kwargs: Any,
     ):
         if drafter_type not in DRAFTER_TYPES:
             raise ValueError(f"drafter_type must be one of {', '.join(DRAFTER_TYPES)}, got {drafter_type!r}.")
