@@ -73,7 +73,7 @@ def test_modules_that_moved_are_found_under_their_former_names():
 def test_functional_imports_torch_alone():
     for path in (SOURCE / "functional").glob("*.py"):
         roots = {module.split(".")[0] for module in imported_modules(path)}
-        assert roots <= {"torch", "calm", "math", "collections", "contextlib", "typing"}, path
+        assert roots <= {"torch", "calm", "math", "collections", "contextlib", "dataclasses", "typing"}, path
 
 
 def test_nothing_imports_the_command_line():

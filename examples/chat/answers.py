@@ -6,10 +6,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from calm import SamplingParams
 from calm.checkpoints.loading import load_model
 from calm.data.text import render_chat
 from calm.data.tokenizer import load_tokenizer
-from calm.generation.completions import SamplingSettings, complete
+from calm.generation.completions import complete
 
 sys.path.insert(0, str(Path(__file__).parent))
 from make_chats import questions
@@ -19,7 +20,7 @@ BATCH_SIZE = 16
 
 def wrong_answers(model: Any, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> list[str]:
     """Return a line for every question whose most likely answer is not the expected one."""
-    settings = SamplingSettings(max_new_tokens=12, temperature=0.0, sampler="direct")
+    settings = SamplingParams(max_new_tokens=12, temperature=0.0, sampler="direct")
     wrong = []
     for first in range(0, len(pairs), BATCH_SIZE):
         batch = pairs[first : first + BATCH_SIZE]

@@ -29,7 +29,7 @@ def test_a_released_checkpoint_is_converted_and_back(tmp_path, monkeypatch, caps
     code, out, _ = run(monkeypatch, capsys, "convert", CHECKPOINT / "energy", tmp_path / "ours")
     assert code == 0
     assert "no tokenizer beside it" in out
-    assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "calm"
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "calm-lm"
     assert (tmp_path / "ours" / "model.safetensors").exists()
     code, _, _ = run(monkeypatch, capsys, "convert", tmp_path / "ours", tmp_path / "back", "--to", "reference")
     assert code == 0

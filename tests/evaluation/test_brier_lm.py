@@ -456,7 +456,9 @@ def test_impossible_protocols_are_refused(arguments, message):
 
 def test_blocks_beyond_the_context_are_refused_as_in_generation():
     ids = torch.randint(2, tiny.VOCAB_SIZE, (2, 65 * 4))
-    with pytest.raises(ValueError, match=r"blocks of 260 tokens are 65 positions, .* holds 64: .* at most 256 tokens"):
+    with pytest.raises(
+        ValueError, match=r"blocks of 260 tokens are 65 positions, .* context has 64: .* at most 256 tokens"
+    ):
         evaluate_brier(tiny.calm(), Blocks(ids, tiny.VOCAB_SIZE), stride=4)
     assert evaluate_brier(tiny.calm(), Blocks(ids[:, :256], tiny.VOCAB_SIZE), stride=4, num_samples=2).num_blocks == 2
 

@@ -168,7 +168,7 @@ def test_info_prints_json_for_recipes(monkeypatch, capsys):
     assert "training" in out
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "calm", "calm_energy", "finish", "baseline"])
+@pytest.mark.parametrize("name", ["autoencoder", "calm", "calm_energy", "head_finetune", "baseline"])
 def test_info_counts_recipes_before_their_data_are_there(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(monkeypatch, capsys, f"recipes/single_gpu/{name}.yaml", "--json", "--vocab-size", "500")

@@ -48,6 +48,9 @@ class Blocks:
     def __getitem__(self, index):
         return {"input_ids": self.ids[index]}
 
+    def documents(self, num_blocks=None):
+        return list(range(len(self.ids[:num_blocks])))
+
     def batches(self, num_blocks, batch_size, shuffle_seed=None):
         yield from self.ids.split(batch_size)
 

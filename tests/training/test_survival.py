@@ -98,8 +98,7 @@ def test_a_weight_that_embeds_and_predicts_can_be_sharded(workspace, tmp_path): 
     for name, batch, fsdp in (("whole", 4, {}), ("parts", 2, {"fsdp": True})):
         training = sizes | {"per_device_train_batch_size": batch} | fsdp
         calm = calm_recipe(workspace, f"calm_{name}", **training)
-        predicting = {"mtp_weight": 1.0, "mtp_type": "autoregressive"}
-        calm.model |= predicting | {"decoded_brier_weight": 1.0}
+        calm.model.mtp_weight, calm.model.mtp_type, calm.model.decoded_brier_weight = 1.0, "autoregressive", 1.0
         tied = {"backbone": BACKBONE | {"tie_word_embeddings": True}}
         recipes[name] = [
             autoencoder_recipe(workspace, f"autoencoder_{name}", **training),
