@@ -29,6 +29,7 @@ def drafter(
     from calm.data.documents import read_documents
     from calm.data.text import encode_chat, encode_plain_text
     from calm.data.tokenizer import load_tokenizer
+    from calm.generation.drafting import check_target
     from calm.models.drafters import DRAFTERS
     from calm.training.drafting.train import DraftTraining
     from calm.utils.device import resolve_device
@@ -41,8 +42,7 @@ def drafter(
     if not prompts.is_file():
         raise ValueError(f"no such file: {prompts}{did_you_mean(prompts)}")
     model = load_language_model(target, torch.float32)
-    if hasattr(model, "head"):
-        raise ValueError(f"{target} is a CALM: it has nothing to verify drafts with; give a token model.")
+    check_target(model)
     model.to(resolve_device(device))  # type: ignore[arg-type]
     tokenizer = load_tokenizer(target)
     is_lines = prompts.suffix.lower() == ".txt"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from calm.models.context import patch_size_of
 
 PROTOCOLS = ("common", "paper")
-BLOCK_SIZE = 1024  # tokens, of the common protocol where nobody says
+BLOCK_SIZE = 1024  # in tokens, of the common protocol if none is given
 _PAPER_POSITIONS = 2048
 
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.data.text import encode_plain_text
 from calm.generation.completions import PrintingStreamer
-from calm.generation.drafting import DraftedText, generate_with_drafter
+from calm.generation.drafting import DraftedText, check_target, generate_with_drafter
 from calm.generation.sampling_params import SamplingParams
 from calm.models.drafters import load_drafter
 
@@ -24,10 +24,9 @@ def complete_with_drafter(
     """Continue a prompt with a drafter, and print it and the tokens per pass of the target.
 
     Raises:
-        ValueError: for a CALM, and for parameters that have no meaning here.
+        ValueError: for parameters that have no meaning here.
     """
-    if hasattr(target, "head"):
-        raise ValueError("--drafter is for token models: a CALM predicts several tokens in a step by itself.")
+    check_target(target)
     given = [name for name in _WITHOUT_DRAFTER if getattr(params, name) not in (None, (), 1.0)]
     if given:
         raise ValueError(f"with a drafter, leave out {', '.join(given)}: only temperature, length and seed apply.")

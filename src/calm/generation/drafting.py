@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from calm.functional.rng import Generator, check_rows, pick, uniform
 from calm.functional.speculative import verify_chain
 from calm.functional.temperature import sharpened
+from calm.generation.model_runner import end_ids
 from calm.models.capabilities import check_full_attention
 from calm.models.context import context_of
 from calm.models.drafters.base import Draft, Drafter
@@ -101,18 +102,18 @@ def generate_with_drafter(
         )
     texts = _Texts(target, drafter, input_ids, attention_mask, temperature, generator)
     statistics = DraftStatistics()
-    ends = torch.tensor(sorted(_end_ids(target)), dtype=torch.long, device=input_ids.device)
+    ends = end_ids(target)
     new: list[list[int]] = [[] for _ in range(len(input_ids))]
     is_running = [True] * len(new)
     rounds = texts.start()
     while True:
         added = [
-            _until_end(row[: max_new_tokens - len(text)], ends) if running else []
+            up_to_end(row[: max_new_tokens - len(text)], ends) if running else []
             for row, text, running in zip(rounds, new, is_running, strict=True)
         ]
         for index, row in enumerate(added):
             new[index] += row
-            ended = bool(row) and row[-1] in ends.tolist()
+            ended = bool(row) and row[-1] in ends
             is_running[index] = is_running[index] and not ended and len(new[index]) < max_new_tokens
         if (on_tokens is not None and on_tokens(added)) or not any(is_running):
             break
@@ -223,6 +224,8 @@ class _Texts:
 def check_target(target: Any) -> None:
     """Raise ValueError for a model whose text cannot be verified: one without a cache of all past tokens."""
     config = target.config.get_text_config()
+    if hasattr(target, "head"):
+        raise ValueError("a CALM predicts several tokens in a step by itself: give a token model as target.")
     if getattr(target.config, "is_encoder_decoder", False):
         raise ValueError(f"a drafter needs a decoder-only target, got a {config.model_type}.")
     if getattr(target, "_is_stateful", False):
@@ -233,24 +236,16 @@ def check_target(target: Any) -> None:
     check_full_attention(config, "verified with a drafter")
 
 
-def _end_ids(model: Any) -> set[int]:
-    saved = model.generation_config.eos_token_id
-    ends = saved if saved is not None else model.config.eos_token_id
-    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
-
-
-def _until_end(row: list[int], ends: Tensor) -> list[int]:
-    stops = set(ends.tolist())
-    for index, token in enumerate(row):
-        if token in stops:
-            return row[: index + 1]
-    return row
+def up_to_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """Return tokens up to and including the first that ends a text."""
+    stop = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]
 
 
 def _padded(input_ids: Tensor, new: list[list[int]], target: Any) -> Tensor:
     padding = target.generation_config.pad_token_id
     if padding is None:
-        padding = min(_end_ids(target), default=0)
+        padding = min(end_ids(target), default=0)
     longest = max(map(len, new))
     rows = torch.tensor([row + [padding] * (longest - len(row)) for row in new], device=input_ids.device)
     return torch.cat([input_ids, rows], dim=1)

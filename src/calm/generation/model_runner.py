@@ -61,7 +61,7 @@ class ModelRunner(ABC):
         self.model, self.reader, self.backbone_config, self.patch_size = model, reader, backbone_config, patch_size
         self.samplers: list[str] = []
         self.vocab_size = model.config.vocab_size
-        self.end_ids = _end_ids(model)
+        self.end_ids = end_ids(model)
         self.dtype, self.device = model.dtype, device_of(model)
         self.context = context_of(model.config)
 
@@ -322,7 +322,8 @@ class TokenModelRunner(ModelRunner):
         self.check_steps("scored")
 
 
-def _end_ids(model: Any) -> set[int]:
+def end_ids(model: Any) -> set[int]:
+    """Return the ids of the tokens that end a text of a model."""
     saved = model.generation_config.eos_token_id
     ends = saved if saved is not None else model.config.eos_token_id
     return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}

@@ -133,7 +133,7 @@ async def respond(
     loop = asyncio.get_running_loop()
 
     def emit(index: int, delta: Delta) -> None:
-        with suppress(RuntimeError):  # the server has ended, and nobody waits for this
+        with suppress(RuntimeError):  # the server has stopped: no client waits for the result
             loop.call_soon_threadsafe(unread.put, index, delta)
 
     jobs = service.jobs(body, prompts, max_tokens, emit)

@@ -46,7 +46,7 @@ def has_native_bfloat16(device: torch.device) -> bool:
 
 
 def release_memory() -> None:
-    """Of models that nobody holds any more: a Trainer and its model hold each other, and torch keeps what it freed."""
+    """Free the memory of unreferenced models: a Trainer and its model form a cycle, and torch caches what it freed."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from calm.generation.drafting import check_target
+from calm.generation.drafting import check_target, up_to_end
+from calm.generation.model_runner import end_ids
+from calm.generation.prompts import left_padded
 from calm.models.drafters import DRAFTERS, Drafter, DrafterConfig
 from calm.models.drafters.base import target_hash
 from calm.training.drafting.features import DraftText, write_features
 from calm.training.drafting.train import DraftTraining, frequent_tokens, train_drafter
-from calm.utils.files import only_writer
+from calm.utils.files import only_writer, write_whole
 
 OnProgress = Callable[[str, int, int, str], None]  # stage, done, total, note
 _PROMPTS_AT_ONCE = 32
@@ -104,27 +106,24 @@ def _continuations(
         # An interrupted write leaves a line without its end.
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         known = [json.loads(line) for line in lines if line.endswith("\n")]
-    path.write_text("".join(json.dumps(record) + "\n" for record in known), encoding="utf-8")
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in known))
     for record in known:
         yield DraftText(tuple(record["prompt"] + record["continuation"]), len(record["prompt"]))
-    end = target.generation_config.eos_token_id
-    ends = set(end) if isinstance(end, list) else {end}
+    ends = end_ids(target)
     with path.open("a", encoding="utf-8") as file:
         for start in range(len(known), len(prompts), _PROMPTS_AT_ONCE):
             batch = prompts[start : start + _PROMPTS_AT_ONCE]
             # Greedy text and samples in turn: drafts are used for both.
             for prompt, row in zip(batch, _continue(target, batch, plan, start // _PROMPTS_AT_ONCE % 2), strict=True):
-                stop = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
-                file.write(json.dumps({"prompt": prompt, "continuation": row[:stop]}) + "\n")
-                yield DraftText(tuple(prompt + row[:stop]), len(prompt))
+                continuation = up_to_end(row, ends)
+                file.write(json.dumps({"prompt": prompt, "continuation": continuation}) + "\n")
+                yield DraftText(tuple(prompt + continuation), len(prompt))
             file.flush()
             on_progress("continuations", min(start + len(batch), len(prompts)), len(prompts), "")
 
 
 def _continue(target: Any, batch: list[list[int]], plan: DrafterPlan, is_sampled: int) -> list[list[int]]:
-    longest = max(map(len, batch))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in batch], device=target.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch], device=target.device)
+    ids, mask = (part.to(target.device) for part in left_padded(batch, 0))
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0} if is_sampled else {"do_sample": False}
     out = target.generate(ids, attention_mask=mask, max_new_tokens=plan.continuation_tokens, **sampling)
-    return list(out[:, longest:].tolist())
+    return list(out[:, ids.shape[1] :].tolist())

@@ -109,7 +109,7 @@ def load(
 
 
 class _ClosedError(Exception):
-    """Stops the generation of a stream that nobody reads."""
+    """Stop the generation of a stream whose reader has closed it."""
 
 
 class _Pieces(BaseStreamer):
