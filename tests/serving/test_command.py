@@ -74,7 +74,8 @@ def test_a_second_signal_ends_the_server_at_once(process, again):
     body = {"prompt": "a", "max_tokens": 700, "n": 100, "seed": 0, "stream": True}  # two run, the others wait
     address = address_of(process)
     with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: a discarded iterator closes the connection, which ends the request
+        next(lines)
         process.send_signal(signal.SIGINT)
         assert "sequence(s) to finish first; Ctrl-C again ends" in process.stdout.readline()
         process.send_signal(again)
