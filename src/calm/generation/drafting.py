@@ -24,6 +24,7 @@ from calm.generation.model_runner import end_ids
 from calm.models.capabilities import check_full_attention
 from calm.models.context import context_of
 from calm.models.drafters.base import Draft, Drafter
+from calm.models.layer_access import has_adapter
 
 
 @dataclass
@@ -232,6 +233,11 @@ def check_target(target: Any) -> None:
         raise ValueError(
             f"a {config.model_type} has a recurrent state instead of a cache of past tokens, so rejected tokens cannot "
             "be taken back: generate without a drafter."
+        )
+    if has_adapter(target):
+        raise ValueError(
+            "a drafter was trained for a model without adapters, and this model has an adapter: merge it "
+            "(merge_and_unload of peft) and train a drafter for the result, or generate without one."
         )
     check_full_attention(config, "verified with a drafter")
 
