@@ -19,8 +19,9 @@ def accept_own_candidate_generators() -> None:
     The method gets the target, the generation configuration, the prompt (``[1, T]``), the keyword arguments of the
     model and the tokenizer of the target (None if it is not given), and returns a ``CandidateGenerator``.
     """
-    if getattr(_library, "_calm_candidate_generators", False):
-        return
+    methods = ("_validate_generation_mode", "_get_candidate_generator")
+    if getattr(_library, "_calm_candidate_generators", False) or not all(hasattr(_library, name) for name in methods):
+        return  # without these methods transformers refuses the assistant by itself
     _library._calm_candidate_generators = True
     _library._validate_generation_mode = _with_own_checks(_library._validate_generation_mode)
     _library._get_candidate_generator = _with_own_generators(_library._get_candidate_generator)

@@ -62,6 +62,9 @@ class _Candidates(CandidateGenerator):
             return candidates, logits if self.is_sampling else None
         return self._before_stop(candidates, input_ids.shape[1]), None
 
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+        """Do nothing: all drafts have the same length. The method is abstract in transformers 5.17."""
+
     def _before_stop(self, candidates: Tensor, start: int) -> Tensor:
         """Return candidates up to the first that would complete a stop string.
 
