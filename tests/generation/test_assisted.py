@@ -113,7 +113,7 @@ def test_a_calm_drafts_its_own_text_from_anywhere_in_a_patch(kind):
     assert found.tolist() == longer.tolist()
 
 
-def test_stop_strings_end_a_text_where_they_end_it_without_an_assistant():
+def test_right_drafts_save_passes_and_stop_strings_end_a_text_where_they_end_it_without_them():
     tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"] * 20, 290)
     target = make_target(vocab_size=len(tokenizer))
     drafter = make_drafter(target, "mtp", shortlist=290)
@@ -131,6 +131,10 @@ def test_stop_strings_end_a_text_where_they_end_it_without_an_assistant():
         texts.append(input_ids[0].tolist())
         return get_candidates(self, input_ids, *args, **kwargs)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DrafterCandidates, "get_candidates", follow)
+        assert target.generate(prompt, assistant_model=drafter, **GREEDY)[0].tolist() == free
+    assert len(texts) == 7  # 1 token, then 5 in every pass
     for position in range(8, 20):
         options = GREEDY | {"stop_strings": [tokenizer.decode(free[position : position + 1])], "tokenizer": tokenizer}
         expected = target.generate(prompt, **options)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from drafting_models import make_drafter, make_target
-from test_engine import Collected, ids_of
+from test_engine import Collected, ids_of, out_of_memory_beyond
 
 from calm.generation.drafting import generate_with_drafter
 from calm.generation.model_runner import model_runner
@@ -99,6 +99,22 @@ def test_stop_strings_the_end_of_the_context_and_the_counts(tokenizer, engine_of
     passes = counts["calm_tokens_per_verification_count", None]
     assert accepted + wasted == 4 * passes
     assert counts["calm_tokens_per_verification_sum", None] == passes + accepted
+
+
+def test_where_memory_does_not_suffice_the_newest_texts_end(tokenizer, target, engine_of, caplog):
+    engine = engine_of()
+    engine.runner.end_ids = set()
+    prompt = ids_of(tokenizer, "fox")
+    expected = [Collected(prompt, 30, SamplingParams(1.0, "direct"), seed) for seed in range(2)]
+    engine.submit([each.job for each in expected])
+    texts = [each.text() for each in expected]
+    read = engine._read_drafts
+    engine._read_drafts = out_of_memory_beyond(2, read, lambda arguments: len(arguments[0]))
+    jobs = [Collected(prompt, 30, SamplingParams(1.0, "direct"), seed) for seed in range(4)]
+    engine.submit([each.job for each in jobs])
+    assert [each.text() for each in jobs[:2]] == texts
+    assert [each.chunks()[-1].finish_reason for each in jobs[2:]] == ["error", "error"]
+    assert "no memory for a step of 4 sequences: the newest one ends" in caplog.text
 
 
 def test_wrong_use_is_refused_in_one_line(target, calm, baseline, tokenizer):

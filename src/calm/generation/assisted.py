@@ -105,7 +105,8 @@ class DrafterCandidates(_Candidates):
         if self.is_prompt:
             mask = model_kwargs.get("attention_mask")
             if mask is not None:  # padding before the prompt
-                features = features[:, int((mask[0, : features.shape[1]] == 0).sum()) :]
+                end = input_ids.shape[1] - 1
+                features = features[:, int((mask[0, end - features.shape[1] : end] == 0).sum()) :]
             self.is_prompt = False
         else:
             features = features[:, : num_matches + 1]

@@ -165,7 +165,7 @@ class DraftedEngine(Engine):
         for (params, slots), draft_probs in zip(groups, probs, strict=True):
             verified = self._verify(params, slots, hidden[slots], drafts[slots], draft_probs)
             accepted[slots] = verified.num_accepted
-            tokens[slots, verified.num_accepted] = verified.next_token
+            tokens[torch.tensor(slots, device=device), verified.num_accepted] = verified.next_token
         return _Round(tokens, accepted.tolist(), hidden, features)
 
     def _groups(self) -> list[tuple[SamplingParams, list[int]]]:
