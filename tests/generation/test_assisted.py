@@ -158,6 +158,8 @@ def test_wrong_use_is_refused_in_one_line():
     refused("greedy search and sampling, not with beam_search", num_beams=2)
     refused("one text at a time, got num_return_sequences=2", do_sample=True, num_return_sequences=2)
     refused("changes the distribution", assistant_ensemble_weight=0.5)
+    cache = target(PROMPTS[1:2, :3]).past_key_values
+    refused("cannot continue a cache of earlier tokens", past_key_values=cache)
     refused("trained for another target", model=make_target(vocab_size=60))
     window = MistralForCausalLM(MistralConfig(**SIZES, vocab_size=50, num_key_value_heads=4, sliding_window=8))
     calm, same_tokens = calm_and_target("mtp")

@@ -49,6 +49,10 @@ def _with_own_generators(get: Callable[..., Any]) -> Callable[..., Any]:
             )
         if input_ids.shape[1] == 0:
             raise ValueError("assistant_model needs a prompt of token ids: pass input_ids with at least one token.")
+        cache = options["model_kwargs"].get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            # transformers 5.17 to 5.23 read the whole prompt again, after what the cache has.
+            raise ValueError("assistant_model cannot continue a cache of earlier tokens: leave past_key_values out.")
         names = ("generation_config", "input_ids", "model_kwargs")
         return getattr(assistant_model, _METHOD)(
             self, *(options[name] for name in names), options.get("target_tokenizer")

@@ -105,8 +105,7 @@ class DrafterCandidates(_Candidates):
         if self.is_prompt:
             mask = model_kwargs.get("attention_mask")
             if mask is not None:  # padding before the prompt
-                end = input_ids.shape[1] - 1
-                features = features[:, int((mask[0, end - features.shape[1] : end] == 0).sum()) :]
+                features = features[:, int((mask[0, : features.shape[1]] == 0).sum()) :]
             self.is_prompt = False
         else:
             features = features[:, : num_matches + 1]
