@@ -4,41 +4,12 @@ import itertools
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
+from drafting_models import MASK, PROMPTS, SIZES, make_drafter, make_target
+from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from calm.generation.drafting import generate_with_drafter
 from calm.models.drafters import DRAFTERS, DrafterConfig, load_drafter
 from calm.models.drafters.base import target_hash
-
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-def make_target(vocab_size=50, end=None, seed=0, scale=6.0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        **SIZES, vocab_size=vocab_size, eos_token_id=end, pad_token_id=0, bos_token_id=None, initializer_range=0.2
-    )
-    model = LlamaForCausalLM(config).eval()
-    model.lm_head.weight.data *= scale  # a model with preferences
-    return model
-
-
-def make_drafter(target, drafter_type, shortlist=20, seed=1, **settings):
-    torch.manual_seed(seed)
-    config = DrafterConfig(
-        drafter_type=drafter_type, num_tokens=4, hidden_size=32, num_attention_heads=4, shortlist_size=shortlist,
-        feature_layers=(0, -1), target_hash=target_hash(target.config), **settings,
-    )  # fmt: skip
-    drafter = DRAFTERS[drafter_type](config).eval()
-    drafter.shortlist.copy_(torch.arange(shortlist))
-    return drafter.attach(target)
 
 
 class Oracle(DRAFTERS["mtp"]):
@@ -57,10 +28,6 @@ class Oracle(DRAFTERS["mtp"]):
                 draft.tokens[row, self.wrong_at] = (draft.tokens[row, self.wrong_at] + 1) % self.answers.max()
             assert known[row, place] == token
         return draft
-
-
-PROMPTS = torch.tensor([[0, 0, 7, 3, 9], [5, 11, 2, 8, 4], [0, 6, 1, 12, 13]])
-MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
 
 
 @pytest.mark.parametrize("drafter_type", sorted(DRAFTERS))

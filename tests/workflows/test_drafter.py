@@ -127,7 +127,6 @@ def test_mistakes_are_one_line(target_directory, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
     for arguments, message in [
         ((*generate, tmp_path / "nothing"), "is not the directory of a drafter"),
-        ((*generate, tmp_path, "--top-p", 0.5), "leave out top_p"),
         ((*train, tmp_path / "none.txt"), "no such file"),
         ((*train, tmp_path / "empty.txt"), "there is no prompt to train on"),
         ((*train, tmp_path / "empty.txt", "--type", "medusa"), "--type must be one of"),

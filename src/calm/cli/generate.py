@@ -45,7 +45,8 @@ def generate(
     from calm.checkpoints.loading import load_language_model
     from calm.data.tokenizer import load_tokenizer
     from calm.generation.completions import PrintingStreamer, complete, complete_file
-    from calm.generation.drafted_text import complete_with_drafter
+    from calm.generation.drafted_runner import DraftedRunner
+    from calm.generation.model_runner import model_runner
     from calm.utils.device import resolve_device, resolve_dtype
     from calm.utils.paths import did_you_mean
     from calm.utils.progress import make_progress
@@ -56,23 +57,22 @@ def generate(
         raise ValueError("--output is for the continuations of --prompts; that of one --prompt is printed.")
     if prompts is not None and not prompts.is_file():
         raise ValueError(f"no such file: {prompts}{did_you_mean(prompts)}")
-    if drafter is not None and prompts is not None:
-        raise ValueError("--drafter continues one --prompt; leave out --prompts.")
     target = resolve_device(device)
     language_model = load_language_model(model, resolve_dtype(dtype, target))
     language_model.to(target)  # type: ignore[arg-type]
     own_tokenizer = load_tokenizer(tokenizer or model)
     params = dataclasses.replace(sampling, max_new_tokens=max_new_tokens, stop=tuple(stop or ()), seed=seed)
-    if drafter is not None:
-        text = sys.stdin.read() if prompt == "-" else prompt or ""
-        complete_with_drafter(language_model, drafter, own_tokenizer, text, params)
-        return
+    runner = model_runner(language_model) if drafter is None else DraftedRunner(language_model, drafter)
     if prompts is None or output is None:
         text = sys.stdin.read() if prompt == "-" else prompt or ""
-        complete(language_model, own_tokenizer, [text], params, PrintingStreamer(own_tokenizer), compile=compile)
+        complete(runner, own_tokenizer, [text], params, PrintingStreamer(own_tokenizer), compile=compile)
+        if isinstance(runner, DraftedRunner):
+            print(runner.summary())
         return
     with make_progress() as progress:
         task = progress.add_task("generate", total=None, note="")
         advance = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
-        count = complete_file(language_model, own_tokenizer, prompts, output, params, batch_size, advance, compile)
+        count = complete_file(runner, own_tokenizer, prompts, output, params, batch_size, advance, compile)
     print(f"{count} texts: {output}")
+    if isinstance(runner, DraftedRunner):
+        print(runner.summary())

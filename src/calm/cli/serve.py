@@ -30,6 +30,9 @@ def serve(
             "--batch-invariant", help="rounding of a text does not depend on the requests beside it; slower steps"
         ),
     ] = False,
+    drafter: Annotated[
+        str | None, typer.Option(help="directory of a drafter of this token model: same text, fewer passes")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer, when the model has none beside it")] = None,
     name: Annotated[str | None, typer.Option(help="name of the model in requests; default: its directory")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
@@ -69,6 +72,7 @@ def serve(
         device=device,
         dtype=dtype,
         shutdown_timeout=shutdown_timeout,
+        drafter=drafter,
     )
 
 

@@ -31,7 +31,7 @@ _RESULTS = {"text", "tokens", "tokens_per_second", "samples_per_patch", "decoded
 
 
 def complete(
-    model: PreTrainedModel,
+    model: PreTrainedModel | ModelRunner,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str | list[int]],
     params: SamplingParams,
@@ -42,6 +42,7 @@ def complete(
     """Continue prompts together.
 
     Args:
+        model: a model, or a runner of one.
         prompts: texts, or token ids.
         params: default seed 0.
         first: number of the first prompt. With CALM, prompt i has the random numbers of ``seed + i``, whatever it is
@@ -76,7 +77,7 @@ def complete(
 
 
 def continue_tokens(
-    model: PreTrainedModel,
+    model: PreTrainedModel | ModelRunner,
     tokenizer: PreTrainedTokenizerBase,
     ids: torch.Tensor,
     mask: torch.Tensor,
@@ -91,12 +92,13 @@ def continue_tokens(
         the new tokens of every prompt up to their end, and the output of the model.
     """
     numbered = dataclasses.replace(params, seed=(params.seed or 0) + first)
-    out = model_runner(model).generate(ids, mask, numbered, tokenizer, streamer, compile)
-    return [until_end(row, tokenizer, model) for row in out.tokens.tolist()], out
+    runner = model_runner(model)
+    out = runner.generate(ids, mask, numbered, tokenizer, streamer, compile)
+    return [until_end(row, tokenizer, runner.model) for row in out.tokens.tolist()], out
 
 
 def complete_file(
-    model: PreTrainedModel,
+    model: PreTrainedModel | ModelRunner,
     tokenizer: PreTrainedTokenizerBase,
     source: str | os.PathLike,
     output: str | os.PathLike,
@@ -122,11 +124,10 @@ def complete_file(
     prompts = encode_plain_texts(tokenizer, [record["prompt"] for record in records])
     _check_lengths(runner, [number for number, _ in numbered], prompts, source, resolved)
     draft = output.with_name(f".{output.name}.partial")
-    settings = {"model": str(getattr(model, "name_or_path", ""))} | params.given()
+    settings = {"model": str(getattr(runner.model, "name_or_path", ""))} | params.given()
     settings |= {"stop": list(params.stop)} if params.stop else {}
     settings.pop("seed", None)
-    if runner.kind == "token model":
-        settings["batch_size"] = batch_size  # a batch has one stream of random numbers
+    settings |= runner.settings(batch_size)
     output.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(output):
         _check_absent(output)  # another process may have finished it meanwhile
@@ -142,7 +143,7 @@ def _check_absent(output: Path) -> None:
 
 def _fill(
     draft: Path,
-    model: PreTrainedModel,
+    model: PreTrainedModel | ModelRunner,
     tokenizer: PreTrainedTokenizerBase,
     records: list[dict],
     prompts: list[list[int]],

@@ -24,6 +24,7 @@ from calm.generation.model_runner import end_ids
 from calm.models.capabilities import check_full_attention
 from calm.models.context import context_of
 from calm.models.drafters.base import Draft, Drafter
+from calm.models.layer_access import has_adapter
 
 
 @dataclass
@@ -71,6 +72,8 @@ def generate_with_drafter(
     num_draft_tokens: int | None = None,
     generator: Generator = None,
     on_tokens: Callable[[list[list[int]]], bool] | None = None,
+    top_p: float = 1.0,
+    stop: Callable[[int, list[int]], int | None] | None = None,
 ) -> DraftedText:
     """Continue prompts as ``target.generate`` would, with fewer passes of the target.
 
@@ -84,6 +87,9 @@ def generate_with_drafter(
         num_draft_tokens: tokens of a draft; default as many as the drafter gives.
         generator: source of all randomness; a list of one per row makes each text independent of the others.
         on_tokens: called after every round with the new tokens of every row; True ends generation.
+        top_p: in [0, 1]; sample from the most likely tokens of the target that have this probability together.
+        stop: called with the number of a row and its new tokens; returns how many of them belong to its text if it
+            ends with them, or None.
     """
     check_target(target)
     check_rows(generator, len(input_ids))
@@ -100,7 +106,7 @@ def generate_with_drafter(
             f"{input_ids.shape[1]} tokens of the prompt, {max_new_tokens} new ones and drafts of {num_draft_tokens} "
             f"do not fit the context of {context} tokens: shorten the prompt or ask for fewer tokens."
         )
-    texts = _Texts(target, drafter, input_ids, attention_mask, temperature, generator)
+    texts = _Texts(target, drafter, input_ids, attention_mask, temperature, generator, top_p)
     statistics = DraftStatistics()
     ends = end_ids(target)
     new: list[list[int]] = [[] for _ in range(len(input_ids))]
@@ -112,8 +118,11 @@ def generate_with_drafter(
             for row, text, running in zip(rounds, new, is_running, strict=True)
         ]
         for index, row in enumerate(added):
-            new[index] += row
             ended = bool(row) and row[-1] in ends
+            if stop is not None and row and (count := stop(index, row)) is not None:
+                row, ended = row[:count], True
+                added[index] = row
+            new[index] += row
             is_running[index] = is_running[index] and not ended and len(new[index]) < max_new_tokens
         if (on_tokens is not None and on_tokens(added)) or not any(is_running):
             break
@@ -136,7 +145,9 @@ class _Texts:
         attention_mask: Tensor | None,
         temperature: float,
         generator: Generator,
+        top_p: float,
     ):
+        self.top_p = top_p
         self.target, self.drafter, self.input_ids = target, drafter, input_ids
         self.temperature, self.generator = temperature, generator
         self.mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -209,7 +220,7 @@ class _Texts:
     def _probs(self, logits: Tensor) -> Tensor:
         if self.temperature == 0:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-        return sharpened(logits, self.temperature)
+        return sharpened(logits, self.temperature, self.top_p)
 
     def _draft_probs(self, draft: Draft, vocab_size: int) -> Tensor | None:
         if draft.probs is None:
@@ -232,6 +243,11 @@ def check_target(target: Any) -> None:
         raise ValueError(
             f"a {config.model_type} has a recurrent state instead of a cache of past tokens, so rejected tokens cannot "
             "be taken back: generate without a drafter."
+        )
+    if has_adapter(target):
+        raise ValueError(
+            "a drafter was trained for a model without adapters, and this model has an adapter: merge it "
+            "(merge_and_unload of peft) and train a drafter for the result, or generate without one."
         )
     check_full_attention(config, "verified with a drafter")
 

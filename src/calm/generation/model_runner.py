@@ -65,6 +65,10 @@ class ModelRunner(ABC):
         self.dtype, self.device = model.dtype, device_of(model)
         self.context = context_of(model.config)
 
+    def settings(self, batch_size: int) -> dict[str, Any]:
+        """Return what the texts of a file depend on beside their prompts and parameters."""
+        return {}
+
     @abstractmethod
     def check(self, params: SamplingParams) -> None:
         """Raise ValueError for parameters that the model cannot follow."""
@@ -172,8 +176,10 @@ class ModelRunner(ABC):
         """Raise ValueError for a sampler without token probabilities."""
 
 
-def model_runner(model: PreTrainedModel) -> ModelRunner:
-    """Return the runner of a CALM or of a token model."""
+def model_runner(model: PreTrainedModel | ModelRunner) -> ModelRunner:
+    """Return the runner of a CALM or of a token model; a runner is returned as it is."""
+    if isinstance(model, ModelRunner):
+        return model
     return CalmRunner(model) if isinstance(model, CalmForCausalLM) else TokenModelRunner(model)
 
 
@@ -238,6 +244,9 @@ class TokenModelRunner(ModelRunner):
 
     def __init__(self, model: Any):
         super().__init__(model, model.base_model, model.config, patch_size=1)
+
+    def settings(self, batch_size: int) -> dict[str, Any]:
+        return {"batch_size": batch_size}  # a batch has one stream of random numbers
 
     def check(self, params: SamplingParams) -> None:
         if params.sampler is not None or params.num_candidates is not None:

@@ -24,6 +24,11 @@ def is_plain(layer: nn.Module, layer_type: type[nn.Module] = nn.Linear) -> bool:
     return not hooked
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Return whether any layer of a model is inside an adapter of peft."""
+    return any(hasattr(module, "base_layer") for module in model.modules())
+
+
 def embedding_matrix(embedding: nn.Module, vocab_size: int, device: torch.device) -> Tensor:
     """Return the vectors of all tokens, ``[V, E]``, also of quantised and offloaded embeddings.
 

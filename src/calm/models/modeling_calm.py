@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreT
 from transformers.cache_utils import Cache
 
 from calm.checkpoints.reference import load_pretrained
+from calm.compat.candidate_generator import accept_own_candidate_generators
 from calm.compat.weight_names import save_under_present_names
 from calm.functional.rng import Generator
 from calm.generation.loop import CalmGenerationMixin
@@ -30,6 +31,7 @@ from calm.models.outputs import CalmOutput, NoLogitsError
 from calm.models.patches import PatchEmbedding, patch_mask, target_patches
 from calm.utils.deprecation import RENAMED_CALM_PARTS
 
+accept_own_candidate_generators()
 _RANDOM_AUTOENCODER = (
     "the autoencoder of this CALM has random weights, and it stays frozen: use CalmForCausalLM.from_autoencoder(...) "
     "with a trained one, or from_pretrained(...)."
@@ -216,6 +218,14 @@ class CalmForCausalLM(PreTrainedModel, CalmGenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Return the inputs as they are; peft requires this method of models of its task type CAUSAL_LM."""
         return {"input_ids": input_ids} | kwargs
+
+    def candidate_generator(
+        self, target: PreTrainedModel, generation_config: Any, input_ids: Tensor, model_kwargs: Any, tokenizer: Any
+    ) -> Any:
+        """Return what ``target.generate(..., assistant_model=calm)`` of transformers calls for candidates."""
+        from calm.generation.assisted import CalmCandidates
+
+        return CalmCandidates(self.eval(), target, generation_config, input_ids, tokenizer)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(

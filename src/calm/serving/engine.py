@@ -10,10 +10,10 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from calm.functional.tiles import is_out_of_memory
 from calm.generation.model_runner import ModelRunner
@@ -23,6 +23,7 @@ from calm.models.context import positions_needed, room_for_new
 from calm.serving.batch_invariance import BatchInvariance
 from calm.serving.jobs import Delta, Job, TokenLogprob
 from calm.serving.next_patches import NextPatches
+from calm.serving.running import Rounds, Running
 from calm.serving.slots import SlotCache
 from calm.serving.telemetry import Telemetry
 from calm.serving.text import TextStream
@@ -39,25 +40,6 @@ class EngineError(RuntimeError):
     """A step failed because of an internal error, which is in the log."""
 
 
-@dataclass
-class _Running:
-    job: Job
-    generator: torch.Generator
-    text: TextStream
-    position: int
-    since: float
-    rounds: "_Rounds | None" = None  # that sample the next patch
-    failed: bool = False
-
-
-@dataclass
-class _Rounds:
-    """Sequences whose next patch is sampled in rounds, one in every step."""
-
-    rows: list[_Running]
-    iterator: Iterator[tuple[SampledPatches, torch.Tensor]]
-
-
 class Engine:
     """Run the jobs of one model in a thread of its own.
 
@@ -66,7 +48,12 @@ class Engine:
         context: tokens of prompt and continuation together, at most.
         max_queue: sequences that may wait.
         batch_invariant: whether the text of a sequence must not depend on the others, not even by rounding.
+
+    Attributes:
+        num_spare: positions of the cache after the longest sequence.
     """
+
+    num_spare = 0
 
     def __init__(
         self,
@@ -82,13 +69,14 @@ class Engine:
         self.runner, self.tokenizer = runner, tokenizer
         self.max_batch, self.max_queue = max_batch, max_queue
         self.context = context // runner.patch_size * runner.patch_size
+        num_positions = context // runner.patch_size
         self.cache = SlotCache(
-            runner.backbone_config, max_batch, context // runner.patch_size, runner.dtype, runner.device
+            runner.backbone_config, max_batch, num_positions, runner.dtype, runner.device, self.num_spare
         )
         self.telemetry = telemetry
         telemetry.watch(self)
         self._waiting: deque[Job] = deque()
-        self._running: list[_Running] = []  # in the order of their slots
+        self._running: list[Running] = []  # in the order of their slots
         self._conditions: torch.Tensor = torch.empty(0)
         self._changed = threading.Condition()
         self._stopping = False
@@ -190,7 +178,7 @@ class Engine:
     def _read(self, jobs: list[Job]) -> None:
         try:
             prompts = [self.runner.whole_patches(job.prompt_ids) for job in jobs]
-            conditions, cache, lengths = self.runner.prefill(prompts)
+            conditions, cache, lengths = self._prefill(prompts)
             rows = [self._start(job, length) for job, length in zip(jobs, lengths, strict=True)]
             first = len(self._running)
             for row, length in enumerate(lengths):
@@ -205,10 +193,13 @@ class Engine:
             log.exception("a prompt could not be read")
             self._finish(jobs[0], Delta("", 0, finish_reason="error"))
 
-    def _start(self, job: Job, length: int) -> _Running:
+    def _prefill(self, prompts: list[list[int]]) -> tuple[torch.Tensor, Cache, list[int]]:
+        return self.runner.prefill(prompts)
+
+    def _start(self, job: Job, length: int) -> Running:
         generator = torch.Generator(self.runner.device).manual_seed(job.params.seed or 0)
         text = TextStream(self.tokenizer, job.params.stop, job.prompt_ids)
-        return _Running(job, generator, text, length, time.perf_counter())
+        return Running(job, generator, text, length, time.perf_counter())
 
     def _step(self) -> None:
         """Sample a patch for every running sequence, and step the backbone for those that continue."""
@@ -286,7 +277,7 @@ class Engine:
             if iterator is None:
                 self._sample_at_once(slots, params, sampled)
             else:
-                rounds = _Rounds(rows, iterator)
+                rounds = Rounds(rows, iterator)
                 for row in rows:
                     row.rounds = rounds
         for rounds in {id(row.rounds): row.rounds for row in self._running if row.rounds is not None}.values():
@@ -315,7 +306,7 @@ class Engine:
             self._sample_at_once(slots[:half], params, sampled)
             self._sample_at_once(slots[half:], params, sampled)
 
-    def _sample_round(self, rounds: _Rounds, sampled: NextPatches) -> None:
+    def _sample_round(self, rounds: Rounds, sampled: NextPatches) -> None:
         """Run one round; sequences that are ready leave it."""
         slots = {id(running): slot for slot, running in enumerate(self._running) if running.rounds is rounds}
         try:
@@ -334,7 +325,7 @@ class Engine:
 
     def _take(
         self,
-        running: _Running,
+        running: Running,
         row: list[int],
         logprobs: list[TokenLogprob] | None,
     ) -> bool:

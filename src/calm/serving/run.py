@@ -15,6 +15,7 @@ import uvicorn
 from calm.checkpoints.loading import load_language_model
 from calm.data.tokenizer import load_tokenizer
 from calm.functional.tiles import is_out_of_memory
+from calm.models.drafters import load_drafter
 from calm.serving.app import create_app
 from calm.serving.connections import BoundedProtocol, ConnectionLimits, descriptor_limits
 from calm.serving.middleware import LOOPBACK
@@ -33,6 +34,7 @@ def run_server(
     device: str = "auto",
     dtype: str = "auto",
     shutdown_timeout: float = 30.0,
+    drafter: str | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; requests that run then are finished, new ones refused.
 
@@ -40,6 +42,7 @@ def run_server(
         models: by name, the directory or hub id of a model and of its tokenizer; the first is the default.
         insecure: allow an address that others can reach without a key.
         shutdown_timeout: seconds that requests have to finish; then their connections are closed.
+        drafter: directory of a drafter of the first model.
     """
     if not 0 <= shutdown_timeout < float("inf"):
         raise ValueError(f"shutdown_timeout must be a number of seconds, 0 or more, got {shutdown_timeout}.")
@@ -62,11 +65,12 @@ def run_server(
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     metrics = Metrics()
     services = []
-    for name, (path, tokenizer) in models.items():
+    for index, (name, (path, tokenizer)) in enumerate(models.items()):
         model = load_language_model(path, resolve_dtype(dtype, target))
         model.to(target)  # type: ignore[arg-type]
         try:
-            services.append(Service(name, model, load_tokenizer(tokenizer), limits, metrics))
+            own_drafter = load_drafter(drafter) if drafter is not None and index == 0 else None
+            services.append(Service(name, model, load_tokenizer(tokenizer), limits, metrics, own_drafter))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -75,6 +79,8 @@ def run_server(
                 "--max-batch or --context."
             ) from error
         kind = f"CALM, {services[-1].patch_size} tokens a step" if services[-1].is_calm else "token model"
+        if own_drafter is not None:
+            kind = f"{kind}, drafts of {own_drafter.config.num_tokens} tokens"
         print(f"{name}: {kind}; {services[-1].memory()}")
     # A name that leads here from another site would let that site's pages in.
     hosts = tuple(dict.fromkeys((*LOOPBACK, host.lower()))) if local else None

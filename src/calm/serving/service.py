@@ -8,9 +8,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.data.text import encode_chat, encode_plain_text
+from calm.generation.drafting import check_target
 from calm.generation.model_runner import model_runner
 from calm.generation.sampling_params import SamplingParams
+from calm.models.drafters import Drafter
 from calm.serving.batch_invariance import check_batch_invariance
+from calm.serving.drafted_engine import DraftedEngine
 from calm.serving.engine import Engine
 from calm.serving.jobs import Delta, Job
 from calm.serving.schemas import ChatRequest, CompletionRequest, SamplingRequest
@@ -41,11 +44,19 @@ class Limits:
 
 
 class Service:
-    """One model under a name."""
+    """One model under a name, with a drafter or without."""
 
     def __init__(
-        self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: Limits, metrics: Metrics
+        self,
+        name: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        metrics: Metrics,
+        drafter: Drafter | None = None,
     ):
+        if drafter is not None:
+            check_target(model)
         self.name, self.tokenizer = name, tokenizer
         self.runner = runner = model_runner(model.eval())
         runner.check_steps("served")
@@ -59,9 +70,13 @@ class Service:
         if limits.batch_invariant:
             check_batch_invariance(runner.backbone_config, name)
         telemetry = Telemetry(metrics, name)
-        self.engine = Engine(
-            runner, tokenizer, limits.max_batch, context, limits.max_queue, telemetry, limits.batch_invariant
-        )
+        rest = (runner, tokenizer, limits.max_batch, context, limits.max_queue, telemetry, limits.batch_invariant)
+        if drafter is None:
+            self.engine = Engine(*rest)
+            return
+        if limits.batch_invariant:
+            raise ValueError("--batch-invariant and --drafter exclude each other: leave out one of them.")
+        self.engine = DraftedEngine(drafter.to(runner.device).attach(model), *rest)  # type: ignore[arg-type]
 
     def describe(self) -> dict[str, Any]:
         """Return the entry of `/v1/models`."""

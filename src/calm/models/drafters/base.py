@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from calm.compat.candidate_generator import accept_own_candidate_generators
 from calm.functional.rng import Generator, pick, uniform
 from calm.functional.temperature import sharpened
 from calm.models.drafters.configuration import DrafterConfig
@@ -43,6 +44,7 @@ def join(drafts: list[Draft]) -> Draft:
     return Draft(torch.cat([draft.tokens for draft in drafts], dim=1), torch.cat(probs, dim=1) if probs else None)
 
 
+accept_own_candidate_generators()
 _VOLATILE = ("_name_or_path", "architectures", "attn_implementation", "dtype", "transformers_version", "use_cache")
 
 
@@ -86,6 +88,15 @@ class Drafter(PreTrainedModel):
             cast(Tensor, target.get_output_embeddings().weight).detach()[self.shortlist].contiguous(),
         )
         return self
+
+    def candidate_generator(
+        self, target: PreTrainedModel, generation_config: Any, input_ids: Tensor, model_kwargs: Any, tokenizer: Any
+    ) -> Any:
+        """Return what ``target.generate(..., assistant_model=drafter)`` of transformers calls for candidates."""
+        from calm.generation.assisted import DrafterCandidates
+
+        self.to(target.device).eval().attach(target)  # type: ignore[arg-type]
+        return DrafterCandidates(self, target, generation_config, tokenizer)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return the target's embeddings of tokens, scaled to unit variance: ``[...] -> [..., D]``."""
