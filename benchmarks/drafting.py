@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calm import load_drafter
+from calm.generation.draft_length import AdaptiveDraftLength
 from calm.generation.drafting import generate_with_drafter
 from calm.generation.prompts import left_padded
 
@@ -31,7 +32,9 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
-    parser.add_argument("--draft-tokens", type=int, nargs="+", help="default: what each drafter gives")
+    parser.add_argument(
+        "--draft-tokens", nargs="+", default=["auto"], help="numbers, or auto: chosen by measured times and acceptance"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--output", type=Path)
@@ -46,7 +49,7 @@ def main() -> None:
     )
     for path in arguments.drafters:
         drafter = load_drafter(path).attach(target)
-        for length in arguments.draft_tokens or [drafter.config.num_tokens]:
+        for length in arguments.draft_tokens:
             ways[f"{Path(path).name}, {length}"] = drafted(target, drafter, length, arguments.max_new_tokens)
     rows = []
     for temperature in arguments.temperatures:
@@ -78,12 +81,18 @@ def plain(target, batch, max_new_tokens: int, temperature: float, **options):
     return trimmed(target, out[:, ids.shape[1] :]), float("nan")
 
 
-def drafted(target, drafter, length: int, max_new_tokens: int):
+def drafted(target, drafter, length: str, max_new_tokens: int):
+    lengths: dict[int, AdaptiveDraftLength] = {}
+
     def run(batch, temperature):
+        if length == "auto":  # measured for every batch size
+            chosen = lengths.setdefault(len(batch), AdaptiveDraftLength(drafter.config.num_tokens))
+        else:
+            chosen = int(length)
         ids, mask = left_padded(batch, 0)
         result = generate_with_drafter(
             target, drafter, ids, mask if len(batch) > 1 else None, max_new_tokens=max_new_tokens,
-            temperature=temperature, num_draft_tokens=length,
+            temperature=temperature, num_draft_tokens=chosen,
         )  # fmt: skip
         return trimmed(target, result.sequences[:, ids.shape[1] :]), result.statistics.tokens_per_verification
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import StopStringCriteria
 
+from calm.generation.draft_length import AdaptiveDraftLength
 from calm.generation.drafting import DraftStatistics, check_target, generate_with_drafter
 from calm.generation.loop import seeded_generators
 from calm.generation.model_runner import Continuations, TokenModelRunner
@@ -32,6 +33,7 @@ class DraftedRunner(TokenModelRunner):
         if self.context is not None:
             self.context -= self.drafter.config.num_tokens  # the last draft may be longer than the text
         self.statistics = DraftStatistics()
+        self._lengths: dict[int, AdaptiveDraftLength] = {}  # by batch size
 
     def settings(self, batch_size: int) -> dict[str, Any]:
         return {"drafter": self.path}
@@ -66,6 +68,7 @@ class DraftedRunner(TokenModelRunner):
         result = generate_with_drafter(
             self.model, self.drafter, ids, mask, max_new_tokens=params.max_new_tokens, temperature=params.temperature,
             top_p=params.top_p, generator=seeded_generators(params.seed or 0, len(ids), self.device),
+            num_draft_tokens=self._draft_length(len(ids)) if params.temperature == 0 else None,
             on_tokens=collect, stop=StopTexts(tokenizer, params.stop, ids.tolist()) if params.stop else None,
         )  # fmt: skip
         if streamer is not None:
@@ -78,6 +81,10 @@ class DraftedRunner(TokenModelRunner):
             [row[::-1] for row in new], min(self.end_ids, default=0) if padding is None else padding
         )
         return Continuations(tokens.flip(1))
+
+    def _draft_length(self, batch_size: int) -> AdaptiveDraftLength:
+        """Return the length for greedy text. Sampled text is a function of the seed, so its drafts have a fixed one."""
+        return self._lengths.setdefault(batch_size, AdaptiveDraftLength(self.drafter.config.num_tokens))
 
     def summary(self) -> str:
         """Return a line with the counts."""

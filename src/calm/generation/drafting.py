@@ -8,6 +8,7 @@ drafts the same number of tokens in every round, so that its text does not depen
 Shapes: B rows, T tokens, G drafted tokens, F features, V vocabulary.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from calm.functional.rng import Generator, check_rows, pick, uniform
 from calm.functional.speculative import verify_chain
 from calm.functional.temperature import sharpened
+from calm.generation.draft_length import AdaptiveDraftLength
 from calm.generation.model_runner import end_ids
 from calm.models.capabilities import check_full_attention
 from calm.models.context import context_of
@@ -69,7 +71,7 @@ def generate_with_drafter(
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
-    num_draft_tokens: int | None = None,
+    num_draft_tokens: int | AdaptiveDraftLength | None = None,
     generator: Generator = None,
     on_tokens: Callable[[list[list[int]]], bool] | None = None,
     top_p: float = 1.0,
@@ -84,7 +86,8 @@ def generate_with_drafter(
         attention_mask: ``[B, T]``, 0 for padding; None if there is no padding.
         max_new_tokens: tokens to add at most.
         temperature: of the target, at least 0; 0 is greedy decoding.
-        num_draft_tokens: tokens of a draft; default as many as the drafter gives.
+        num_draft_tokens: tokens of a draft; default as many as the drafter gives. An adaptive length is chosen anew for
+            every round, and may serve several calls; sampled text then depends on measured times, greedy text does not.
         generator: source of all randomness; a list of one per row makes each text independent of the others.
         on_tokens: called after every round with the new tokens of every row; True ends generation.
         top_p: in [0, 1]; sample from the most likely tokens of the target that have this probability together.
@@ -93,17 +96,14 @@ def generate_with_drafter(
     """
     check_target(target)
     check_rows(generator, len(input_ids))
-    num_draft_tokens = drafter.config.num_tokens if num_draft_tokens is None else num_draft_tokens
-    if not 1 <= num_draft_tokens <= drafter.config.num_tokens:
-        raise ValueError(
-            f"num_draft_tokens must be in [1, {drafter.config.num_tokens}] for this drafter, got {num_draft_tokens}."
-        )
+    adaptive = num_draft_tokens if isinstance(num_draft_tokens, AdaptiveDraftLength) else None
+    longest = _longest_draft(drafter, num_draft_tokens)
     if input_ids.shape[1] == 0:
         raise ValueError("the prompt is empty: a drafter needs at least one token to read.")
     context = context_of(target.config.get_text_config())
-    if context is not None and input_ids.shape[1] + max_new_tokens + num_draft_tokens > context:
+    if context is not None and input_ids.shape[1] + max_new_tokens + longest > context:
         raise ValueError(
-            f"{input_ids.shape[1]} tokens of the prompt, {max_new_tokens} new ones and drafts of {num_draft_tokens} "
+            f"{input_ids.shape[1]} tokens of the prompt, {max_new_tokens} new ones and drafts of {longest} "
             f"do not fit the context of {context} tokens: shorten the prompt or ask for fewer tokens."
         )
     texts = _Texts(target, drafter, input_ids, attention_mask, temperature, generator, top_p)
@@ -126,12 +126,25 @@ def generate_with_drafter(
             is_running[index] = is_running[index] and not ended and len(new[index]) < max_new_tokens
         if (on_tokens is not None and on_tokens(added)) or not any(is_running):
             break
-        rounds = texts.round(num_draft_tokens)
-        for row, running in zip(rounds, is_running, strict=True):
-            statistics.num_verifications += running
-            statistics.num_drafted += num_draft_tokens * running
-            statistics.num_accepted += (len(row) - 1) * running
+        length, start = longest if adaptive is None else adaptive.choose(), time.perf_counter()
+        rounds = texts.round(length)
+        accepted = [len(row) - 1 for row, running in zip(rounds, is_running, strict=True) if running]
+        if adaptive is not None:
+            adaptive.record(length, time.perf_counter() - start, accepted)
+        statistics.num_verifications += len(accepted)
+        statistics.num_drafted += length * len(accepted)
+        statistics.num_accepted += sum(accepted)
     return DraftedText(_padded(input_ids, new, target), statistics)
+
+
+def _longest_draft(drafter: Drafter, num_draft_tokens: int | AdaptiveDraftLength | None) -> int:
+    most = drafter.config.num_tokens
+    if num_draft_tokens is None:
+        return most
+    longest = num_draft_tokens.longest if isinstance(num_draft_tokens, AdaptiveDraftLength) else num_draft_tokens
+    if not 1 <= longest <= most:
+        raise ValueError(f"num_draft_tokens must be in [1, {most}] for this drafter, got {longest}.")
+    return longest
 
 
 class _Texts:
@@ -177,9 +190,7 @@ class _Texts:
 
     def round(self, num_tokens: int) -> list[list[int]]:
         """Draft, verify, and return the new tokens of every row: accepted ones and one more."""
-        draft = self.drafter.propose(
-            self.features, self.token_ids, self.temperature, num_tokens, self.generator, self.state
-        )
+        draft = self._propose(num_tokens)
         read = torch.cat([self.token_ids[:, None], draft.tokens], dim=1)  # [B, G + 1]
         old = self.mask
         position = old.sum(1, keepdim=True) + torch.arange(read.shape[1], device=read.device)
@@ -196,12 +207,19 @@ class _Texts:
         kept = torch.arange(longest, device=read.device) <= accepted[:, None]
         self.mask = torch.cat([old, kept.long()], dim=1)
         self.has_gaps = self.has_gaps or min(counts) + 1 < longest
-        tokens = torch.cat([draft.tokens, draft.tokens[:, :1]], dim=1)
+        tokens = torch.cat([draft.tokens, verified.next_token[:, None]], dim=1)
         tokens[self.rows, accepted] = verified.next_token
         if self.state is not None:
             self.drafter.extend(self.state, features[:, :longest], tokens[:, :longest], accepted + 1)
         self.token_ids, self.features = verified.next_token, features[self.rows, accepted]
         return [row[: count + 1] for row, count in zip(tokens.tolist(), counts, strict=True)]
+
+    def _propose(self, num_tokens: int) -> Draft:
+        if num_tokens == 0:
+            return Draft(self.token_ids.new_empty(len(self.rows), 0), None)
+        return self.drafter.propose(
+            self.features, self.token_ids, self.temperature, num_tokens, self.generator, self.state
+        )
 
     def _read(self, ids: Tensor, position: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         """Return features ``[B, n, F]`` of new tokens, and logits of the last ``keep`` of them."""

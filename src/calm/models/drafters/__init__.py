@@ -32,6 +32,6 @@ def load_drafter(path: str | os.PathLike) -> Drafter:
     except TypeError as error:
         raise ValueError(f"config.json of {path} is not that of a drafter: {error}.") from None
     if config.to_dict().get("target_hash") in (None, ""):
-        raise ValueError(f"{path} holds a {config.model_type}, not a drafter: train one with `calm train`.")
+        raise ValueError(f"{path} holds a {config.model_type}, not a drafter: train one with `calm drafter`.")
     drafter = DRAFTERS[config.drafter_type].from_pretrained(path, config=config, trust_remote_code=False)
     return drafter.eval()
