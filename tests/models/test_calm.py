@@ -249,6 +249,13 @@ def test_the_kind_of_attention_can_be_chosen(tmp_path):
     assert model.backbone.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("token_id", [-5, 10**6])
+def test_the_token_that_begins_a_text_is_in_the_vocabulary(token_id):
+    fields = tiny.calm().config.to_dict() | {"eos_token_id": token_id, "document_separator_id": None}
+    with pytest.raises(ValueError, match=rf"the document separator .* is {token_id}, and the vocabulary has the ids 0"):
+        CalmConfig.from_dict(fields)
+
+
 def test_the_vocabulary_is_the_autoencoders():
     model = tiny.calm()
     with pytest.raises(ValueError, match="the vocabulary of a CALM is that of its frozen autoencoder"):

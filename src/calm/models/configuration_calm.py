@@ -104,6 +104,7 @@ class CalmConfig(PreTrainedConfig):
                 f"backbone_config.vocab_size ({self.backbone_config.vocab_size}) and autoencoder_config.vocab_size "
                 f"({self.autoencoder_config.vocab_size}) must be equal: both have the same tokens."
             )
+        self._check_token_ids()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -147,6 +148,14 @@ class CalmConfig(PreTrainedConfig):
     def patch_size(self) -> int:
         """Return K, the tokens per latent vector, of the autoencoder."""
         return self.autoencoder_config.patch_size
+
+    def _check_token_ids(self) -> None:
+        """Raise ValueError when the token that begins a text is not in the vocabulary: it is embedded."""
+        if not 0 <= self.separator_id < self.vocab_size:
+            raise ValueError(
+                f"the document separator (document_separator_id, else eos_token_id, else bos_token_id) is "
+                f"{self.separator_id}, and the vocabulary has the ids 0 to {self.vocab_size - 1}."
+            )
 
     @property
     def separator_id(self) -> int:
