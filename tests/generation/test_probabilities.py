@@ -133,3 +133,11 @@ def test_a_token_model_and_a_calm_are_scored_through_one_interface():
         calm.score(contexts, continuations, "batch")
     with pytest.raises(ValueError, match="sampler is a setting of a CALM"):
         model_runner(token_model).score(contexts, continuations, "mtp")
+
+
+@pytest.mark.parametrize("token_id", [-1, 10**5])
+def test_tokens_outside_the_vocabulary_of_a_token_model_are_named(token_id):
+    runner = model_runner(LlamaForCausalLM(LlamaConfig(**tiny.backbone(), eos_token_id=1, pad_token_id=0)))
+    ids = torch.tensor([[1, token_id]])
+    with pytest.raises(ValueError, match=rf"the model's vocabulary.*{token_id}.*is it this model's tokenizer"):
+        runner.generate(ids, torch.ones_like(ids), SamplingParams(max_new_tokens=2))

@@ -53,7 +53,7 @@ class DraftedRunner(TokenModelRunner):
         assert params.temperature is not None
         assert params.top_p is not None
         assert params.max_new_tokens is not None
-        self._check_room(ids.shape[1], params.max_new_tokens)
+        self._check_prompts(ids, params.max_new_tokens)
         new: list[list[int]] = [[] for _ in ids]
         if streamer is not None:
             streamer.put(ids.cpu())

@@ -22,7 +22,7 @@ from calm.functional.rng import categorical
 from calm.functional.temperature import LOWEST_TEMPERATURE, largest, sharpened
 from calm.functional.tiles import rows_at_once
 from calm.generation.loop import seeded_generators
-from calm.generation.prompts import left_padded
+from calm.generation.prompts import check_token_ids, left_padded
 from calm.generation.samplers import SampledPatches, TokenLogprobs, find_sampler
 from calm.generation.sampling_params import SamplingParams
 from calm.generation.settings import saved_sampling
@@ -291,7 +291,7 @@ class TokenModelRunner(ModelRunner):
         params = self.resolve(params)
         assert params.temperature is not None
         assert params.max_new_tokens is not None
-        self._check_room(ids.shape[1], params.max_new_tokens)
+        self._check_prompts(ids, params.max_new_tokens)
         pad = {} if tokenizer is None else {"pad_token_id": tokenizer.pad_token_id}
         # transformers' generate has no generator argument.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
@@ -303,8 +303,10 @@ class TokenModelRunner(ModelRunner):
             )  # fmt: skip
         return Continuations(out[:, ids.shape[1] :])
 
-    def _check_room(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        """Raise ValueError when the context is too short, as CALM does."""
+    def _check_prompts(self, ids: Tensor, max_new_tokens: int) -> None:
+        """Raise ValueError for ids outside the vocabulary and when the context is too short, as a CALM does."""
+        check_token_ids(ids, self.model.get_input_embeddings().num_embeddings)
+        prompt_tokens = ids.shape[1]
         if self.context is not None and positions_needed(prompt_tokens, max_new_tokens) > self.context:
             raise ValueError(
                 f"the prompt of {prompt_tokens} tokens and max_new_tokens={max_new_tokens} do not fit the model's "

@@ -26,6 +26,15 @@ def check_prompts(input_ids: Tensor) -> None:
         raise ValueError(f"input_ids must be whole numbers (torch.long), got {input_ids.dtype}.")
 
 
+def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for token ids outside the vocabulary."""
+    if input_ids.numel() and not (int(input_ids.min()) >= 0 and int(input_ids.max()) < vocab_size):
+        raise ValueError(
+            f"input_ids must be in 0 to {vocab_size - 1} (the model's vocabulary), got "
+            f"{int(input_ids.min())} to {int(input_ids.max())}: is it this model's tokenizer?"
+        )
+
+
 def align_prompt(
     input_ids: Tensor, attention_mask: Tensor | None, patch_size: int, vocab_size: int, separator: int
 ) -> tuple[Tensor, Tensor]:
@@ -51,11 +60,7 @@ def align_prompt(
             "attention_mask must be 0 for padding on the left and 1 from the first to the last token of the "
             'prompt; tokenise with padding_side="left".'
         )
-    if length and not (int(input_ids.min()) >= 0 and int(input_ids.max()) < vocab_size):
-        raise ValueError(
-            f"input_ids must be in 0 to {vocab_size - 1} (the model's vocabulary), got "
-            f"{int(input_ids.min())} to {int(input_ids.max())}: is it this model's tokenizer?"
-        )
+    check_token_ids(input_ids, vocab_size)
     fill = -length % patch_size if length else patch_size
     real = torch.cat([attention_mask.new_zeros(batch_size, fill), attention_mask], dim=1).bool()
     front = input_ids.new_full((batch_size, fill), separator)
