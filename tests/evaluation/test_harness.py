@@ -149,4 +149,6 @@ def test_the_command_line_is_lm_evals(model, tasks, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as stopped:
         main()
     assert not stopped.value.code
-    assert "exact_match" in capsys.readouterr().out
+    table = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
+    headings = next(row for row in table if "Tasks" in row)
+    assert "exact_match" in next(row for row in table if "repeat" in row)[headings.index("Metric")]
